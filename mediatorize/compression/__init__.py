@@ -1,0 +1,1 @@
+"""The algorithms, on models and tensors: no files, no terminal."""

@@ -1,0 +1,55 @@
+"""Where mediators start: a pooling matrix per head, from the token grid or from clusters of what the teacher attends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.nn import functional as F
+
+from mediatorize.model.architecture import coarse_grid
+from mediatorize.model.attention import SwitchableAttention, grid_partition
+
+Initialiser = Callable[[SwitchableAttention, Tensor, int, int], Tensor]
+"""(layer, its inputs (s, n, c), mediators, seed) -> pooling weights (h, m, gh, gw) on the coarse grid, each mediator's summing to 1."""
+
+
+def average_pooling(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: int) -> Tensor:
+    """Near-square cells of the token grid, the same in every head."""
+    coarse = coarse_grid(layer.grid)
+    return grid_partition(mediators, coarse).view(1, mediators, *coarse).repeat(layer.num_heads, 1, 1, 1)
+
+
+def query_clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: int) -> Tensor:
+    """Positions grouped by k-means over their queries."""
+    return _clusters(layer, inputs, mediators, seed, projection=0)
+
+
+def key_clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: int) -> Tensor:
+    """Positions grouped by k-means over their keys."""
+    return _clusters(layer, inputs, mediators, seed, projection=1)
+
+
+def _clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: int, projection: int) -> Tensor:
+    """Pooling over clusters of positions, head by head.
+
+    A position's coordinates are its queries (or keys) in all calibration states: positions that ask alike, whatever the picture, share a
+    mediator. The matrix must not depend on the picture, or it could not be absorbed.
+    """
+    heads, width = layer.num_heads, layer.qkv.in_features
+    weight = layer.qkv.weight.view(3, heads, -1, width)[projection]
+    coarse = coarse_grid(layer.grid)
+    on_cells = F.interpolate(inputs.mT.unflatten(2, layer.grid), size=coarse, mode="area").flatten(2).mT  # (s, cells, c)
+    result = []
+    for head in range(heads):
+        points = (on_cells @ weight[head].mT).transpose(0, 1).flatten(1).cpu().numpy()  # (cells, s * d)
+        cluster = KMeans(mediators, n_init=1, random_state=seed + head).fit(points).labels_
+        members = F.one_hot(torch.from_numpy(cluster).long(), mediators).T.float()  # (m, cells)
+        result.append(members / members.sum(1, keepdim=True).clamp(min=1))
+    return torch.stack(result).view(heads, mediators, *coarse).to(inputs.device)
+
+
+INITIALISERS: dict[str, Initialiser] = {"pool": average_pooling, "cluster-keys": key_clusters, "cluster-queries": query_clusters}
+"""By name. To add one: a function as above."""

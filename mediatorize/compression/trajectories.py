@@ -1,0 +1,78 @@
+"""Data-free calibration: the states that the teacher meets along its own sampling trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mediatorize.diffusion.solvers import Channels, call_times, find_solver, sample
+from mediatorize.model.architecture import SOFTMAX
+from mediatorize.model.transformer import DiffusionTransformer
+
+
+@dataclass(frozen=True)
+class States:
+    """Inputs of model calls: noisy latents (s, c, h, w), times (s,) and labels (s,), on the CPU."""
+
+    x: Tensor
+    t: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def teacher_states(
+    model: DiffusionTransformer,
+    count: int,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float = 1.5,
+    cfg_channels: Channels = 3,
+    batch: int = 32,
+    seed: int = 0,
+    on_call: Callable[[], None] | None = None,
+) -> States:
+    """`count` states of the teacher (level softmax), spread evenly over the calls of its sampler, random classes, half of them unconditional.
+
+    As many batches are sampled as it takes for no state to be used twice. Without a null class nothing is guided.
+    """
+    chosen = find_solver(model.arch, solver)
+    steps = chosen.default_steps if steps is None else steps
+    cfg_scale = cfg_scale if model.arch.null_class else 1.0
+    calls = len(call_times(chosen, steps))
+    rows = batch * (1 if cfg_scale == 1 else 2)
+    batches = -(-count // (calls * rows))
+    wanted = torch.linspace(0, batches * calls, count + 1, dtype=torch.float64)[:-1].long().bincount(minlength=batches * calls)
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    call = 0
+
+    def keep(x: Tensor, t: Tensor, y: Tensor) -> None:
+        nonlocal call
+        rows = torch.randperm(len(t), generator=generator)[: int(wanted[call])]
+        kept.append((x.cpu()[rows], t.cpu()[rows], y.cpu()[rows]))
+        call += 1
+        if on_call is not None:
+            on_call()
+
+    for index in range(batches):
+        labels = torch.randint(0, model.arch.classes, (batch,), generator=generator)
+        sample(
+            model,
+            labels,
+            solver=solver,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            cfg_channels=cfg_channels,
+            seed=seed,
+            schedule=SOFTMAX,
+            first_index=index * batch,
+            observe=keep,
+        )
+    x, t, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return States(x, t, y)

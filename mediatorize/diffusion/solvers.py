@@ -1,0 +1,286 @@
+"""Samplers: plain functions of one shape, which repeat the originals' with the same noise (facts: DiT's gaussian_diffusion.py, SiT's transport).
+
+A solver calls `predict(x, t)`, the guided model, with `t` in the family's own time (DiT: timestep 0..999; SiT: 0 noise to 1 data), and
+`draw(k)` for its k-th Gaussian noise. Times are Python numbers: nothing in a loop waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mediatorize.diffusion import process
+from mediatorize.errors import UserError
+from mediatorize.model.architecture import SOFTMAX, Architecture, Family, Level
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+
+Predict = Callable[[Tensor, float], Tensor]
+Draw = Callable[[int], Tensor]
+Channels = int | Literal["all"]
+
+SDE_LAST_STEP = 0.04
+"""SiT's stochastic sampler covers this last stretch by one deterministic step."""
+
+
+# --- DiT -----------------------------------------------------------------------------------------------------------------------
+
+
+def respaced_timesteps(steps: int) -> list[int]:
+    """`steps` timesteps of DiT's 1000, evenly spread from 0 to 999; ascending. Summed up as DiT's respace.py does, or halves round otherwise."""
+    if steps == 1:
+        return [0]
+    stride = (process.TRAIN_STEPS - 1) / (steps - 1)
+    return [round(place) for place in accumulate([stride] * (steps - 1), initial=0.0)]
+
+
+def ddpm(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """Ancestral sampling with the learned variance (arXiv 2102.09672, section 3.1) on respaced steps.
+
+    The reverse step is the posterior of the respaced process; its log-variance runs between the posterior's and the prior's by the model's
+    second half of channels. Without one, the prior's variance is used, as DiT does.
+    """
+    times = respaced_timesteps(steps)
+    kept = process.alphas_cumprod()[times].numpy()
+    kept_before = np.append(1.0, kept[:-1])
+    betas = 1 - kept / kept_before
+    posterior = betas * (1 - kept_before) / (1 - kept)
+    from_data = (betas * np.sqrt(kept_before) / (1 - kept)).tolist()
+    from_state = ((1 - kept_before) * np.sqrt(1 - betas) / (1 - kept)).tolist()
+    channels = x.shape[1]
+    for count, index in enumerate(reversed(range(steps))):
+        output = predict(x, times[index])
+        noise, logits = output[:, :channels], output[:, channels:]
+        data = (x - (1 - kept[index]) ** 0.5 * noise) / kept[index] ** 0.5
+        x = from_data[index] * data + from_state[index] * x
+        if index > 0:
+            share = (logits + 1) / 2 if logits.shape[1] else torch.ones_like(x)
+            log_variance = share * math.log(betas[index]) + (1 - share) * math.log(posterior[index])
+            x = x + torch.exp(log_variance / 2) * draw(count)
+    return x
+
+
+def ddim(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with sigma 0) on respaced steps."""
+    times = respaced_timesteps(steps)
+    kept = process.alphas_cumprod()[times].tolist()
+    channels = x.shape[1]
+    for index in reversed(range(steps)):
+        noise = predict(x, times[index])[:, :channels]
+        before = kept[index - 1] if index else 1.0
+        data = (x - (1 - kept[index]) ** 0.5 * noise) / kept[index] ** 0.5
+        x = before**0.5 * data + (1 - before) ** 0.5 * noise
+    return x
+
+
+def dpm_solver(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """DPM-Solver++ of second order, multistep (arXiv 2211.01095), by diffusers' scheduler."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=process.TRAIN_STEPS, trained_betas=process.BETAS, timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    channels = x.shape[1]
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(predict(x, int(timestep))[:, :channels], timestep, x, return_dict=False)[0]
+    return x
+
+
+# --- SiT -----------------------------------------------------------------------------------------------------------------------
+
+
+def euler(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """x + dt v on an even grid from noise (0) to data (1)."""
+    for t, after in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
+        x = x + (after - t) * predict(x, t)
+    return x
+
+
+def heun(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """Heun's second-order method on an even grid: two calls per step."""
+    for t, after in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
+        first = predict(x, t)
+        second = predict(x + (after - t) * first, after)
+        x = x + (after - t) / 2 * (first + second)
+    return x
+
+
+def dopri5(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """SiT's default: adaptive Dormand-Prince to 1e-6 absolute and 1e-3 relative error. `steps` is not used: the error sets them.
+
+    Tolerances are lists, as in SiT's integrators.py: torchdiffeq then computes step sizes in single precision.
+    """
+    from torchdiffeq import odeint
+
+    ends = torch.tensor([0.0, 1.0], device=x.device)
+    return odeint(lambda t, state: predict(state, float(t)), x, ends, method="dopri5", atol=[1e-6], rtol=[1e-3])[-1]
+
+
+def sde(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
+    """Euler-Maruyama on the reverse SDE with diffusion sigma_t = 1 - t, then one mean step over the last 0.04 (SiT's transport)."""
+
+    def drift(x: Tensor, t: float) -> Tensor:  # velocity + sigma_t * score, where score = (t v - x) / (1 - t)
+        v = predict(x, t)
+        return v + (t * v - x)
+
+    end = 1 - SDE_LAST_STEP
+    for count, (t, after) in enumerate(pairwise(torch.linspace(0, end, steps).tolist())):
+        dt = after - t
+        x = x + dt * drift(x, t) + (2 * (1 - t) * dt) ** 0.5 * draw(count)
+    return x + SDE_LAST_STEP * drift(x, end)
+
+
+@dataclass(frozen=True)
+class Solver:
+    run: Callable[[Predict, Tensor, int, Draw], Tensor]
+    family: Family
+    default_steps: int
+    adaptive: bool = False
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddpm": Solver(ddpm, "dit", 250),
+    "ddim": Solver(ddim, "dit", 50),
+    "dpm-solver++": Solver(dpm_solver, "dit", 20),
+    "euler": Solver(euler, "sit", 25),
+    "heun": Solver(heun, "sit", 25),
+    "dopri5": Solver(dopri5, "sit", 1, adaptive=True),
+    "sde": Solver(sde, "sit", 250),
+}
+"""Samplers by name. To add one: a function (predict, x, steps, draw) -> x, and its family."""
+
+DEFAULT_SOLVER: dict[Family, str] = {"dit": "ddim", "sit": "euler"}
+
+
+def find_solver(arch: Architecture, name: str | None) -> Solver:
+    """The solver of that name, or the family's default; an error where it is not for this family."""
+    name = name or DEFAULT_SOLVER[arch.family]
+    fitting = [known for known, solver in SOLVERS.items() if solver.family == arch.family]
+    if name not in fitting:
+        raise UserError(f"Solver {name!r} is not one for a {arch.family.upper()}.", hint=f"Choose among {', '.join(fitting)}.")
+    return SOLVERS[name]
+
+
+def call_times(solver: Solver, steps: int) -> list[float]:
+    """The times at which a solver calls the model, by running it on nothing."""
+    times: list[float] = []
+
+    def record(x: Tensor, t: float) -> Tensor:
+        times.append(t)
+        return torch.zeros_like(x)
+
+    solver.run(record, torch.zeros(1, 1, 1, 1), steps, lambda count: torch.zeros(1, 1, 1, 1))
+    return times
+
+
+def noise_for(seed: int, indices: Sequence[int], count: int, shape: Sequence[int]) -> Tensor:
+    """Gaussian noise (len(indices), *shape), each sample's a function of (seed, its index, count) alone: batches and devices do not matter.
+
+    `count` is -1 for the initial state and k for the k-th step's noise.
+    """
+    generators = []
+    for index in indices:
+        mixed = np.random.SeedSequence((seed, index, count + 1)).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator().manual_seed(int(mixed)))
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionTransformer,
+    labels: Tensor | Sequence[int],
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float = 1.0,
+    cfg_channels: Channels = 3,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    schedule: Schedule | Level | None = None,
+    first_index: int = 0,
+    observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+) -> Tensor:
+    """Samples one batch.
+
+    Args:
+        labels: (b,) class labels.
+        solver: a name in `SOLVERS`; `None` takes ddim (DiT) or euler (SiT).
+        steps: of the solver; euler, ddim and ddpm call the model once per step. `None` takes the solver's default.
+        cfg_scale: classifier-free guidance; 1 is none, and costs half.
+        cfg_channels: how many channels are guided. DiT and SiT guide the first 3, whatever there are; REPA and diffusers all.
+        noise: the initial state (b, c, h, w); `None` draws it from `seed`.
+        seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
+        schedule: a `Schedule`, one level for everything, or `None`: the model's own schedule where it has one, else softmax.
+        observe: called before every model call with its x, t and labels, the guided batch in full.
+
+    Returns:
+        Latents (b, c, h, w), on the model's device.
+    """
+    arch = model.arch
+    chosen = find_solver(arch, solver)
+    steps = chosen.default_steps if steps is None else steps
+    if steps < 1 or (solver == "ddpm" and steps > process.TRAIN_STEPS):
+        raise UserError(f"{steps} steps cannot be taken.", hint=f"Pass 1 to {process.TRAIN_STEPS}.")
+    parameter = next(model.parameters())
+    labels = torch.as_tensor(labels, device=parameter.device)
+    guided = cfg_scale != 1
+    refuse_unknown_labels(arch, labels, guided=guided)
+    shape = (arch.channels, *arch.input_size)
+    indices = range(first_index, first_index + len(labels))
+
+    def draw(count: int) -> Tensor:
+        return noise_for(seed, indices, count, shape).to(parameter)
+
+    x = draw(-1) if noise is None else noise.to(parameter)
+    if x.shape != (len(labels), *shape):
+        raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
+    levels_at = _level_source(schedule if schedule is not None else model.schedule)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        own_t = 1 - t if arch.reversed_time else t
+        levels = levels_at(float(process.noise_level(arch, torch.tensor(own_t))))
+        x = x[: len(labels)]
+        batch, batch_labels = (torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, arch.classes)])) if guided else (x, labels)
+        times = torch.full((len(batch),), own_t, device=x.device, dtype=torch.float32)
+        if observe is not None:
+            observe(batch, times, batch_labels)
+        output = model(batch, times, batch_labels, levels=levels)
+        if guided:
+            output = guide(output, cfg_scale, arch.channels if cfg_channels == "all" else min(cfg_channels, arch.channels))
+            output = output if chosen.adaptive else output[: len(labels)]
+        return process.velocity(arch, output) if arch.family == "sit" else output
+
+    if guided and chosen.adaptive:
+        x = torch.cat([x, x])  # the originals integrate both halves, and step sizes depend on both
+    return chosen.run(predict, x, steps, draw)[: len(labels)]
+
+
+def guide(output: Tensor, scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) of the first `channels` in both halves; the others stay as they are.
+
+    (2b, c, h, w), conditional first, -> (2b, c, h, w)
+    """
+    conditional, unconditional = output[:, :channels].chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)
+
+
+def refuse_unknown_labels(arch: Architecture, labels: Tensor, *, guided: bool) -> None:
+    highest = arch.classes if arch.null_class else arch.classes - 1
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
+        raise UserError(f"Classes {sorted(set(labels.tolist()))} are not all known.", hint=f"This model knows 0 to {arch.classes - 1}.")
+    if guided and not arch.null_class:
+        raise UserError("This model has no null class, which guidance needs.", hint="Pass --cfg-scale 1.")
+
+
+def _level_source(schedule: Schedule | Level | None) -> Callable[[float], Level | Sequence[Level]]:
+    if isinstance(schedule, Schedule):
+        return schedule.at
+    level: Level = SOFTMAX if schedule is None else schedule
+    return lambda noise_level: level

@@ -1,0 +1,201 @@
+"""The bundle: a folder with the model, its mediators, its schedule and how it came to be. Written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mediatorize.errors import UserError
+from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite, write_beside
+from mediatorize.model.architecture import Architecture, MediatorSettings
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.version import VERSION
+
+BUNDLE_FORMAT = "mediatorize"
+BUNDLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """`config.json`: what is needed to build the model, and where it came from."""
+
+    arch: Architecture
+    settings: MediatorSettings
+    source: dict[str, Any]
+    """File name, format, chosen weights and hash of the pretrained checkpoint."""
+    layer_errors: list[dict[str, Any]] = field(default_factory=list)
+    """Relative error of every layer and level, before and after fitting."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": BUNDLE_FORMAT,
+            "version": BUNDLE_VERSION,
+            "architecture": self.arch.to_json(),
+            "mediators": self.settings.to_json(),
+            "source": self.source,
+            "layer_errors": self.layer_errors,
+        }
+
+
+def is_bundle(path: Path) -> bool:
+    recover(path)
+    try:
+        return json.loads((path / "config.json").read_text()).get("format") == BUNDLE_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_config(path: Path) -> BundleConfig:
+    file = path / "config.json"
+    try:
+        content = json.loads(file.read_text())
+        if content["version"] != BUNDLE_VERSION:
+            raise UserError(f"{file}: bundle version {content['version']} is not known.", hint="Update mediatorize.")
+        return BundleConfig(
+            Architecture.from_json(content["architecture"]),
+            MediatorSettings.from_json(content["mediators"]),
+            content["source"],
+            content["layer_errors"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a whole bundle config ({error}).", hint="Convert again, or copy the bundle again.") from error
+
+
+def load_bundle(path: Path) -> DiffusionTransformer:
+    """The model of a bundle, with its mediators and its schedule: eval mode, float32, CPU, weights memory-mapped."""
+    recover(path)
+    config = read_config(path)
+    file = path / "model.safetensors"
+    if not file.exists():
+        raise UserError(f"{path}: has no model.safetensors.", hint="Convert again, or copy the bundle again.")
+    weights = {name: Weight((stored,)) for name, stored in read_safetensors(file)[0].items()}
+    with torch.device("meta"):
+        model = DiffusionTransformer(config.arch, config.settings)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: weight.shape for name, weight in weights.items()}
+    if expected != found:
+        name = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        raise UserError(
+            f"{file}: {name} is {found.get(name, 'missing')} where config.json says {expected.get(name, 'nothing')}.",
+            hint="Convert again, or copy the bundle again.",
+        )
+    refuse_non_finite(weights.items())
+    model.load_state_dict({name: weight.load() for name, weight in weights.items()}, assign=True)
+    model.schedule = read_schedule(path)
+    if model.schedule is not None and len(model.schedule.levels[0]) != config.arch.depth:
+        raise UserError(f"{path}: schedule.json is for {len(model.schedule.levels[0])} layers.", hint="Calibrate again.")
+    return model.requires_grad_(False).eval()
+
+
+def read_schedule(path: Path) -> Schedule | None:
+    file = path / "schedule.json"
+    if not file.exists():
+        return None
+    try:
+        return Schedule.from_json(json.loads(file.read_text()))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}).", hint="Calibrate again.") from error
+
+
+def partial_folder(path: Path) -> Path:
+    """Where a bundle is prepared before it is renamed to `path`."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _replaced_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.replaced")
+
+
+def recover(path: Path) -> None:
+    """Puts the old bundle back if a kill came between moving it away and moving the new one in."""
+    replaced = _replaced_folder(path)
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+
+
+def commit(partial: Path, path: Path) -> None:
+    """Renames a prepared folder to `path`. An older folder there is moved away first and deleted last."""
+    replaced = _replaced_folder(path)
+    if path.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        path.rename(replaced)
+    partial.rename(path)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def write_bundle(folder: Path, model: DiffusionTransformer, config: BundleConfig, card: str) -> None:
+    """Writes the files of a bundle into `folder`."""
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    write_beside(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+    write_json(folder / "config.json", config.to_json())
+    write_text(folder / "README.md", card)
+
+
+def append_log(folder: Path, command: str, arguments: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Adds a line to the bundle's log: what was done to it, when, by which versions."""
+    file = folder / "log.jsonl"
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "arguments": dict(arguments),
+        "versions": {"mediatorize": VERSION, "torch": torch.__version__},
+        "result": dict(result),
+    }
+    before = file.read_text() if file.exists() else ""
+    write_text(file, before + json.dumps(entry, default=str) + "\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    write_beside(path, lambda beside: beside.write_text(text))
+
+
+def hash_of_weights(model: DiffusionTransformer) -> str:
+    """SHA-256 over the pretrained weights, float32, in the order of their names: the same for every format they may be stored in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if ".mediator." not in name:
+            digest.update(name.encode())
+            digest.update(memoryview(value.detach().float().cpu().contiguous().view(-1).numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+# --- progress of an unfinished conversion --------------------------------------------------------------------------------------
+
+
+def save_layer(partial: Path, index: int, weights: dict[str, Tensor], errors: Mapping[str, Any]) -> None:
+    """Keeps one fitted layer, so that a conversion can go on where it was killed."""
+    metadata = {"errors": json.dumps(errors)}
+    state = {name: value.contiguous() for name, value in weights.items()}
+    write_beside(partial / f"layer-{index:03d}.safetensors", lambda path: save_file(state, path, metadata))
+
+
+def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The layers that an unfinished conversion has kept."""
+    layers = {}
+    for file in sorted(partial.glob("layer-*.safetensors")):
+        tensors, metadata = read_safetensors(file)
+        layers[int(file.stem.removeprefix("layer-"))] = {name: stored.mapped() for name, stored in tensors.items()}, json.loads(metadata["errors"])
+    return layers
+
+
+def remove_layers(partial: Path) -> None:
+    for file in partial.glob("layer-*.safetensors"):
+        os.unlink(file)

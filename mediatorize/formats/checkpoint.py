@@ -1,0 +1,405 @@
+"""Pretrained checkpoints: which format, which architecture, and every weight under its official name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mediatorize.errors import UserError
+from mediatorize.formats.tensors import StoredTensor, Weight, read_pickle, read_safetensors, refuse_non_finite
+from mediatorize.model.architecture import HEADS_OF_WIDTH, Architecture, Family
+from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
+
+FOREIGN: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the user says that a file may not: `None` means look in the file."""
+
+    family: Family | None = None
+    num_heads: int | None = None
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's tensors as stored, and what else the file says."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Training arguments, a diffusers config or safetensors metadata."""
+    part: str = ""
+    """Which set of weights of a training checkpoint was taken."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recognised checkpoint, its weights still in the file."""
+
+    path: Path
+    format: str
+    arch: Architecture
+    weights: dict[str, Weight]
+    part: str
+    notes: tuple[str, ...]
+    """What was assumed, for the user to check."""
+
+    def verify(self) -> None:
+        """Reads every weight once and refuses NaN and infinity; needs memory for one weight at a time."""
+        refuse_non_finite(self.weights.items())
+
+    def load(self) -> DiffusionTransformer:
+        """The model in eval mode, float32, its weights memory-mapped where they lie as the model wants them."""
+        with torch.device("meta"):
+            model = DiffusionTransformer(self.arch)
+        state = {name: weight.load() for name, weight in self.weights.items()}
+        if "pos_embed" not in state:
+            state["pos_embed"] = sincos_position_embedding(self.arch.width, self.arch.grid)
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(False).eval()
+
+
+def open_checkpoint(path: str | Path, hints: Hints | None = None, weights: str | None = None) -> Checkpoint:
+    """Recognises a checkpoint and checks every name and shape in it, without reading its weights.
+
+    Args:
+        path: an official DiT or SiT `.pt` or safetensors file, flat or from training; a REPA SiT; a diffusers `DiTPipeline` folder or its
+            transformer folder.
+        hints: what the file cannot tell.
+        weights: `ema` or `model` of a training checkpoint; `None` takes `ema` where it is there.
+    """
+    source = read_source(Path(path), weights)
+    refuse_foreign(source)
+    for name, form in FORMATS.items():
+        if form.matches(source):
+            return form.open(name, source, hints or Hints())
+    raise UserError(
+        f"{source.path}: not a DiT or SiT ({len(source.tensors)} tensors, such as {_some(source.tensors)}).",
+        hint="`mediatorize` reads official DiT and SiT files, REPA's SiT and diffusers' DiT.",
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_source(path: Path, weights: str | None) -> Source:
+    """Lists the tensors of a file or folder."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder.", hint="Check the path.")
+    if path.is_dir():
+        return _read_diffusers_folder(path, weights)
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+        content: dict[str, Any] = dict(tensors)
+        facts: dict[str, Any] = dict(metadata)
+    else:
+        content = read_pickle(path)
+        facts = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not named weights.", hint="Save a state dict.")
+    return _unwrap(path, content, facts, weights)
+
+
+def _unwrap(path: Path, content: dict[str, Any], facts: dict[str, Any], weights: str | None) -> Source:
+    """Takes one set of weights out of a training checkpoint, nested (`.pt`) or by prefix (safetensors)."""
+    arguments = content.get("args")
+    if isinstance(arguments, argparse.Namespace | dict):
+        facts = facts | (vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments)
+    sets = {name: content[name] for name in WEIGHT_SETS if isinstance(content.get(name), dict)}
+    if not sets:
+        for name in WEIGHT_SETS:
+            prefix = f"{name}."
+            inside = {key.removeprefix(prefix): value for key, value in content.items() if str(key).startswith(prefix)}
+            if inside:
+                sets[name] = inside
+    part = ""
+    if sets:
+        part = weights or next(iter(sets))
+        if part not in sets:
+            raise UserError(f"{path}: has no {part} weights.", hint=f"Pass --weights {' or '.join(sets)}.")
+        content = sets[part]
+    elif weights:
+        raise UserError(f"{path}: holds one set of weights, not several.", hint="Leave --weights out.")
+    tensors = {_bare(str(name)): value for name, value in content.items() if isinstance(value, StoredTensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors.", hint="Save a state dict.")
+    return Source(path, tensors, facts, part)
+
+
+WEIGHT_SETS = ("ema", "model", "state_dict")
+"""Where training scripts put weights, the preferred first."""
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel and torch.compile put before it."""
+    while True:
+        bare = name.removeprefix("module.").removeprefix("_orig_mod.")
+        if bare == name:
+            return name
+        name = bare
+
+
+def _read_diffusers_folder(path: Path, weights: str | None) -> Source:
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise UserError(
+            f"{path}: neither a bundle nor a diffusers folder (no config.json).", hint="Pass the folder that holds it, or a file."
+        )
+    try:
+        config = json.loads(config_path.read_text())
+        kind = config["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path}: not a diffusers model's config.", hint="Copy the folder again.") from error
+    if weights:
+        raise UserError(f"{path}: a diffusers folder holds one set of weights.", hint="Leave --weights out.")
+    if kind not in ("DiTTransformer2DModel", "Transformer2DModel") or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
+        raise UserError(f"{folder}: a {kind}, not a class-conditional DiT.", hint="Only diffusers' DiTTransformer2DModel is read.")
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        file = folder / name
+        if file.exists():
+            tensors = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_pickle(file)
+            return Source(file, {str(key): value for key, value in tensors.items()}, config)
+    raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin beside config.json.", hint="Download the weights too.")
+
+
+# --- families ------------------------------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(source: Source) -> None:
+    """Refuses, by name, the architectures that look like this one and are not."""
+    for name, pattern in FOREIGN.items():
+        found = next((key for key in source.tensors if re.search(pattern, key)), None)
+        if found:
+            raise UserError(f"{source.path}: {name} (it has {found}), not a plain DiT or SiT.", hint="It is not supported.")
+
+
+def family_of(source: Source, hints: Hints) -> tuple[Family, str]:
+    """DiT or SiT, and how that was known: same names and shapes, so by flag, arguments, or the variance rows that SiT never trains."""
+    if hints.family:
+        return hints.family, "as told"
+    facts = source.facts
+    declared = str(facts.get("family", "") or facts.get("model", "")).lower()
+    if declared.startswith(("dit", "sit")):
+        return ("dit" if declared.startswith("dit") else "sit"), "from the file's own arguments"
+    if "path_type" in facts or "prediction" in facts:
+        return "sit", "from the file's own arguments"
+    weight = source.tensors["final_layer.linear.weight"]
+    _, channels, patch, _ = source.tensors["x_embedder.proj.weight"].shape
+    if weight.shape[0] == 2 * channels * patch**2:
+        variance_rows = weight.mapped().unflatten(0, (patch**2, 2, channels))[:, 1]
+        if not variance_rows.any():
+            return "sit", "from variance rows that were never trained"
+    raise UserError(f"{source.path}: DiT and SiT have the same weights' names and shapes.", hint="Pass --family dit or --family sit.")
+
+
+def infer_architecture(source: Source, hints: Hints, family: Family, **conventions: Any) -> tuple[Architecture, list[str]]:
+    """Sizes from the shapes of officially named tensors; and what had to be assumed."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    notes = []
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    facts = source.facts
+    heads = hints.num_heads or int(facts.get("num_heads", 0) or facts.get("num_attention_heads", 0)) or HEADS_OF_WIDTH.get(width)
+    if heads is None:
+        raise UserError(f"{source.path}: width {width} has no known head count.", hint="Pass --num-heads.")
+
+    last_rows = shapes["final_layer.linear.weight"][0]
+    multiple, rest = divmod(last_rows, patch**2 * channels)
+    if rest or multiple not in (1, 2):
+        raise UserError(
+            f"{source.path}: final_layer.linear.weight has {last_rows} rows; {channels} channels in patches of {patch} need "
+            f"{patch**2 * channels} or twice that.",
+            hint="It is not a DiT or SiT, or it is damaged.",
+        )
+    rows = shapes["y_embedder.embedding_table.weight"][0]
+    told = hints.num_classes or int(facts.get("num_classes", 0) or 0)
+    classes = told or rows - 1
+    if rows - classes not in (0, 1):
+        raise UserError(f"{source.path}: {rows} label rows do not fit {classes} classes.", hint="Pass the right --num-classes.")
+    if not told:
+        notes.append(f"{rows} label rows are read as {classes} classes and the null class; --num-classes tells otherwise")
+    return (
+        Architecture(
+            family=family,
+            depth=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+            width=width,
+            heads=heads,
+            patch=patch,
+            channels=channels,
+            grid=_grid_of(source, facts),
+            classes=classes,
+            null_class=rows > classes,
+            learn_sigma=multiple == 2,
+            mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
+            **conventions,
+        ),
+        notes,
+    )
+
+
+def _grid_of(source: Source, facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of tokens. A count that is no square is matched against the position embedding of every grid it could be."""
+    if "sample_size" in facts:
+        side = int(facts["sample_size"]) // int(facts["patch_size"])
+        return side, side
+    stored = source.tensors["pos_embed"]
+    tokens = stored.shape[1]
+    side = math.isqrt(tokens)
+    if side**2 == tokens:
+        return side, side
+    table = stored.mapped()
+    for rows in range(1, tokens + 1):
+        if tokens % rows == 0:
+            grid = rows, tokens // rows
+            if torch.allclose(table.float(), sincos_position_embedding(stored.shape[2], grid), atol=1e-4):
+                return grid
+    raise UserError(f"{source.path}: {tokens} tokens are no square, and pos_embed is of no known grid.", hint="It is not supported.")
+
+
+def _check_names_and_shapes(path: Path, arch: Architecture, weights: Mapping[str, Weight], optional: set[str]) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in DiffusionTransformer(arch).state_dict().items()}
+    if missing := [name for name in expected if name not in weights and name not in optional]:
+        raise UserError(f"{path}: {len(missing)} weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT or SiT.")
+    if extra := [name for name in weights if name not in expected]:
+        raise UserError(f"{path}: {len(extra)} weights are not a DiT's or SiT's: {_some(extra)}.", hint="It is another architecture.")
+    for name, shape in expected.items():
+        if name in weights and weights[name].shape != shape:
+            raise UserError(
+                f"{path}: {name} is {list(weights[name].shape)} where {arch.name} needs {list(shape)}.",
+                hint="It is damaged, or not a DiT or SiT.",
+            )
+
+
+def _some(names: Any, most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
+
+
+# --- formats -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Format:
+    matches: Callable[[Source], bool]
+    open: Callable[[str, Source, Hints], Checkpoint]
+
+
+NEEDED = (
+    "x_embedder.proj.weight",
+    "final_layer.linear.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.weight",
+    "pos_embed",
+)
+"""What sizes are read from."""
+
+
+def _open_official(name: str, source: Source, hints: Hints, **conventions: Any) -> Checkpoint:
+    if missing := [key for key in NEEDED if key not in source.tensors]:
+        raise UserError(f"{source.path}: weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT or SiT.")
+    for key, axes in (("x_embedder.proj.weight", 4), ("final_layer.linear.weight", 2), ("pos_embed", 3)):
+        if len(source.tensors[key].shape) != axes:
+            raise UserError(f"{source.path}: {key} is {list(source.tensors[key].shape)}, not of {axes} axes.", hint="It is damaged.")
+    family, how = family_of(source, hints)
+    arch, notes = infer_architecture(source, hints, family, **conventions)
+    weights = {key: Weight((value,)) for key, value in source.tensors.items()}
+    _check_names_and_shapes(source.path, arch, weights, optional=set())
+    return Checkpoint(source.path, name, arch, weights, source.part, (f"{family.upper()} {how}", *notes))
+
+
+def _open_repa(name: str, source: Source, hints: Hints) -> Checkpoint:
+    """REPA's SiT: projectors are dropped; time runs from data (0) to noise (1), the output is noise - data."""
+    tensors = {key: value for key, value in source.tensors.items() if not key.startswith("projectors.")}
+    if hints.family == "dit":
+        raise UserError(f"{source.path}: a REPA checkpoint is a SiT.", hint="Leave --family out.")
+    source = Source(source.path, tensors, source.facts | {"family": "sit"}, source.part)
+    return _open_official(name, source, hints, reversed_time=True)
+
+
+DIFFUSERS_NAMES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+DIFFUSERS_BLOCK_NAMES = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+DIFFUSERS_EMBEDDERS = {
+    "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
+    "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",
+    "timestep_embedder.linear_2.weight": "t_embedder.mlp.2.weight",
+    "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
+    "class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight",
+}
+
+
+def _open_diffusers(name: str, source: Source, hints: Hints) -> Checkpoint:
+    """diffusers' DiT: other names, a copy of the embedders in every block, its own timestep frequencies and epsilon."""
+    if hints.family == "sit":
+        raise UserError(f"{source.path}: a diffusers DiTTransformer2DModel is a DiT.", hint="Leave --family out.")
+    weights: dict[str, Weight] = {}
+    joined: dict[str, dict[str, StoredTensor]] = {}
+    embedders: dict[str, StoredTensor] = {}
+    for key, stored in source.tensors.items():
+        if key == "pos_embed.pos_embed":
+            continue  # the sin-cos buffer, which old versions stored
+        block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", key)
+        if not block:
+            stem, _, kind = key.rpartition(".")
+            weights[f"{DIFFUSERS_NAMES.get(stem, stem)}.{kind}"] = Weight((stored,))
+            continue
+        index, inner = block.groups()
+        if inner.startswith("norm1.emb."):
+            official = DIFFUSERS_EMBEDDERS.get(inner.removeprefix("norm1.emb."), inner)
+            if official in embedders and not torch.equal(embedders[official].read(), stored.read()):
+                raise UserError(
+                    f"{source.path}: block {index} has its own {inner}; a DiT has one for all blocks.", hint="It cannot be converted."
+                )
+            embedders.setdefault(official, stored)
+        elif projection := re.fullmatch(r"attn1\.to_([qkv])\.(weight|bias)", inner):
+            joined.setdefault(f"blocks.{index}.attn.qkv.{projection[2]}", {})[projection[1]] = stored
+        else:
+            stem, _, kind = inner.rpartition(".")
+            weights[f"blocks.{index}.{DIFFUSERS_BLOCK_NAMES.get(stem, stem)}.{kind}"] = Weight((stored,))
+    weights |= {key: Weight((stored,)) for key, stored in embedders.items()}
+    for key, parts in joined.items():
+        if len(parts) != 3:
+            raise UserError(f"{source.path}: {key} needs to_q, to_k and to_v; it has {_some(parts)}.", hint="It is damaged.")
+        weights[key] = Weight((parts["q"], parts["k"], parts["v"]))
+
+    config = source.facts
+    if missing := [key for key in NEEDED if key not in weights and key != "pos_embed"]:
+        raise UserError(f"{source.path}: weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT.")
+    named = {key: weight.parts[0] for key, weight in weights.items()}
+    arch, notes = infer_architecture(
+        Source(source.path, named, {"num_classes": config.get("num_embeds_ada_norm"), **config}),
+        hints,
+        "dit",
+        frequency_shift=1,
+        mlp_norm_eps=float(config.get("norm_eps", 1e-5)),
+    )
+    _check_names_and_shapes(source.path, arch, weights, optional={"pos_embed"})
+    return Checkpoint(source.path, name, arch, weights, "", ("DiT with diffusers' frequencies and epsilon", *notes))
+
+
+FORMATS: dict[str, Format] = {
+    "diffusers DiT": Format(lambda source: any(key.startswith("transformer_blocks.") for key in source.tensors), _open_diffusers),
+    "REPA SiT": Format(lambda source: any(key.startswith("projectors.") for key in source.tensors), _open_repa),
+    "official": Format(lambda source: any(re.match(r"blocks\.\d+\.attn\.", key) for key in source.tensors), _open_official),
+}
+"""Formats by name, tried in order. To add one: a test of the tensors' names, and a function that gives official names."""

@@ -1,0 +1,37 @@
+"""One call for a model, whatever it is stored as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mediatorize.formats.bundle import is_bundle, load_bundle
+from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.model.architecture import Family
+from mediatorize.model.transformer import DiffusionTransformer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    family: Family | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    weights: str | None = None,
+) -> DiffusionTransformer:
+    """Loads a bundle or a pretrained checkpoint: eval mode, float32, CPU, memory-mapped.
+
+    Args:
+        path: a bundle; an official DiT or SiT file (`.pt` or safetensors, flat or from training); a REPA SiT; a diffusers DiT folder.
+        family: `dit` or `sit`, where the file cannot tell.
+        num_heads: where the width is none of the published ones.
+        num_classes: where the last row of the label table is not the null class.
+        weights: `ema` or `model` of a training checkpoint.
+
+    Raises:
+        UserError: the file is missing, damaged, unsafe, not finite, ambiguous or of another architecture.
+    """
+    if is_bundle(Path(path)):
+        return load_bundle(Path(path))
+    checkpoint = open_checkpoint(path, Hints(family, num_heads, num_classes), weights)
+    checkpoint.verify()
+    return checkpoint.load()

@@ -1,0 +1,193 @@
+"""Tensors in files: listed without reading them, mapped when used, checked in a stream. Nothing in a pickle is executed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from mediatorize.errors import UserError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def bytes(self) -> int:
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    def mapped(self) -> Tensor:
+        """The tensor, memory-mapped and copied on write: pages are read from the file when they are touched."""
+        return self._view(np.memmap(self.path, mode="c", offset=self.offset, shape=(self.bytes,), dtype=np.uint8))
+
+    def read(self) -> Tensor:
+        """The tensor in memory of its own, which goes when it does."""
+        return self._view(np.fromfile(self.path, dtype=np.uint8, count=self.bytes, offset=self.offset))
+
+    def _view(self, raw: np.ndarray) -> Tensor:
+        return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A model's weight: one stored tensor, or several that are joined along their first axis."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return (sum(part.shape[0] for part in self.parts), *first[1:]) if len(self.parts) > 1 else first
+
+    def load(self) -> Tensor:
+        """In float32; memory-mapped where it can be."""
+        tensors = [part.mapped() for part in self.parts]
+        return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).float()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata, from the header alone."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("header is cut off")
+            header: dict[str, Any] = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has the wrong number of bytes")
+            if 8 + length + stop > size:
+                raise ValueError("data is cut off")
+            tensors[name] = StoredTensor(path, dtype, shape, _contiguous_stride(shape), 8 + length + start)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}).", hint="It may be truncated: download or copy it again."
+        ) from error
+    return tensors, metadata
+
+
+def read_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, with a `StoredTensor` for every tensor.
+
+    Only tensors, plain containers, numbers, strings and `argparse.Namespace` are accepted; anything else is refused by name, unexecuted.
+    """
+    if not zipfile.is_zipfile(path):
+        _refuse_unzipped(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), FakeTensorMode():
+            content = torch.load(path, weights_only=True)
+    except Exception as error:
+        message = str(error)
+        if found := re.search(r"GLOBAL ([\w.]+)", message):
+            raise UserError(
+                f"{path}: its pickle asks to load {found[1]}, which weights do not need.",
+                hint="It was not executed. Save the state dict alone, if you trust the file.",
+            ) from error
+        if "weights_only" in message.lower() or "WeightsUnpickler" in message:
+            reason = message.splitlines()[-1].strip() or "refused"
+            raise UserError(f"{path}: its pickle is not one of weights ({reason}).", hint="It was not executed.") from error
+        raise UserError(
+            f"{path}: cannot be read as a torch checkpoint ({message.splitlines()[0] if message else type(error).__name__}).",
+            hint="It may be damaged: download or copy it again.",
+        ) from error
+    return _locate(content, path, path.stat().st_size)
+
+
+def _refuse_unzipped(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise UserError(f"{path}: the file is empty.", hint="Download or copy it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not the weights.", hint="Run `git lfs pull`.")
+    if start.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: a web page, not weights.", hint="Download the file itself.")
+    if start.startswith(b"PK"):
+        raise UserError(f"{path}: the archive is cut off.", hint="Download or copy it again.")
+    raise UserError(
+        f"{path}: neither safetensors nor a torch zip archive.",
+        hint="If it is a pickle from before torch 1.6 that you trust, load it and `torch.save` it again.",
+    )
+
+
+def _locate(content: Any, path: Path, file_size: int) -> Any:
+    """`content` with every fake tensor replaced by where its bytes are."""
+    if isinstance(content, dict):
+        return {key: _locate(value, path, file_size) for key, value in content.items()}
+    if isinstance(content, FakeTensor):
+        start: int = content.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+        offset = start + content.storage_offset() * content.dtype.itemsize
+        stored = StoredTensor(path, content.dtype, tuple(content.shape), content.stride(), offset)
+        if offset + stored.bytes > file_size:
+            raise UserError(f"{path}: the file ends before its tensors do.", hint="Download or copy it again.")
+        return stored
+    return content
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def refuse_non_finite(weights: Iterable[tuple[str, Weight]]) -> None:
+    """Reads every weight once, one at a time, and refuses NaN and infinity by the name of the first that has one."""
+    for name, weight in weights:
+        for part in weight.parts:
+            values = part.read()
+            if values.is_floating_point() and not values.sum(dtype=torch.float64).isfinite():
+                bad = int((~values.isfinite()).sum())
+                raise UserError(
+                    f"{part.path}: {name} has {bad} value{'s' * (bad != 1)} that are NaN or infinite.",
+                    hint="The checkpoint is broken: take another, or other --weights.",
+                )
+
+
+def write_beside(path: Path, write: Any) -> None:
+    """Calls `write(temporary path)`, flushes what it wrote to disk and renames it to `path`: a kill leaves the old file or the new."""
+    beside = path.with_name(f".{path.name}.saving")
+    try:
+        write(beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,180 @@
+"""What the network is: frozen sizes, and the settings of what is added to it. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mediatorize.errors import UserError
+
+Family = Literal["dit", "sit"]
+Level = int | Literal["softmax"]
+Space = Literal["queries", "keys"]
+
+SOFTMAX: Literal["softmax"] = "softmax"
+"""The level at which an attention layer is the pretrained one, bit for bit."""
+
+HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Head counts of DiT's and SiT's published sizes; a checkpoint's tensors do not hold them."""
+
+SIZE_OF_WIDTH_AND_DEPTH = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
+
+FREQUENCIES = 256
+"""Width of the sinusoidal timestep embedding in every published DiT and SiT."""
+
+COARSE_GRID = 16
+"""Longest side of the position grid that pooling matrices and position terms are stored on."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and conventions of a DiT (arXiv 2212.09748) or SiT (arXiv 2401.08740).
+
+    The last three fields hold what differs between implementations that share a set of weights: diffusers' DiT divides the
+    timestep frequencies by one less and has a larger epsilon in the norm before the MLP; REPA's SiT runs time backwards
+    (t = 1 is noise, the output is noise - data).
+    """
+
+    family: Family
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    channels: int
+    grid: tuple[int, int]
+    """Tokens per column and per row."""
+    classes: int
+    null_class: bool
+    """Whether row `classes` of the label table is the null class that guidance needs."""
+    learn_sigma: bool
+    """Whether the last layer has rows for the variance (DiT uses them, SiT drops them)."""
+    mlp_width: int
+    frequency_shift: int = 0
+    mlp_norm_eps: float = 1e-6
+    reversed_time: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise UserError(
+                f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads."
+            )
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the model's input, in latent (or pixel) units."""
+        return self.grid[0] * self.patch, self.grid[1] * self.patch
+
+    @property
+    def last_rows(self) -> int:
+        """Values per token that the last layer emits."""
+        return self.patch**2 * self.channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of the forward's output: SiT drops the variance rows, DiT keeps them."""
+        return self.channels * (2 if self.learn_sigma and self.family == "dit" else 1)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the pictures, where the channels tell: 1 and 3 are pixels, 4 is an SD VAE's latents."""
+        if self.channels in (1, 3):
+            return self.input_size
+        return (8 * self.input_size[0], 8 * self.input_size[1]) if self.channels == 4 else None
+
+    @property
+    def name(self) -> str:
+        """The published name (`DiT-XL/2`) where the sizes have one, else the sizes."""
+        family = "DiT" if self.family == "dit" else "SiT"
+        size = SIZE_OF_WIDTH_AND_DEPTH.get((self.width, self.depth), f"{self.depth}x{self.width}")
+        return f"{family}-{size}/{self.patch}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"grid": list(self.grid)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Architecture:
+        return cls(**(fields | {"grid": tuple(fields["grid"])}))
+
+
+def preset(name: str) -> Architecture:
+    """The architecture of a published model by name and pixels, as `DiT-XL/2@256` (latents have an eighth of the pixels)."""
+    try:
+        model, image_size = name.split("@")
+        prefix, size = model.split("-")
+        letter, patch = size.split("/")
+        family: Family = {"dit": "dit", "sit": "sit"}[prefix.lower()]  # type: ignore[assignment]
+        width, depth = {letter: sizes for sizes, letter in SIZE_OF_WIDTH_AND_DEPTH.items()}[letter.upper()]
+        side = int(image_size) // 8 // int(patch)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"No preset is called {name!r}.", hint="They look like DiT-XL/2@256 or SiT-S/4@512.") from error
+    return Architecture(
+        family=family,
+        depth=depth,
+        width=width,
+        heads=HEADS_OF_WIDTH[width],
+        patch=int(patch),
+        channels=4,
+        grid=(side, side),
+        classes=1000,
+        null_class=True,
+        learn_sigma=True,
+        mlp_width=4 * width,
+    )
+
+
+@dataclass(frozen=True)
+class MediatorSettings:
+    """What conversion adds to every attention layer (design 2)."""
+
+    levels: tuple[int, ...]
+    """Mediator counts that every layer can run at, ascending."""
+    space: Space = "queries"
+    """Which of the model's projections makes mediators out of pooled tokens."""
+    local_rank: int = 0
+    """Rank of the local branch; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 1:
+            raise UserError(
+                f"Levels {list(self.levels)} are not distinct, ascending counts of at least 1.",
+                hint="Pass for instance --levels 1,4,16.",
+            )
+        if self.space not in ("queries", "keys"):
+            raise UserError(f"Mediators cannot come from {self.space!r}.", hint="Choose queries or keys.")
+        if self.local_rank < 0:
+            raise UserError(f"A local rank of {self.local_rank} is negative.", hint="Pass 0 to leave the branch out.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"levels": list(self.levels)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> MediatorSettings:
+        return cls(**(fields | {"levels": tuple(fields["levels"])}))
+
+
+def default_local_rank(width: int) -> int:
+    """A quarter of the width up to 64, where the branch costs a few per cent of softmax attention."""
+    return min(64, width // 4)
+
+
+def coarse_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid that position-dependent weights are stored on: the token grid, at most 16 a side."""
+    return min(grid[0], COARSE_GRID), min(grid[1], COARSE_GRID)
+
+
+def levels_per_layer(levels: Level | Sequence[Level], depth: int) -> list[Level]:
+    """One level for each of `depth` layers, from one for all or one each."""
+    if isinstance(levels, int | str):
+        return [levels] * depth
+    if len(levels) != depth:
+        raise UserError(f"{len(levels)} levels were given for {depth} layers.", hint="Pass one level, or one per layer.")
+    return list(levels)

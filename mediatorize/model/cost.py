@@ -1,0 +1,67 @@
+"""FLOPs of every part and level in closed form; one multiply-add is two FLOPs (design 2.1). No torch here.
+
+Counted as `torch.utils.flop_counter` does: matrix products and convolutions, not element-wise work, norms or softmax. The papers' "Gflops" of
+DiT and SiT are multiply-adds (MACs), half of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
+
+
+def softmax_flops(tokens: int, width: int) -> int:
+    """One softmax attention layer: q, k, v and output projections, then QK' and AV."""
+    return 8 * tokens * width**2 + 4 * tokens**2 * width
+
+
+def absorbed_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
+    """One absorbed mediator layer: five products of all tokens with all heads' mediators, five of the mediators with weights."""
+    return 10 * tokens * heads * mediators * width + 10 * mediators * width**2
+
+
+def plain_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
+    """One mediator layer in the published order: four projections of all tokens, five products of tokens with mediators."""
+    return 8 * tokens * width**2 + 10 * tokens * mediators * width
+
+
+def local_flops(tokens: int, width: int, rank: int) -> int:
+    """The local branch: down, depthwise 3x3, up."""
+    return 4 * tokens * width * rank + 18 * tokens * rank
+
+
+def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
+    return absorbed_flops(tokens, width, heads, mediators) <= plain_flops(tokens, width, heads, mediators)
+
+
+def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
+    """One attention layer of `arch` at `level`, in the form that runs."""
+    if level == SOFTMAX:
+        return softmax_flops(arch.tokens, arch.width)
+    sizes = (arch.tokens, arch.width, arch.heads, level)
+    mediator = absorbed_flops(*sizes) if absorbed_is_cheaper(*sizes) else plain_flops(*sizes)
+    return mediator + local_flops(arch.tokens, arch.width, settings.local_rank if settings else 0)
+
+
+def forward_flops_by_part(
+    arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None
+) -> dict[str, int]:
+    """FLOPs of one forward on one sample, by part."""
+    tokens, width, depth = arch.tokens, arch.width, arch.depth
+    attention = [attention_flops(arch, level, settings) for level in levels_per_layer(levels, depth)]
+    return {
+        "patch embedding": 2 * tokens * width * arch.channels * arch.patch**2,
+        "timestep embedding": 2 * FREQUENCIES * width + 2 * width**2,
+        "attention": sum(attention),
+        "mlp": depth * 4 * tokens * width * arch.mlp_width,
+        "modulation": depth * 12 * width**2 + 4 * width**2,
+        "last layer": 2 * tokens * width * arch.last_rows,
+    }
+
+
+def forward_flops(
+    arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None
+) -> int:
+    """FLOPs of one forward on one sample."""
+    return sum(forward_flops_by_part(arch, levels, settings).values())

@@ -1,0 +1,52 @@
+"""A level for every (noise level, layer), independent of any sampler's steps. No torch here."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mediatorize.errors import UserError
+from mediatorize.model.architecture import SOFTMAX, Level
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Piecewise constant in the noise level (0 data, 1 noise): `levels[i]` from `edges[i - 1]` (or 0) up to `edges[i]` (or 1)."""
+
+    edges: tuple[float, ...]
+    levels: tuple[tuple[Level, ...], ...]
+    """For every piece, one level per layer."""
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != len(self.edges) + 1:
+            raise UserError(f"A schedule of {len(self.levels)} pieces has {len(self.edges)} inner edges.", hint="It needs one fewer.")
+        if any(low >= high for low, high in pairwise((0.0, *self.edges, 1.0))):
+            raise UserError(f"Schedule edges {list(self.edges)} do not ascend between 0 and 1.", hint="Check schedule.json.")
+        if len({len(piece) for piece in self.levels}) != 1:
+            raise UserError("Schedule pieces differ in their number of layers.", hint="Check schedule.json.")
+        for level in {level for piece in self.levels for level in piece}:
+            if level != SOFTMAX and not (isinstance(level, int) and level > 0):
+                raise UserError(f"{level!r} is no level.", hint="Levels are softmax or a count of mediators.")
+
+    def at(self, noise_level: float) -> tuple[Level, ...]:
+        """The level of every layer at a noise level in [0, 1]."""
+        return self.levels[bisect_right(self.edges, noise_level)]
+
+    def to_json(self) -> dict[str, Any]:
+        bounds = pairwise((0.0, *self.edges, 1.0))
+        return {
+            "pieces": [
+                {"noise_from": low, "noise_to": high, "levels": list(levels)}
+                for (low, high), levels in zip(bounds, self.levels, strict=True)
+            ]
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Schedule:
+        try:
+            pieces = content["pieces"]
+            return cls(tuple(piece["noise_from"] for piece in pieces[1:]), tuple(tuple(piece["levels"]) for piece in pieces))
+        except (KeyError, TypeError) as error:
+            raise UserError("Not a schedule: it needs pieces of noise_from, noise_to and levels.", hint="Check schedule.json.") from error

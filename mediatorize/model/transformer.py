@@ -1,0 +1,179 @@
+"""DiT and SiT in one module, with the parameter names of the official checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from mediatorize.errors import UserError
+from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
+from mediatorize.model.attention import MediatorAttention, SwitchableAttention
+from mediatorize.model.schedule import Schedule
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(b, n, c) with shift and scale (b, c): adaptive layer norm's affine part."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep, cosines first, through a two-layer MLP (DiT's models.py)."""
+
+    def __init__(self, width: int, frequency_shift: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequency_shift = frequency_shift
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(b,) -> (b, c)"""
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift)
+        angles = t.float().unsqueeze(1) * torch.exp(-math.log(10000) * exponents)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A row per class; where `null_class`, the last row stands for no class."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(b,) integers -> (b, c)"""
+        return self.embedding_table(labels)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
+        self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid)
+        self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
+        self.mlp = Mlp(arch.width, arch.mlp_width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
+
+    def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
+        """(b, n, c), (b, c) -> (b, n, c)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), level)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class LastLayer(nn.Module):
+    """Normalise, modulate, project every token to its patch."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(arch.width, arch.last_rows)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 2 * arch.width))
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiffusionTransformer(nn.Module):
+    """A class-conditional DiT or SiT whose attention layers can each run at any of their levels.
+
+    Without mediators (`settings` None) its parameters are exactly those of an official checkpoint.
+    """
+
+    def __init__(self, arch: Architecture, settings: MediatorSettings | None = None) -> None:
+        super().__init__()
+        self.arch = arch
+        self.settings: MediatorSettings | None = None
+        self.schedule: Schedule | None = None
+        self.x_embedder = PatchEmbed(arch.input_size, arch.patch, arch.channels, arch.width)
+        self.t_embedder = TimestepEmbedder(arch.width, arch.frequency_shift)
+        self.y_embedder = LabelEmbedder(arch.classes + arch.null_class, arch.width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, arch.tokens, arch.width), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
+        self.final_layer = LastLayer(arch)
+        if settings is not None:
+            self.add_mediators(settings)
+
+    def attention_layers(self) -> list[SwitchableAttention]:
+        return [block.attn for block in self.blocks]
+
+    def mediators(self) -> list[MediatorAttention]:
+        """The mediator path of every layer, in order; an error where the model was never converted."""
+        paths = [layer.mediator for layer in self.attention_layers() if layer.mediator is not None]
+        if self.settings is None or len(paths) < self.arch.depth:
+            raise UserError("This model has no mediators.", hint="Run `mediatorize convert` first.")
+        return paths
+
+    def add_mediators(self, settings: MediatorSettings) -> None:
+        """Gives every attention layer a mediator path that starts from its own projections."""
+        for layer in self.attention_layers():
+            layer.add_mediators(settings)
+        self.settings = settings
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """(b,), (b,) -> (b, c): what every block is modulated by."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(b, channels, height, width) -> (b, n, c): the first block's input."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, levels: Level | Sequence[Level] = SOFTMAX) -> Tensor:
+        """The checkpoint's own prediction.
+
+        Args:
+            x: noisy latents (b, channels, height, width).
+            t: (b,). DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
+            y: class labels (b,); `arch.classes` is the null class.
+            levels: one level for all layers, or one per layer.
+
+        Returns:
+            DiT with learned variance: noise and variance logits (b, 2 channels, height, width).
+            SiT: velocity (b, channels, height, width), data - noise (REPA: noise - data).
+        """
+        conditioning = self.condition(t, y)
+        tokens = self.embed(x)
+        for block, level in zip(self.blocks, levels_per_layer(levels, self.arch.depth), strict=True):
+            tokens = block(tokens, conditioning, level)
+        return self.unpatchify(self.final_layer(tokens, conditioning))
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(b, n, p * p * rows) -> (b, output channels, height, width)"""
+        arch = self.arch
+        image = patches.unflatten(1, arch.grid).unflatten(3, (arch.patch, arch.patch, -1))
+        image = image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (b, channels, rows * p, columns * p)
+        return image[:, : arch.output_channels]
+
+
+def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
+    """The fixed position embedding of DiT and SiT: (1, rows * columns, width).
+
+    A quarter each of sin(column), cos(column), sin(row), cos(row), over geometric frequencies (MAE's, through DiT's models.py).
+    """
+    frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = [position.flatten().outer(frequencies) for position in (columns, rows)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+
+
+def initialise_from_scratch(model: DiffusionTransformer, seed: int) -> None:
+    """DiT's initialisation (arXiv 2212.09748, section 3.2) for training a new model: adaLN-Zero, Xavier, sin-cos positions."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02, generator=generator)
+    for index in (0, 2):
+        nn.init.normal_(model.t_embedder.mlp[index].weight, std=0.02, generator=generator)
+    for layer in [*(block.adaLN_modulation[-1] for block in model.blocks), model.final_layer.adaLN_modulation[-1], model.final_layer.linear]:
+        nn.init.zeros_(layer.weight)
+    model.pos_embed.data.copy_(sincos_position_embedding(model.arch.width, model.arch.grid))

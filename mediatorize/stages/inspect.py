@@ -1,0 +1,143 @@
+"""`mediatorize inspect`: what a checkpoint is, where its FLOPs go, what reduction is reachable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from mediatorize.formats.bundle import is_bundle, read_config
+from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite
+from mediatorize.model import cost
+from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, coarse_grid, default_local_rank, preset
+from mediatorize.stages.options import ClassesOption, FamilyOption, HeadsOption, Option, WeightsOption
+from mediatorize.stages.running import text_table
+
+SHOWN_LEVELS = (1, 4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; FLOPs are of one forward on one sample, a multiply-add counting two."""
+
+    source: str
+    format: str
+    weights: str
+    arch: Architecture
+    parameters: int
+    settings: MediatorSettings
+    notes: tuple[str, ...]
+
+    def reachable(self) -> list[dict[str, Any]]:
+        """Cost of the whole model with all layers at a level, relative to softmax, at this resolution, half and twice it."""
+        rows = []
+        for scale in (0.5, 1, 2):
+            grid = int(self.arch.grid[0] * scale), int(self.arch.grid[1] * scale)
+            if min(grid) < 2:
+                continue
+            arch = replace(self.arch, grid=grid)
+            softmax = cost.forward_flops(arch)
+            cells = coarse_grid(grid)[0] * coarse_grid(grid)[1]
+            row: dict[str, Any] = {"input_size": list(arch.input_size), "image_size": arch.image_size, "flops": softmax, "relative": {}}
+            for level in self.settings.levels:
+                if level <= cells:
+                    row["relative"][level] = cost.forward_flops(arch, level, self.settings) / softmax
+            rows.append(row)
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        parts = cost.forward_flops_by_part(self.arch)
+        flops = sum(parts.values())
+        return {
+            "source": self.source,
+            "format": self.format,
+            "weights": self.weights,
+            "name": self.arch.name,
+            "architecture": self.arch.to_json(),
+            "parameters": self.parameters,
+            "image_size": self.arch.image_size,
+            "flops": flops,
+            "macs": flops // 2,
+            "flops_by_part": parts,
+            "reachable": self.reachable(),
+            "local_rank": self.settings.local_rank,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        arch = self.arch
+        size = "x".join(map(str, arch.input_size))
+        image = f", pictures of {'x'.join(map(str, arch.image_size))}" if arch.image_size else ""
+        kind = "pixels" if arch.channels in (1, 3) else "latents"
+        lines = [
+            f"{self.source}: {arch.name} ({self.format}{', ' + self.weights if self.weights else ''})",
+            f"  {arch.depth} layers, width {arch.width}, {arch.heads} heads of {arch.head_width}, patches of {arch.patch}, "
+            f"{arch.tokens} tokens ({arch.grid[0]}x{arch.grid[1]}), {arch.classes} classes{' and null' if arch.null_class else ''}",
+            f"  {arch.channels} channels of {size} {kind}{image}; {self.parameters / 1e6:.1f}M parameters",
+            *(f"  {note}" for note in self.notes),
+            "",
+            "One forward on one sample (papers' Gflops are GMACs):",
+        ]
+        parts = cost.forward_flops_by_part(arch)
+        total = sum(parts.values())
+        rows = [(name, f"{flops / 2e9:.3f}", f"{flops / 1e9:.3f}", f"{flops / total:.1%}") for name, flops in parts.items()]
+        rows.append(("total", f"{total / 2e9:.2f}", f"{total / 1e9:.2f}", "100%"))
+        lines.append(text_table(("part", "GMACs", "GFLOPs", "share"), rows))
+        rank = self.settings.local_rank
+        lines += ["", f"Reachable with every layer at one level (FLOPs of the whole model; local branch of rank {rank} included):"]
+        table = []
+        for row in self.reachable():
+            resolution = "x".join(map(str, row["image_size"] or row["input_size"]))
+            name = f"{resolution}{' (this one)' if tuple(row['input_size']) == arch.input_size else ''}"
+            relative = [f"{row['relative'][level]:.1%}" if level in row["relative"] else "-" for level in self.settings.levels]
+            table.append((name, f"{row['flops'] / 2e9:.2f}", *relative))
+        lines.append(text_table(("resolution", "GMACs softmax", *(f"m={level}" for level in self.settings.levels)), table))
+        return "\n".join(lines)
+
+
+def inspect(
+    checkpoint: Annotated[str, Option("a checkpoint or bundle; or a published size, such as DiT-XL/2@512")],
+    *,
+    family: FamilyOption = None,
+    num_heads: HeadsOption = None,
+    num_classes: ClassesOption = None,
+    weights: WeightsOption = None,
+) -> Inspection:
+    """What a checkpoint is, where its FLOPs go, what reduction is reachable. Reads every weight once, to be sure that all are finite."""
+    path = Path(checkpoint)
+    if "@" in checkpoint and not path.exists():
+        arch = preset(checkpoint)
+        return Inspection(checkpoint, "published size, no file", "", arch, count_parameters(arch), shown_settings(arch), ())
+    if is_bundle(path):
+        config = read_config(path)
+        tensors = {name: Weight((stored,)) for name, stored in read_safetensors(path / "model.safetensors")[0].items()}
+        refuse_non_finite(tensors.items())
+        added = sum(_size(weight.shape) for name, weight in tensors.items() if ".mediator." in name)
+        total = sum(_size(weight.shape) for weight in tensors.values())
+        notes = (f"levels {', '.join(map(str, config.settings.levels))}, {SOFTMAX}; mediators add {added / 1e6:.1f}M parameters",)
+        return Inspection(checkpoint, "bundle", "", config.arch, total, config.settings, notes)
+    opened = open_checkpoint(path, Hints(family, num_heads, num_classes), weights)
+    opened.verify()
+    total = sum(_size(weight.shape) for weight in opened.weights.values())
+    return Inspection(checkpoint, opened.format, opened.part, opened.arch, total, shown_settings(opened.arch), opened.notes)
+
+
+def shown_settings(arch: Architecture) -> MediatorSettings:
+    return MediatorSettings(SHOWN_LEVELS, local_rank=default_local_rank(arch.width))
+
+
+def count_parameters(arch: Architecture) -> int:
+    """Parameters of a model without mediators, position embedding included (as the published counts do)."""
+    width = arch.width
+    block = 4 * width**2 + 4 * width + 2 * width * arch.mlp_width + arch.mlp_width + width + 6 * width**2 + 6 * width
+    embedders = width * (arch.channels * arch.patch**2 + 1) + (256 + 1) * width + (width + 1) * width
+    tables = (arch.classes + arch.null_class) * width + arch.tokens * width
+    return arch.depth * block + embedders + tables + 2 * width**2 + 2 * width + (width + 1) * arch.last_rows
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total

@@ -1,0 +1,64 @@
+"""What stages share at run time: a device, a progress bar, a table in text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mediatorize.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then Apple's, then the CPU; a named one must be there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"No {name} device is here.", hint="Pass --device cpu.")
+    return torch.device(name)
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def progress_bar(total: int, description: str, unit: str = "step") -> tqdm[Any]:
+    """On stderr; silent where that is no terminal."""
+    return tqdm(total=total, desc=description, unit=unit, disable=None, file=sys.stderr, dynamic_ncols=True)
+
+
+def measured_flops_per_second(device: torch.device, width: int, tokens: int) -> float:
+    """How fast this device multiplies matrices of a model's sizes, measured for about a fifth of a second."""
+    x, weight = torch.randn(4 * tokens, width, device=device), torch.randn(width, 3 * width, device=device)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    float((x @ weight)[0, 0])
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        y = x @ weight
+        count += 1
+        wait()
+    float(y[0, 0])
+    return count * 2 * x.numel() * weight.shape[1] / (time.perf_counter() - start)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def seconds_in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
