@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,8 @@ from mediatorize.version import VERSION
 
 BUNDLE_FORMAT = "mediatorize"
 BUNDLE_VERSION = 1
+PLAN_FILE = "plan.json"
+"""In an unfinished bundle: what it is going to be."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,6 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
     return layers
 
 
-def remove_layers(partial: Path) -> None:
-    for file in partial.glob("layer-*.safetensors"):
-        os.unlink(file)
+def remove_working_files(partial: Path) -> None:
+    for file in [*partial.glob("layer-*.safetensors"), partial / PLAN_FILE]:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""Pictures: latents decoded, values turned to bytes, grids and arrays written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mediatorize.errors import UserError
+from mediatorize.formats.tensors import write_beside
+
+VAE_SCALE = 0.18215
+"""What latents of the SD VAE were multiplied by for DiT and SiT."""
+
+Pixels = NDArray[np.uint8]
+"""(n, height, width, channels)"""
+
+
+def to_pixels(values: Tensor) -> Pixels:
+    """(n, c, h, w) in [-1, 1] -> bytes (n, h, w, c)."""
+    scaled = ((values.float() + 1) * 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+
+
+def load_vae(path: Path, device: torch.device) -> torch.nn.Module:
+    """A diffusers `AutoencoderKL` folder, or a pipeline's folder that holds one; never downloaded."""
+    from diffusers import AutoencoderKL
+
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if not (folder / "config.json").exists():
+        raise UserError(f"{path}: no VAE (no config.json).", hint="Pass a folder of stabilityai/sd-vae-ft-ema or -mse on disk.")
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a VAE of diffusers ({str(error).splitlines()[0]}).", hint="Copy the folder again.") from error
+    return vae.to(device).eval()
+
+
+@torch.no_grad()
+def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """(b, 4, h, w) -> (b, 3, 8h, 8w) in [-1, 1]"""
+    return vae.decode(latents / VAE_SCALE).sample
+
+
+def write_grid(path: Path, pixels: Pixels, columns: int, scale: int = 1) -> None:
+    """A PNG of pictures in rows of `columns`, a thin white line between them."""
+    count, height, width, channels = pixels.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height * scale + 2) + 2, columns * (width * scale + 2) + 2, channels), 255, np.uint8)
+    for index, picture in enumerate(pixels):
+        row, column = divmod(index, columns)
+        top, left = 2 + row * (height * scale + 2), 2 + column * (width * scale + 2)
+        sheet[top : top + height * scale, left : left + width * scale] = picture.repeat(scale, 0).repeat(scale, 1)
+    image = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    write_beside(path, lambda beside: image.save(beside, format="PNG"))
+
+
+def write_arrays(path: Path, **arrays: NDArray[np.generic]) -> None:
+    """An uncompressed `.npz`; `arr_0` is what the ADM evaluator reads."""
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.savez(file, **arrays)
+
+    write_beside(path, write)

@@ -1,0 +1,290 @@
+"""`mediatorize convert`: softmax attention -> switchable mediator attention, fitted layer by layer, without data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
+from mediatorize.compression.initialise import INITIALISERS
+from mediatorize.compression.trajectories import teacher_states
+from mediatorize.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, call_times, find_solver
+from mediatorize.errors import UserError
+from mediatorize.formats import bundle
+from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.model import cost
+from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, Space, coarse_grid, default_local_rank, preset
+from mediatorize.report.card import model_card
+from mediatorize.stages.inspect import count_parameters
+from mediatorize.stages.options import (
+    ChannelsOption,
+    ClassesOption,
+    DeviceOption,
+    DryRunOption,
+    FamilyOption,
+    ForceOption,
+    HeadsOption,
+    Option,
+    SeedOption,
+    WeightsOption,
+)
+from mediatorize.stages.running import measured_flops_per_second, pick_device, progress_bar, seconds_in_words, text_table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do; the same plan on the same weights gives the same bundle."""
+
+    arch: Architecture
+    settings: MediatorSettings
+    init: str
+    fit: FitSettings
+    states: int
+    solver: str
+    steps: int
+    cfg_scale: float
+    cfg_channels: int | str
+
+    def fingerprint(self, weights_hash: str) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON keeps it."""
+        fields = {
+            "architecture": self.arch.to_json(),
+            "mediators": self.settings.to_json(),
+            "init": self.init,
+            "fit": vars(self.fit),
+            "states": self.states,
+            "solver": [self.solver, self.steps, self.cfg_scale, self.cfg_channels],
+            "weights": weights_hash,
+        }
+        return json.loads(json.dumps(fields))
+
+    def added_parameters(self) -> int:
+        """Parameters that the mediators add."""
+        arch, rank = self.arch, self.settings.local_rank
+        cells = coarse_grid(arch.grid)[0] * coarse_grid(arch.grid)[1]
+        levels = sum(3 * arch.heads * m * cells + 2 * arch.heads for m in self.settings.levels)
+        return arch.depth * (4 * arch.width**2 + 4 * arch.width + levels + 2 * rank * arch.width + 9 * rank)
+
+    def flops(self) -> int:
+        """FLOPs of the conversion: states, the teacher's pass over them, and fitting (a backward counts as two forwards)."""
+        arch = self.arch
+        forward = cost.forward_flops(arch)
+        calls = len(call_times(find_solver(arch, self.solver), self.steps))
+        rows = 32 * (1 if self.cfg_scale == 1 else 2)
+        sampled = -(-self.states // (calls * rows)) * calls * rows
+        levels = sum(cost.attention_flops(arch, level, self.settings) for level in self.settings.levels)
+        return (sampled + 2 * self.states) * forward + arch.depth * self.fit.steps * self.fit.batch * 3 * levels
+
+    def peak_bytes(self) -> int:
+        """The model with its mediators, all states at one layer, and one step of fitting."""
+        arch, widest = self.arch, self.settings.levels[-1]
+        tokens = 4 * self.states * arch.tokens * arch.width
+        step = 4 * self.fit.batch * arch.tokens * (6 * arch.width + 4 * arch.heads * widest + arch.mlp_width)
+        return 4 * (count_parameters(arch) + self.added_parameters()) + 16 * self.added_parameters() // arch.depth + 5 * tokens + step
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did, or with `dry_run` would do."""
+
+    out: Path
+    plan: Plan
+    notes: tuple[str, ...]
+    errors: tuple[LayerErrors, ...] = ()
+    seconds: float = 0.0
+    estimated_seconds: float | None = None
+    """Only of a dry run: FLOPs over this device's measured rate."""
+    resumed_layers: int = 0
+    relative_flops: dict[int, float] = field(default_factory=dict)
+    """Of the whole model, every layer at one level."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "dry_run": self.estimated_seconds is not None,
+            "architecture": self.plan.arch.to_json(),
+            "mediators": self.plan.settings.to_json(),
+            "init": self.plan.init,
+            "fit": vars(self.plan.fit),
+            "states": self.plan.states,
+            "added_parameters": self.plan.added_parameters(),
+            "flops_of_conversion": self.plan.flops(),
+            "peak_bytes": self.plan.peak_bytes(),
+            "relative_flops": self.relative_flops,
+            "layer_errors": [vars(errors) for errors in self.errors],
+            "seconds": round(self.seconds, 1),
+            "estimated_seconds": self.estimated_seconds,
+            "resumed_layers": self.resumed_layers,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        plan = self.plan
+        rows = [
+            (f"m={m}", f"{cost.forward_flops(plan.arch, m, plan.settings) / 2e9:.2f}", f"{self.relative_flops[m]:.1%}")
+            for m in plan.settings.levels
+        ]
+        rows.insert(0, (SOFTMAX, f"{cost.forward_flops(plan.arch) / 2e9:.2f}", "100%"))
+        lines = [
+            f"{plan.arch.name}: {plan.arch.depth} attention layers get levels {', '.join(map(str, plan.settings.levels))} beside softmax",
+            f"  mediators from {plan.settings.space}, {plan.init}, local rank {plan.settings.local_rank}; "
+            f"{plan.added_parameters() / 1e6:.1f}M parameters more",
+            *(f"  {note}" for note in self.notes),
+            "",
+            text_table(("all layers at", "GMACs per forward", "of softmax's"), rows),
+            "",
+        ]
+        if self.estimated_seconds is not None:
+            lines += [
+                f"Would take {plan.states} states of the model's own trajectories ({plan.solver}, {plan.steps} steps, guidance {plan.cfg_scale}) and "
+                f"fit {plan.fit.steps} steps of {plan.fit.batch} states per layer:",
+                f"  {plan.flops() / 1e12:.1f} TFLOPs, about {seconds_in_words(self.estimated_seconds)} at this device's rate; "
+                f"memory up to {plan.peak_bytes() / 2**30:.1f} GiB",
+                f"  {self.out} would be written.",
+            ]
+            return "\n".join(lines)
+        if plan.fit.steps == 0:
+            lines.append("Not fitted (--fit-steps 0): mediators are as initialised. Relative error of each layer's output:")
+        else:
+            lines.append("Relative error of each layer's output on held-out states, before -> after fitting:")
+        table = [
+            (f"{errors.layer}", *(f"{errors.before[m]:.3f} -> {errors.after[m]:.3f}" for m in plan.settings.levels)) for errors in self.errors
+        ]
+        mean = [[sum(getattr(e, when)[m] for e in self.errors) / len(self.errors) for when in ("before", "after")] for m in plan.settings.levels]
+        table.append(("mean", *(f"{before:.3f} -> {after:.3f}" for before, after in mean)))
+        lines.append(text_table(("layer", *(f"m={m}" for m in plan.settings.levels)), table))
+        resumed = f" ({self.resumed_layers} layers were there from before)" if self.resumed_layers else ""
+        lines += ["", f"Wrote {self.out} in {seconds_in_words(self.seconds)}{resumed}. Level softmax is the pretrained model, bit for bit."]
+        return "\n".join(lines)
+
+
+def convert(
+    checkpoint: Annotated[str, Option("a pretrained DiT or SiT; with --dry-run also a published size, such as DiT-XL/2@256")],
+    out: Annotated[Path, Option("the bundle (a folder) to write")],
+    *,
+    levels: Annotated[tuple[int, ...], Option("mediator counts that every layer can run at")] = (1, 4, 16),
+    init: Annotated[str, Option("where pooling starts", choices=INITIALISERS)] = "cluster-queries",
+    mediators_from: Annotated[Space, Option("which projection makes mediators: queries or keys")] = "queries",
+    local_rank: Annotated[int | None, Option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64")] = None,
+    states: Annotated[int, Option("states of the model's own trajectories to fit on")] = 512,
+    fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = 250,
+    batch: Annotated[int, Option("states per step of fitting")] = 32,
+    learning_rate: Annotated[float, Option("peak rate of fitting")] = 2e-3,
+    solver: Annotated[str | None, Option("sampler of the trajectories; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
+    steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
+    cfg_scale: Annotated[float, Option("its guidance; 1 is none")] = 1.5,
+    cfg_channels: ChannelsOption = 3,
+    seed: SeedOption = 0,
+    family: FamilyOption = None,
+    num_heads: HeadsOption = None,
+    num_classes: ClassesOption = None,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    force: ForceOption = False,
+) -> Conversion:
+    """Gives every attention layer a mediator path beside its softmax one, and fits it to the layer's own outputs. Resumes after a kill."""
+    start = time.monotonic()
+    source = Path(checkpoint)
+    if bundle.is_bundle(source):
+        raise UserError(f"{source}: is a bundle already; nothing was converted.", hint="Convert the checkpoint it was made from.")
+    published = dry_run and "@" in checkpoint and not source.exists()
+    opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), weights)
+    arch = preset(checkpoint) if opened is None else opened.arch
+    rank = default_local_rank(arch.width) if local_rank is None else local_rank
+    settings = MediatorSettings(tuple(sorted(set(levels))), mediators_from, rank)
+    name = solver or DEFAULT_SOLVER[arch.family]
+    chosen = find_solver(arch, name)
+    if chosen.adaptive:
+        raise UserError(f"{name} takes as many steps as it likes; states are spread over a fixed number.", hint="Pass --solver euler or heun.")
+    fit = FitSettings(fit_steps, batch, learning_rate, seed)
+    guidance = cfg_scale if arch.null_class else 1.0
+    plan = Plan(arch, settings, init, fit, states, name, steps or chosen.default_steps, guidance, cfg_channels)
+    relative, notes = _check_plan(plan)
+    notes += list(opened.notes) if opened else []
+    if dry_run:
+        rate = measured_flops_per_second(pick_device(device), arch.width, arch.tokens)
+        return Conversion(out, plan, tuple(notes), estimated_seconds=plan.flops() / rate, relative_flops=relative)
+
+    assert opened is not None
+    bundle.recover(out)
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists.", hint="Pass --force to replace it, or another path.")
+    opened.verify()
+    model = opened.load()
+    weights_hash = bundle.hash_of_weights(model)
+    partial = _open_partial(out, plan.fingerprint(weights_hash), force)
+    model = model.to(pick_device(device))
+
+    with progress_bar(len(call_times(chosen, plan.steps)), "sampling the teacher", "call") as bar:
+        collected = teacher_states(
+            model, states, solver=name, steps=plan.steps, cfg_scale=guidance, cfg_channels=cfg_channels, seed=seed, on_call=lambda: bar.update()
+        )
+    model.add_mediators(settings)
+    model.requires_grad_(False)
+    restored = {
+        index: (state, LayerErrors(index, *({int(m): e for m, e in errors[when].items()} for when in ("before", "after"))))
+        for index, (state, errors) in bundle.saved_layers(partial).items()
+    }
+    done: list[LayerErrors] = []
+    with progress_bar((arch.depth - len(restored)) * max(fit_steps, 1), "fitting layers") as bar:
+        for errors in fit_layers(model, collected, INITIALISERS[init], fit, restored=restored, on_step=lambda: bar.update()):
+            done.append(errors)
+            if errors.layer not in restored:
+                state = {key: value.cpu() for key, value in model.mediators()[errors.layer].state_dict().items()}
+                bundle.save_layer(partial, errors.layer, state, {"before": errors.before, "after": errors.after})
+
+    result = Conversion(out, plan, tuple(notes), tuple(done), time.monotonic() - start, None, len(restored), relative)
+    provenance = {"file": source.name, "format": opened.format, "weights": opened.part, "sha256": weights_hash}
+    config = bundle.BundleConfig(arch, settings, provenance, [vars(errors) for errors in done])
+    bundle.write_bundle(partial, model.cpu(), config, model_card(config))
+    arguments = {"checkpoint": checkpoint, "out": str(out), **plan.fingerprint(weights_hash)}
+    bundle.append_log(partial, "convert", arguments, {"seconds": round(result.seconds, 1), "resumed_layers": len(restored)})
+    bundle.remove_working_files(partial)
+    bundle.commit(partial, out)
+    return result
+
+
+def _check_plan(plan: Plan) -> tuple[dict[int, float], list[str]]:
+    """The model's relative cost per level; refuses a plan that saves nothing or cannot be."""
+    arch, settings = plan.arch, plan.settings
+    cells = coarse_grid(arch.grid)[0] * coarse_grid(arch.grid)[1]
+    if settings.levels[-1] > cells:
+        raise UserError(f"{settings.levels[-1]} mediators do not fit {cells} positions.", hint="Pass smaller --levels.")
+    for name, value, least in (("fit-steps", plan.fit.steps, 0), ("batch", plan.fit.batch, 1), ("states", plan.states, 16)):
+        if value < least:
+            raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")
+    softmax = cost.forward_flops(arch)
+    relative = {m: cost.forward_flops(arch, m, settings) / softmax for m in settings.levels}
+    idle = [m for m, share in relative.items() if share >= 1]
+    if len(idle) == len(relative):
+        raise UserError(
+            f"Nothing was converted: with {arch.tokens} tokens of width {arch.width} no level of {list(settings.levels)} is cheaper than softmax.",
+            hint="Pass smaller --levels or a smaller --local-rank.",
+        )
+    notes = [f"level {m} is no cheaper than softmax here ({relative[m]:.1%})" for m in idle]
+    return relative, notes
+
+
+def _open_partial(out: Path, fingerprint: dict[str, Any], force: bool) -> Path:
+    """The folder that the bundle is prepared in: a new one, or an unfinished one of the same plan."""
+    partial = bundle.partial_folder(out)
+    plan_file = partial / bundle.PLAN_FILE
+    if partial.exists():
+        same = plan_file.exists() and json.loads(plan_file.read_text()) == fingerprint
+        if same:
+            return partial
+        if not force:
+            raise UserError(
+                f"{partial}: an unfinished conversion with other settings or weights.", hint="Repeat its command, or pass --force to drop it."
+            )
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    bundle.write_json(plan_file, fingerprint)
+    return partial

@@ -1,0 +1,167 @@
+"""`mediatorize evaluate`: the teacher against every level, from the same seeds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from mediatorize.diffusion.solvers import SOLVERS, find_solver
+from mediatorize.errors import UserError
+from mediatorize.evaluation.digits import SIDE, digit_classifier, digit_images
+from mediatorize.evaluation.metrics import distance_of_halves, frechet_distance
+from mediatorize.formats.bundle import write_json, write_text
+from mediatorize.formats.images import to_pixels
+from mediatorize.formats.loading import load_model
+from mediatorize.model.architecture import SOFTMAX, Level
+from mediatorize.report.pictures import write_comparison
+from mediatorize.stages.options import ChannelsOption, DeviceOption, FamilyOption, HeadsOption, Option, SeedOption, WeightsOption
+from mediatorize.stages.running import pick_device, text_table
+from mediatorize.stages.sample import Sampling, known_level, sample_many, sampling_flops
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """One level's samples against the teacher's from the same noise."""
+
+    level: str
+    flops: float
+    """Of one sample, guidance included."""
+    relative_flops: float
+    sample_error: float
+    """|student - teacher| / |teacher| of the final samples."""
+    seconds: float
+    accuracy: float | None
+    frechet_distance: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    model: str
+    samples: int
+    sampling: Sampling
+    results: tuple[LevelResult, ...]
+    distance_of_halves: float | None
+    """Of the real data: what distances are to be read against."""
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "out": str(self.out)}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                result.level,
+                f"{result.flops / 2e9:.2f}",
+                f"{result.relative_flops:.1%}",
+                f"{result.sample_error:.3f}",
+                "-" if result.accuracy is None else f"{result.accuracy:.3f}",
+                "-" if result.frechet_distance is None else f"{result.frechet_distance:.2f}",
+            )
+            for result in self.results
+        ]
+
+    def __str__(self) -> str:
+        header = ("all layers at", "GMACs per sample", "of softmax's", "sample error", "class accuracy", "Frechet distance")
+        how = self.sampling
+        lines = [
+            f"{self.model}: {self.samples} samples per level from the same noise, {how.solver} {how.steps} steps, guidance {how.cfg_scale}",
+            text_table(header, self.rows()),
+        ]
+        if self.distance_of_halves is not None:
+            lines.append(f"Frechet distances are to the real digits; two halves of the real digits are {self.distance_of_halves:.2f} apart.")
+        lines.append(f"Wrote {self.out / 'evaluation.json'}, evaluation.md and comparison.png.")
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        header = "| all layers at | GMACs per sample | of softmax's FLOPs | sample error | class accuracy | Frechet distance |\n|---|---|---|---|---|---|"
+        rows = "\n".join(f"| {' | '.join(row)} |" for row in self.rows())
+        how = self.sampling
+        return (
+            f"# {self.model}\n\n{self.samples} samples per level from the same noise (seed {how.seed}), {how.solver}, {how.steps} steps, "
+            f"guidance {how.cfg_scale}.\n\n{header}\n{rows}\n\n![Samples at every level](comparison.png)\n"
+        )
+
+
+FEATURES = ("digits", "none")
+"""What samples are judged by."""
+
+
+def evaluate(
+    model: Annotated[str, Option("a bundle, or a checkpoint to judge alone")],
+    out: Annotated[Path, Option("a folder for evaluation.json, evaluation.md and comparison.png")],
+    *,
+    levels: Annotated[tuple[int, ...] | None, Option("which levels to judge; default: all that the bundle has")] = None,
+    samples: Annotated[int, Option("samples per level")] = 2000,
+    features: Annotated[str, Option("what judges samples: the digits classifier, or none", choices=FEATURES)] = "digits",
+    solver: Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
+    steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
+    cfg_scale: Annotated[float, Option("guidance; 1 is none and costs half")] = 1.0,
+    cfg_channels: ChannelsOption = 3,
+    seed: SeedOption = 0,
+    batch: Annotated[int, Option("samples at a time")] = 128,
+    family: FamilyOption = None,
+    num_heads: HeadsOption = None,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+) -> Evaluation:
+    """Samples the teacher (level softmax) and every level from the same noise and compares cost, samples and quality."""
+    loaded = load_model(model, family=family, num_heads=num_heads, weights=weights)
+    arch = loaded.arch
+    chosen = find_solver(arch, solver)
+    if chosen.adaptive:
+        raise UserError(f"{solver} has no fixed cost to compare.", hint="Choose a solver with fixed steps.")
+    solver = next(name for name, known in SOLVERS.items() if known is chosen)
+    sampling = Sampling(solver, steps or chosen.default_steps, cfg_scale, cfg_channels, seed, batch)
+    judged: list[Level] = [SOFTMAX]
+    for level in sorted(levels or (loaded.settings.levels if loaded.settings else ()), reverse=True):
+        judged.append(known_level(loaded, level) or SOFTMAX)
+    if features == "digits" and (arch.channels, arch.input_size, arch.classes) != (1, (SIDE, SIDE), 10):
+        raise UserError(f"{model}: the digits classifier judges 16x16 digits, not {arch.name}.", hint="Pass --features none.")
+    loaded = loaded.to(pick_device(device))
+    labels = torch.arange(samples) % arch.classes
+
+    results: list[LevelResult] = []
+    pictures: dict[str, Tensor] = {}
+    teacher = torch.empty(0)
+    for level in judged:
+        start = time.monotonic()
+        images = sample_many(loaded, labels, sampling, level, f"level {level}")
+        seconds = time.monotonic() - start
+        teacher = images if level == SOFTMAX else teacher
+        flops = sampling_flops(arch, sampling, level, loaded.settings) or 0.0
+        accuracy, distance = judge(images, labels) if features == "digits" else (None, None)
+        results.append(
+            LevelResult(
+                str(level), flops, flops / (results[0].flops if results else flops), float((images - teacher).norm() / teacher.norm()), seconds, accuracy, distance
+            )
+        )
+        pictures["teacher (softmax)" if level == SOFTMAX else f"m = {level}"] = images[:20]
+
+    halves = distance_of_halves(digit_classifier().features(digit_images()[0])) if features == "digits" else None
+    report = Evaluation(model, samples, sampling, tuple(results), halves, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", report.to_json())
+    write_text(out / "evaluation.md", report.markdown())
+    if arch.channels in (1, 3):
+        write_comparison(out / "comparison.png", {name: to_pixels(images) for name, images in pictures.items()}, captions(results))
+    return report
+
+
+def judge(images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Class accuracy and Frechet distance to all real digits, by the digits classifier."""
+    classifier = digit_classifier()
+    real = classifier.features(digit_images()[0])
+    return classifier.accuracy(images, labels), frechet_distance(classifier.features(images), real)
+
+
+def captions(results: list[LevelResult]) -> list[str]:
+    texts = []
+    for result in results:
+        text = f"{result.relative_flops:.0%} of FLOPs"
+        texts.append(text if result.frechet_distance is None else f"{text}, distance {result.frechet_distance:.2f}, accuracy {result.accuracy:.3f}")
+    return texts

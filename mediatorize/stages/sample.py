@@ -1,0 +1,200 @@
+"""`mediatorize sample`: pictures from a bundle or a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mediatorize.diffusion.solvers import SOLVERS, Channels, call_times, find_solver
+from mediatorize.diffusion.solvers import sample as sample_batch
+from mediatorize.errors import UserError
+from mediatorize.formats.images import decode, load_vae, to_pixels, write_arrays, write_grid
+from mediatorize.formats.loading import load_model
+from mediatorize.model import cost
+from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.stages.options import (
+    ChannelsOption,
+    ClassesOption,
+    DeviceOption,
+    FamilyOption,
+    ForceOption,
+    HeadsOption,
+    Option,
+    SeedOption,
+    WeightsOption,
+)
+from mediatorize.stages.running import pick_device, pick_dtype, progress_bar
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made: everything that `sample_many` needs beside a model and labels."""
+
+    solver: str | None = None
+    steps: int | None = None
+    cfg_scale: float = 1.0
+    cfg_channels: Channels = 3
+    seed: int = 0
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    out: Path
+    count: int
+    name: str
+    level: str
+    seconds: float
+    flops: float | None
+    """Of all samples, guidance included; unknown for an adaptive solver."""
+    softmax_flops: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "out": str(self.out)}
+
+    def __str__(self) -> str:
+        text = f"{self.out}: {self.count} samples of {self.name} at level {self.level} in {self.seconds:.1f} s"
+        if self.flops is None or self.softmax_flops is None:
+            return text
+        return f"{text}; {self.flops / 1e9:.1f} GFLOPs ({self.flops / 2e9:.1f} GMACs), {self.flops / self.softmax_flops:.1%} of softmax's"
+
+
+def sample(
+    model: Annotated[str, Option("a bundle or a pretrained checkpoint")],
+    *,
+    out: Annotated[Path, Option("a .png for a grid, a .npz for an array: arr_0 uint8 for the ADM evaluator, or latents without --vae")],
+    classes: Annotated[tuple[int, ...] | None, Option("class numbers, such as 207,360; default: every class in turn, up to ten")] = None,
+    per_class: Annotated[int, Option("samples of each class")] = 1,
+    level: Annotated[
+        int | str | None, Option("a mediator count or softmax, for all layers and steps; default: the bundle's schedule, else softmax")
+    ] = None,
+    solver: Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
+    steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
+    cfg_scale: Annotated[float, Option("guidance; 1 is none and costs half")] = 1.0,
+    cfg_channels: ChannelsOption = 3,
+    seed: SeedOption = 0,
+    batch: Annotated[int, Option("samples at a time")] = 64,
+    vae: Annotated[Path | None, Option("a diffusers AutoencoderKL folder that decodes latents")] = None,
+    family: FamilyOption = None,
+    num_heads: HeadsOption = None,
+    num_classes: ClassesOption = None,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, Option("precision of the model", choices=("float32", "bfloat16", "float16"))] = "float32",
+    force: ForceOption = False,
+) -> SampleReport:
+    """Samples pictures. The same seed gives the same pictures, in batches of any size."""
+    refuse_bad_output(out, force)
+    loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
+    arch = loaded.arch
+    level = known_level(loaded, level)
+    as_pixels = vae is not None or arch.channels in (1, 3)
+    if out.suffix == ".png" and not as_pixels:
+        raise UserError(f"{model}: makes latents of {arch.channels} channels.", hint="Pass --vae PATH, or --out something.npz for the latents.")
+    where = pick_device(device)
+    decoder = load_vae(vae, where) if vae else None
+    loaded = loaded.to(device=where, dtype=pick_dtype(dtype))
+
+    chosen = classes or tuple(range(min(arch.classes, 10)))
+    labels = torch.tensor(chosen).repeat_interleave(per_class)
+    sampling = Sampling(solver, steps, cfg_scale, cfg_channels, seed, batch)
+    start = time.monotonic()
+    latents = sample_many(loaded, labels, sampling, level, "sampling")
+    seconds = time.monotonic() - start
+    if decoder is not None:
+        latents = torch.cat([decode(decoder, part.to(where)).cpu() for part in latents.split(8)])
+    if not as_pixels:
+        write_arrays(out, latents=latents.numpy(), labels=labels.numpy())
+    elif out.suffix == ".npz":
+        pixels = to_pixels(latents)
+        write_arrays(out, arr_0=pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels, labels=labels.numpy())
+    else:
+        pixels = to_pixels(latents)
+        write_grid(out, pixels, grid_columns(len(pixels), per_class), scale=max(1, 64 // pixels.shape[1]))
+    spent = sampling_flops(arch, sampling, level if level is not None else loaded.schedule, loaded.settings)
+    all_softmax = sampling_flops(arch, sampling, SOFTMAX, None)
+    shown = str(level) if level is not None else "of the schedule" if loaded.schedule else SOFTMAX
+    return SampleReport(
+        out,
+        len(labels),
+        arch.name,
+        shown,
+        seconds,
+        None if spent is None else spent * len(labels),
+        None if all_softmax is None else all_softmax * len(labels),
+    )
+
+
+def sample_many(
+    model: DiffusionTransformer, labels: Tensor, sampling: Sampling, level: Schedule | Level | None, description: str
+) -> Tensor:
+    """Any number of samples, in batches, on the CPU in float32: (n, c, h, w)."""
+    parts = []
+    with progress_bar(len(labels), description, "sample") as bar:
+        for first in range(0, len(labels), sampling.batch):
+            part = labels[first : first + sampling.batch]
+            latents = sample_batch(
+                model,
+                part,
+                solver=sampling.solver,
+                steps=sampling.steps,
+                cfg_scale=sampling.cfg_scale,
+                cfg_channels=sampling.cfg_channels,
+                seed=sampling.seed,
+                schedule=level,
+                first_index=first,
+            )
+            if not latents.isfinite().all():
+                raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
+            parts.append(latents.float().cpu())
+            bar.update(len(part))
+    return torch.cat(parts)
+
+
+def known_level(model: DiffusionTransformer, level: int | str | None) -> Level | None:
+    """`level` where this model has it."""
+    if level is None or level == SOFTMAX:
+        return level  # type: ignore[return-value]
+    levels = model.settings.levels if model.settings else ()
+    if level not in levels:
+        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, (*levels, SOFTMAX)))}.")
+    return int(level)
+
+
+def sampling_flops(
+    arch: Architecture, sampling: Sampling, level: Schedule | Level | None, settings: MediatorSettings | None
+) -> float | None:
+    """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
+    from mediatorize.diffusion.process import noise_level
+
+    solver = find_solver(arch, sampling.solver)
+    if solver.adaptive:
+        return None
+    total = 0.0
+    for t in call_times(solver, sampling.steps or solver.default_steps):
+        at = float(noise_level(arch, torch.tensor(1 - t if arch.reversed_time else t)))
+        levels = level.at(at) if isinstance(level, Schedule) else SOFTMAX if level is None else level
+        total += cost.forward_flops(arch, levels, settings)
+    return total * (1 if sampling.cfg_scale == 1 else 2)
+
+
+def refuse_bad_output(out: Path, force: bool) -> None:
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"{out}: neither .png nor .npz.", hint="Name a .png for a grid or a .npz for an array.")
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists.", hint="Pass --force to replace it, or another path.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: its folder does not exist.", hint=f"Make {out.parent} first.")
+
+
+def grid_columns(count: int, per_class: int) -> int:
+    """A row per class where there are several of each; else rows of up to ten."""
+    return per_class if 1 < per_class <= 16 else min(count, 10) if np.sqrt(count) < 10 else round(np.sqrt(count))
