@@ -56,14 +56,15 @@ def fit_layers(
     Streams: beside the model and the states' tokens only one layer's inputs and outputs are in memory. A layer in `restored` is taken from
     there. Fitting a layer depends on the teacher, the states and (seed, layer) alone.
     """
-    model.mediators()
     device = next(model.parameters()).device
-    condition = torch.cat([model.condition(t.to(device), y.to(device)) for t, y in zip(states.t.split(256), states.y.split(256), strict=True)])
+    condition = torch.cat(
+        [model.condition(t.to(device), y.to(device)) for t, y in zip(states.t.split(256), states.y.split(256), strict=True)]
+    )
     tokens = torch.cat([model.embed(x.to(device)) for x in states.x.split(settings.batch)])
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(model.layers()):
         if restored is not None and index in restored:
             weights, errors = restored[index]
-            block.attn.mediator.load_state_dict(weights)
+            block.attn.mediated().load_state_dict(weights)
         else:
             errors = _fit_layer(index, block, tokens, condition, initialise, settings, on_step)
         yield errors
@@ -83,8 +84,7 @@ def _fit_layer(
     on_step: Callable[[], None] | None,
 ) -> LayerErrors:
     layer = block.attn
-    mediator = layer.mediator
-    assert mediator is not None
+    mediator = layer.mediated()
     inputs, targets = _inputs_and_outputs(block, tokens, condition, settings.batch)
     held_out = torch.arange(len(inputs)) % HELD_OUT == 0
     seed = settings.seed * 1_000_003 + index
@@ -116,10 +116,10 @@ def relative_errors(mediator: MediatorAttention, inputs: Tensor, targets: Tensor
     """|mediator - softmax| / |softmax| over all of `inputs` and `targets` (s, n, c), per level."""
     errors = {}
     for mediators in mediator.settings.levels:
-        squared = sum(
-            float((mediator(x, mediators) - y).square().sum()) for x, y in zip(inputs.split(batch), targets.split(batch), strict=True)
-        )
-        errors[mediators] = math.sqrt(squared / float(targets.square().sum()))
+        squared = torch.zeros((), device=inputs.device)
+        for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
+            squared += (mediator(x, mediators) - y).square().sum()
+        errors[mediators] = float((squared / targets.square().sum()).sqrt())
     return errors
 
 

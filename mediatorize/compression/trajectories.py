@@ -37,7 +37,7 @@ def teacher_states(
     seed: int = 0,
     on_call: Callable[[], None] | None = None,
 ) -> States:
-    """`count` states of the teacher (level softmax), spread evenly over the calls of its sampler, random classes, half of them unconditional.
+    """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes, half of them unconditional.
 
     As many batches are sampled as it takes for no state to be used twice. Without a null class nothing is guided.
     """

@@ -1,4 +1,4 @@
-"""Samplers: plain functions of one shape, which repeat the originals' with the same noise (facts: DiT's gaussian_diffusion.py, SiT's transport).
+"""Samplers: plain functions of one shape, which repeat the originals' (DiT's gaussian_diffusion.py, SiT's transport) with the same noise.
 
 A solver calls `predict(x, t)`, the guided model, with `t` in the family's own time (DiT: timestep 0..999; SiT: 0 noise to 1 data), and
 `draw(k)` for its k-th Gaussian noise. Times are Python numbers: nothing in a loop waits for the device.
@@ -34,7 +34,7 @@ SDE_LAST_STEP = 0.04
 
 
 def respaced_timesteps(steps: int) -> list[int]:
-    """`steps` timesteps of DiT's 1000, evenly spread from 0 to 999; ascending. Summed up as DiT's respace.py does, or halves round otherwise."""
+    """`steps` timesteps of DiT's 1000, even from 0 to 999, ascending; summed up as DiT's respace.py does, or halves round otherwise."""
     if steps == 1:
         return [0]
     stride = (process.TRAIN_STEPS - 1) / (steps - 1)
@@ -84,7 +84,9 @@ def dpm_solver(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
     """DPM-Solver++ of second order, multistep (arXiv 2211.01095), by diffusers' scheduler."""
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=process.TRAIN_STEPS, trained_betas=process.BETAS, timestep_spacing="linspace")
+    scheduler: Any = DPMSolverMultistepScheduler(
+        num_train_timesteps=process.TRAIN_STEPS, trained_betas=process.BETAS, timestep_spacing="linspace"
+    )
     scheduler.set_timesteps(steps)
     channels = x.shape[1]
     for timestep in scheduler.timesteps:

@@ -193,7 +193,10 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
     layers = {}
     for file in sorted(partial.glob("layer-*.safetensors")):
         tensors, metadata = read_safetensors(file)
-        layers[int(file.stem.removeprefix("layer-"))] = {name: stored.mapped() for name, stored in tensors.items()}, json.loads(metadata["errors"])
+        layers[int(file.stem.removeprefix("layer-"))] = (
+            {name: stored.mapped() for name, stored in tensors.items()},
+            json.loads(metadata["errors"]),
+        )
     return layers
 
 

@@ -12,14 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mediatorize.errors import UserError
 from mediatorize.formats.tensors import StoredTensor, Weight, read_pickle, read_safetensors, refuse_non_finite
 from mediatorize.model.architecture import HEADS_OF_WIDTH, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
-FOREIGN: dict[str, str] = {}
+FOREIGN = {
+    "Attention-Mediators (published form, one fixed mediator count)": r"\.attn\.(an|na|ah|aw|ha|wa)_bias$",
+    "DyDiT": r"\.(attn_rate|mlp_rate)\.router\.|\.token_selection\.mlp_head\.",
+    "Latte": r"(^|\.)temp_embed$|(^|\.)temporal_transformer_blocks\.\d+\.",
+    "MDT": r"\.rel_pos_bias\.relative_position_|(^|\.)sideblocks\.\d+\.|(^|\.)(en_inblocks|en_outblocks|de_blocks)\.\d+\.",
+    "MaskDiT": r"(^|\.)decoder_layer\.linear\.",
+    "RAE": r"(^|\.)t_embedder\.W$",
+    "DDT": r"(^|\.)s_embedder\.proj\.|\.adaLN_modulation\.0\.weight$",
+    "JiT": r"(^|\.)x_embedder\.proj[12]\.|(^|\.)in_context_posemb",
+    "LightningDiT": r"\.mlp\.w12\.|(^|\.)feat_rope\.freqs_",
+    "FiT": r"\.mlp\.fc1_[gx]\.|(^|\.)global_adaLN_modulation\.",
+    "U-ViT": r"(^|\.)(mid_block\.attn\.|decoder_pred\.)",
+    "Sana": r"\.mlp\.(depth|point)_conv\.",
+    "PixArt": r"\.cross_attn\.q_linear\.|(^|\.)t_block\.1\.",
+    "HunyuanDiT": r"\.attn1\.Wqkv\.|\.default_modulation\.",
+    "MMDiT (Stable Diffusion 3)": r"(^|\.)joint_blocks\.\d+\.(context|x)_block\.",
+    "FLUX": r"(^|\.)(double_blocks\.\d+\.img_attn|single_blocks\.\d+\.linear1)\.",
+    "VAR": r"\.attn\.mat_qkv\.|(^|\.)lvl_embed\.",
+    "LlamaGen": r"\.attention\.wqkv\.|(^|\.)tok_embeddings\.",
+    "a SiT with normalised queries and keys": r"\.attn\.[qk]_norm\.weight$",
+}
+"""Parameter names of architectures that look like this one and are not, from their public code; the first that matches names it."""
 
 
 @dataclass(frozen=True)
@@ -183,24 +203,30 @@ def refuse_foreign(source: Source) -> None:
         found = next((key for key in source.tensors if re.search(pattern, key)), None)
         if found:
             raise UserError(f"{source.path}: {name} (it has {found}), not a plain DiT or SiT.", hint="It is not supported.")
+    path, prediction = (str(source.facts.get(key, "")).lower() for key in ("path_type", "prediction"))
+    if path not in ("", "linear") or prediction not in ("", "velocity", "v"):
+        raise UserError(
+            f"{source.path}: a SiT of path {path or 'linear'} that predicts {prediction or 'velocity'}.",
+            hint="Only the linear path and velocity are supported.",
+        )
 
 
 def family_of(source: Source, hints: Hints) -> tuple[Family, str]:
     """DiT or SiT, and how that was known: same names and shapes, so by flag, arguments, or the variance rows that SiT never trains."""
     if hints.family:
-        return hints.family, "as told"
+        return hints.family, "as --family says"
     facts = source.facts
     declared = str(facts.get("family", "") or facts.get("model", "")).lower()
     if declared.startswith(("dit", "sit")):
-        return ("dit" if declared.startswith("dit") else "sit"), "from the file's own arguments"
+        return ("dit" if declared.startswith("dit") else "sit"), "as the file says"
     if "path_type" in facts or "prediction" in facts:
-        return "sit", "from the file's own arguments"
+        return "sit", "as the file says"
     weight = source.tensors["final_layer.linear.weight"]
     _, channels, patch, _ = source.tensors["x_embedder.proj.weight"].shape
     if weight.shape[0] == 2 * channels * patch**2:
         variance_rows = weight.mapped().unflatten(0, (patch**2, 2, channels))[:, 1]
         if not variance_rows.any():
-            return "sit", "from variance rows that were never trained"
+            return "sit", "by variance rows that were never trained"
     raise UserError(f"{source.path}: DiT and SiT have the same weights' names and shapes.", hint="Pass --family dit or --family sit.")
 
 
@@ -316,7 +342,7 @@ def _open_official(name: str, source: Source, hints: Hints, **conventions: Any) 
     arch, notes = infer_architecture(source, hints, family, **conventions)
     weights = {key: Weight((value,)) for key, value in source.tensors.items()}
     _check_names_and_shapes(source.path, arch, weights, optional=set())
-    return Checkpoint(source.path, name, arch, weights, source.part, (f"{family.upper()} {how}", *notes))
+    return Checkpoint(source.path, name, arch, weights, source.part, (f"{'DiT' if family == 'dit' else 'SiT'}, {how}", *notes))
 
 
 def _open_repa(name: str, source: Source, hints: Hints) -> Checkpoint:
@@ -394,7 +420,7 @@ def _open_diffusers(name: str, source: Source, hints: Hints) -> Checkpoint:
         mlp_norm_eps=float(config.get("norm_eps", 1e-5)),
     )
     _check_names_and_shapes(source.path, arch, weights, optional={"pos_embed"})
-    return Checkpoint(source.path, name, arch, weights, "", ("DiT with diffusers' frequencies and epsilon", *notes))
+    return Checkpoint(source.path, name, arch, weights, "", ("DiT, with diffusers' frequencies and epsilon", *notes))
 
 
 FORMATS: dict[str, Format] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def to_pixels(values: Tensor) -> Pixels:
     return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
 
 
-def load_vae(path: Path, device: torch.device) -> torch.nn.Module:
+def load_vae(path: Path, device: torch.device) -> Any:
     """A diffusers `AutoencoderKL` folder, or a pipeline's folder that holds one; never downloaded."""
     from diffusers import AutoencoderKL
 
@@ -41,7 +42,7 @@ def load_vae(path: Path, device: torch.device) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """(b, 4, h, w) -> (b, 3, 8h, 8w) in [-1, 1]"""
     return vae.decode(latents / VAE_SCALE).sample
 
@@ -59,11 +60,11 @@ def write_grid(path: Path, pixels: Pixels, columns: int, scale: int = 1) -> None
     write_beside(path, lambda beside: image.save(beside, format="PNG"))
 
 
-def write_arrays(path: Path, **arrays: NDArray[np.generic]) -> None:
+def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
     """An uncompressed `.npz`; `arr_0` is what the ADM evaluator reads."""
 
     def write(beside: Path) -> None:
         with beside.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     write_beside(path, write)

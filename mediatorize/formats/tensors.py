@@ -155,8 +155,10 @@ def _locate(content: Any, path: Path, file_size: int) -> Any:
     if isinstance(content, dict):
         return {key: _locate(value, path, file_size) for key, value in content.items()}
     if isinstance(content, FakeTensor):
-        start: int = content.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
-        offset = start + content.storage_offset() * content.dtype.itemsize
+        start = content.untyped_storage()._checkpoint_offset
+        if start is None:
+            raise UserError(f"{path}: holds a tensor without stored bytes.", hint="Save the weights from the CPU or a GPU.")
+        offset = start + int(content.storage_offset()) * content.dtype.itemsize
         stored = StoredTensor(path, content.dtype, tuple(content.shape), content.stride(), offset)
         if offset + stored.bytes > file_size:
             raise UserError(f"{path}: the file ends before its tensors do.", hint="Download or copy it again.")
@@ -184,10 +186,13 @@ def refuse_non_finite(weights: Iterable[tuple[str, Weight]]) -> None:
 def write_beside(path: Path, write: Any) -> None:
     """Calls `write(temporary path)`, flushes what it wrote to disk and renames it to `path`: a kill leaves the old file or the new."""
     beside = path.with_name(f".{path.name}.saving")
+    mask = os.umask(0)
+    os.umask(mask)
     try:
         write(beside)
+        beside.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -56,9 +56,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
-            raise UserError(
-                f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads."
-            )
+            raise UserError(f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads.")
 
     @property
     def tokens(self) -> int:

@@ -180,9 +180,13 @@ class SwitchableAttention(Attention):
         """(b, n, c) -> (b, n, c). Level `softmax` is timm's own forward on the pretrained weights."""
         if level == SOFTMAX:
             return super().forward(x)
+        return self.mediated()(x, level)
+
+    def mediated(self) -> MediatorAttention:
+        """The mediator path; an error where the model was never converted."""
         if self.mediator is None:
-            raise UserError(f"Level {level} was asked of a model without mediators.", hint="Run `mediatorize convert` first.")
-        return self.mediator(x, level)
+            raise UserError("This model has no mediators, only level softmax.", hint="Run `mediatorize convert` first.")
+        return self.mediator
 
 
 def grid_partition(mediators: int, grid: tuple[int, int]) -> Tensor:
@@ -193,9 +197,7 @@ def grid_partition(mediators: int, grid: tuple[int, int]) -> Tensor:
     """
     height, width = grid
     if mediators > height * width:
-        raise UserError(
-            f"{mediators} mediators do not fit {height * width} tokens ({height}x{width}).", hint="Pass smaller --levels."
-        )
+        raise UserError(f"{mediators} mediators do not fit {height * width} tokens ({height}x{width}).", hint="Pass smaller --levels.")
     bands = max(1, min(mediators, round(math.sqrt(mediators * height / width))))
     cells_of_band = [mediators // bands + (band < mediators % bands) for band in range(bands)]
     weights = []

@@ -1,7 +1,7 @@
 """FLOPs of every part and level in closed form; one multiply-add is two FLOPs (design 2.1). No torch here.
 
-Counted as `torch.utils.flop_counter` does: matrix products and convolutions, not element-wise work, norms or softmax. The papers' "Gflops" of
-DiT and SiT are multiply-adds (MACs), half of these.
+Counted as `torch.utils.flop_counter` does: matrix products and convolutions, not element-wise work, norms or softmax. The papers'
+"Gflops" of DiT and SiT are multiply-adds (MACs), half of these.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ def forward_flops_by_part(
     }
 
 
-def forward_flops(
-    arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None
-) -> int:
+def forward_flops(arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None) -> int:
     """FLOPs of one forward on one sample."""
     return sum(forward_flops_by_part(arch, levels, settings).values())

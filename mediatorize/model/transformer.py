@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from mediatorize.errors import UserError
 from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
-from mediatorize.model.attention import MediatorAttention, SwitchableAttention
+from mediatorize.model.attention import SwitchableAttention
 from mediatorize.model.schedule import Schedule
 
 
@@ -34,7 +35,7 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.frequency_shift)
         angles = t.float().unsqueeze(1) * torch.exp(-math.log(10000) * exponents)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -57,7 +58,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
         self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid)
         self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
-        self.mlp = Mlp(arch.width, arch.mlp_width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
 
     def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
@@ -101,15 +102,11 @@ class DiffusionTransformer(nn.Module):
         if settings is not None:
             self.add_mediators(settings)
 
-    def attention_layers(self) -> list[SwitchableAttention]:
-        return [block.attn for block in self.blocks]
+    def layers(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]
 
-    def mediators(self) -> list[MediatorAttention]:
-        """The mediator path of every layer, in order; an error where the model was never converted."""
-        paths = [layer.mediator for layer in self.attention_layers() if layer.mediator is not None]
-        if self.settings is None or len(paths) < self.arch.depth:
-            raise UserError("This model has no mediators.", hint="Run `mediatorize convert` first.")
-        return paths
+    def attention_layers(self) -> list[SwitchableAttention]:
+        return [block.attn for block in self.layers()]
 
     def add_mediators(self, settings: MediatorSettings) -> None:
         """Gives every attention layer a mediator path that starts from its own projections."""
@@ -171,9 +168,10 @@ def initialise_from_scratch(model: DiffusionTransformer, seed: int) -> None:
             nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02, generator=generator)
-    for index in (0, 2):
-        nn.init.normal_(model.t_embedder.mlp[index].weight, std=0.02, generator=generator)
-    for layer in [*(block.adaLN_modulation[-1] for block in model.blocks), model.final_layer.adaLN_modulation[-1], model.final_layer.linear]:
-        nn.init.zeros_(layer.weight)
+    embedders = [model.y_embedder.embedding_table.weight, *(p for p in model.t_embedder.parameters() if p.ndim == 2)]
+    for weight in embedders:
+        nn.init.normal_(weight, std=0.02, generator=generator)
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            nn.init.zeros_(parameter)
     model.pos_embed.data.copy_(sincos_position_embedding(model.arch.width, model.arch.grid))

@@ -10,29 +10,33 @@ def model_card(config: BundleConfig) -> str:
     """Markdown: what it is, from which file, at what cost, how to use it."""
     arch, settings, source = config.arch, config.settings, config.source
     softmax = cost.forward_flops(arch)
-    rows = "\n".join(
-        f"| {m} | {cost.forward_flops(arch, m, settings) / 2e9:.2f} | {cost.forward_flops(arch, m, settings) / softmax:.1%} "
-        f"| {sum(e['before'][m] for e in config.layer_errors) / arch.depth:.3f} | {sum(e['after'][m] for e in config.layer_errors) / arch.depth:.3f} |"
-        for m in settings.levels
-    )
+    rows = []
+    for m in settings.levels:
+        flops = cost.forward_flops(arch, m, settings)
+        before, after = (sum(layer[when][m] for layer in config.layer_errors) / arch.depth for when in ("before", "after"))
+        rows.append(f"| {m} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before:.3f} | {after:.3f} |")
+    table = "\n".join(rows)
+    weights = f", its {source['weights']} weights" if source["weights"] else ""
     return f"""# {arch.name} in mediator form
 
-Made by `mediatorize convert` from `{source["file"]}` ({source["format"]}{", " + source["weights"] if source["weights"] else ""}; SHA-256 of its weights
-`{source["sha256"]}`). Level `softmax` is that model, bit for bit; every other level runs each attention layer through a few mediator tokens
-(arXiv 2408.05710, with absorbed projections).
+Made by `mediatorize convert` from `{source["file"]}` ({source["format"]}{weights}).
+SHA-256 of those weights: `{source["sha256"]}`.
+
+Level `softmax` is that model, bit for bit. Every other level runs each attention layer through a few mediator tokens (arXiv 2408.05710,
+with absorbed projections).
 
 | mediators | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
 |---|---|---|---|---|
-| softmax | {softmax / 2e9:.2f} | 100% | 0 | 0 |
-{rows}
+| softmax | {softmax / 2e9:.4g} | 100% | 0 | 0 |
+{table}
 
-Layer errors are |mediator - softmax| / |softmax| of a layer's output on held-out states of the model's own sampling trajectories, all other layers at
-softmax. They are not picture quality: judge that by sampling.
+A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states of the model's own sampling trajectories, all other
+layers at softmax. It is not picture quality: judge that by sampling.
 
 ```
-mediatorize sample FOLDER --classes 1,2,3 --level {settings.levels[-1]} --out grid.png
+mediatorize sample FOLDER --level {settings.levels[-1]} --out grid.png
 ```
 
-Licence: this bundle contains the weights of `{source["file"]}` and carries their licence on. (Official DiT weights are CC BY-NC 4.0, official SiT
-weights MIT.)
+Licence: this bundle contains the weights of `{source["file"]}` and carries their licence on. (Official DiT weights are CC BY-NC 4.0,
+official SiT weights MIT.)
 """

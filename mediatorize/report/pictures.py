@@ -22,7 +22,8 @@ def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[
     count = len(next(iter(rows.values())))
     figure = Figure(figsize=(3.2 + 0.55 * count, 0.75 * len(rows)), dpi=120)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), count + 1, squeeze=False, gridspec_kw={"width_ratios": [5.5] + [1] * count, "wspace": 0.06, "hspace": 0.12})
+    widths = [5.5] + [1] * count
+    axes = figure.subplots(len(rows), count + 1, squeeze=False, gridspec_kw={"width_ratios": widths, "wspace": 0.06, "hspace": 0.12})
     for line, (name, pixels), caption in zip(axes, rows.items(), captions, strict=True):
         for axis in line:
             axis.axis("off")

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-
 from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
 from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.trajectories import teacher_states
@@ -34,7 +32,7 @@ from mediatorize.stages.options import (
     SeedOption,
     WeightsOption,
 )
-from mediatorize.stages.running import measured_flops_per_second, pick_device, progress_bar, seconds_in_words, text_table
+from mediatorize.stages.running import gmacs, measured_flops_per_second, pick_device, progress_bar, seconds_in_words, text_table
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,10 @@ class Conversion:
     def __str__(self) -> str:
         plan = self.plan
         rows = [
-            (f"m={m}", f"{cost.forward_flops(plan.arch, m, plan.settings) / 2e9:.2f}", f"{self.relative_flops[m]:.1%}")
+            (f"m={m}", gmacs(cost.forward_flops(plan.arch, m, plan.settings)), f"{self.relative_flops[m]:.1%}")
             for m in plan.settings.levels
         ]
-        rows.insert(0, (SOFTMAX, f"{cost.forward_flops(plan.arch) / 2e9:.2f}", "100%"))
+        rows.insert(0, (SOFTMAX, gmacs(cost.forward_flops(plan.arch)), "100%"))
         lines = [
             f"{plan.arch.name}: {plan.arch.depth} attention layers get levels {', '.join(map(str, plan.settings.levels))} beside softmax",
             f"  mediators from {plan.settings.space}, {plan.init}, local rank {plan.settings.local_rank}; "
@@ -142,8 +140,8 @@ class Conversion:
         ]
         if self.estimated_seconds is not None:
             lines += [
-                f"Would take {plan.states} states of the model's own trajectories ({plan.solver}, {plan.steps} steps, guidance {plan.cfg_scale}) and "
-                f"fit {plan.fit.steps} steps of {plan.fit.batch} states per layer:",
+                f"Would take {plan.states} states of the model's own trajectories ({plan.solver}, {plan.steps} steps, guidance "
+                f"{plan.cfg_scale}) and fit {plan.fit.steps} steps of {plan.fit.batch} states per layer:",
                 f"  {plan.flops() / 1e12:.1f} TFLOPs, about {seconds_in_words(self.estimated_seconds)} at this device's rate; "
                 f"memory up to {plan.peak_bytes() / 2**30:.1f} GiB",
                 f"  {self.out} would be written.",
@@ -153,11 +151,10 @@ class Conversion:
             lines.append("Not fitted (--fit-steps 0): mediators are as initialised. Relative error of each layer's output:")
         else:
             lines.append("Relative error of each layer's output on held-out states, before -> after fitting:")
-        table = [
-            (f"{errors.layer}", *(f"{errors.before[m]:.3f} -> {errors.after[m]:.3f}" for m in plan.settings.levels)) for errors in self.errors
-        ]
-        mean = [[sum(getattr(e, when)[m] for e in self.errors) / len(self.errors) for when in ("before", "after")] for m in plan.settings.levels]
-        table.append(("mean", *(f"{before:.3f} -> {after:.3f}" for before, after in mean)))
+        levels = plan.settings.levels
+        table = [(f"{e.layer}", *(f"{e.before[m]:.3f} -> {e.after[m]:.3f}" for m in levels)) for e in self.errors]
+        means = [tuple(sum(getattr(e, when)[m] for e in self.errors) / len(self.errors) for when in ("before", "after")) for m in levels]
+        table.append(("mean", *(f"{before:.3f} -> {after:.3f}" for before, after in means)))
         lines.append(text_table(("layer", *(f"m={m}" for m in plan.settings.levels)), table))
         resumed = f" ({self.resumed_layers} layers were there from before)" if self.resumed_layers else ""
         lines += ["", f"Wrote {self.out} in {seconds_in_words(self.seconds)}{resumed}. Level softmax is the pretrained model, bit for bit."]
@@ -202,7 +199,9 @@ def convert(
     name = solver or DEFAULT_SOLVER[arch.family]
     chosen = find_solver(arch, name)
     if chosen.adaptive:
-        raise UserError(f"{name} takes as many steps as it likes; states are spread over a fixed number.", hint="Pass --solver euler or heun.")
+        raise UserError(
+            f"{name} takes as many steps as it likes; states are spread over a fixed number.", hint="Pass --solver euler or heun."
+        )
     fit = FitSettings(fit_steps, batch, learning_rate, seed)
     guidance = cfg_scale if arch.null_class else 1.0
     plan = Plan(arch, settings, init, fit, states, name, steps or chosen.default_steps, guidance, cfg_channels)
@@ -224,7 +223,14 @@ def convert(
 
     with progress_bar(len(call_times(chosen, plan.steps)), "sampling the teacher", "call") as bar:
         collected = teacher_states(
-            model, states, solver=name, steps=plan.steps, cfg_scale=guidance, cfg_channels=cfg_channels, seed=seed, on_call=lambda: bar.update()
+            model,
+            states,
+            solver=name,
+            steps=plan.steps,
+            cfg_scale=guidance,
+            cfg_channels=cfg_channels,
+            seed=seed,
+            on_call=lambda: bar.update(),
         )
     model.add_mediators(settings)
     model.requires_grad_(False)
@@ -237,7 +243,7 @@ def convert(
         for errors in fit_layers(model, collected, INITIALISERS[init], fit, restored=restored, on_step=lambda: bar.update()):
             done.append(errors)
             if errors.layer not in restored:
-                state = {key: value.cpu() for key, value in model.mediators()[errors.layer].state_dict().items()}
+                state = {key: value.cpu() for key, value in model.attention_layers()[errors.layer].mediated().state_dict().items()}
                 bundle.save_layer(partial, errors.layer, state, {"before": errors.before, "after": errors.after})
 
     result = Conversion(out, plan, tuple(notes), tuple(done), time.monotonic() - start, None, len(restored), relative)
@@ -265,7 +271,8 @@ def _check_plan(plan: Plan) -> tuple[dict[int, float], list[str]]:
     idle = [m for m, share in relative.items() if share >= 1]
     if len(idle) == len(relative):
         raise UserError(
-            f"Nothing was converted: with {arch.tokens} tokens of width {arch.width} no level of {list(settings.levels)} is cheaper than softmax.",
+            f"Nothing was converted: with {arch.tokens} tokens of width {arch.width} none of levels {list(settings.levels)} is cheaper "
+            "than softmax.",
             hint="Pass smaller --levels or a smaller --local-rank.",
         )
     notes = [f"level {m} is no cheaper than softmax here ({relative[m]:.1%})" for m in idle]
@@ -282,7 +289,8 @@ def _open_partial(out: Path, fingerprint: dict[str, Any], force: bool) -> Path:
             return partial
         if not force:
             raise UserError(
-                f"{partial}: an unfinished conversion with other settings or weights.", hint="Repeat its command, or pass --force to drop it."
+                f"{partial}: an unfinished conversion with other settings or weights.",
+                hint="Repeat its command, or pass --force to drop it.",
             )
         shutil.rmtree(partial)
     partial.mkdir(parents=True)

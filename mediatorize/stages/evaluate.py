@@ -20,8 +20,8 @@ from mediatorize.formats.loading import load_model
 from mediatorize.model.architecture import SOFTMAX, Level
 from mediatorize.report.pictures import write_comparison
 from mediatorize.stages.options import ChannelsOption, DeviceOption, FamilyOption, HeadsOption, Option, SeedOption, WeightsOption
-from mediatorize.stages.running import pick_device, text_table
-from mediatorize.stages.sample import Sampling, known_level, sample_many, sampling_flops
+from mediatorize.stages.running import gmacs, pick_device, text_table
+from mediatorize.stages.sample import Sampling, refuse_unknown_level, sample_many, sampling_flops
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Evaluation:
         return [
             (
                 result.level,
-                f"{result.flops / 2e9:.2f}",
+                gmacs(result.flops),
                 f"{result.relative_flops:.1%}",
                 f"{result.sample_error:.3f}",
                 "-" if result.accuracy is None else f"{result.accuracy:.3f}",
@@ -73,12 +73,15 @@ class Evaluation:
             text_table(header, self.rows()),
         ]
         if self.distance_of_halves is not None:
-            lines.append(f"Frechet distances are to the real digits; two halves of the real digits are {self.distance_of_halves:.2f} apart.")
+            lines.append(
+                f"Frechet distances are to the real digits; two halves of the real digits are {self.distance_of_halves:.2f} apart."
+            )
         lines.append(f"Wrote {self.out / 'evaluation.json'}, evaluation.md and comparison.png.")
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        header = "| all layers at | GMACs per sample | of softmax's FLOPs | sample error | class accuracy | Frechet distance |\n|---|---|---|---|---|---|"
+        names = ("all layers at", "GMACs per sample", "of softmax's FLOPs", "sample error", "class accuracy", "Frechet distance")
+        header = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
         rows = "\n".join(f"| {' | '.join(row)} |" for row in self.rows())
         how = self.sampling
         return (
@@ -117,9 +120,10 @@ def evaluate(
         raise UserError(f"{solver} has no fixed cost to compare.", hint="Choose a solver with fixed steps.")
     solver = next(name for name, known in SOLVERS.items() if known is chosen)
     sampling = Sampling(solver, steps or chosen.default_steps, cfg_scale, cfg_channels, seed, batch)
-    judged: list[Level] = [SOFTMAX]
-    for level in sorted(levels or (loaded.settings.levels if loaded.settings else ()), reverse=True):
-        judged.append(known_level(loaded, level) or SOFTMAX)
+    available = loaded.settings.levels if loaded.settings else ()
+    judged: list[Level] = [SOFTMAX, *sorted(levels or available, reverse=True)]
+    for level in judged:
+        refuse_unknown_level(loaded, level)
     if features == "digits" and (arch.channels, arch.input_size, arch.classes) != (1, (SIDE, SIDE), 10):
         raise UserError(f"{model}: the digits classifier judges 16x16 digits, not {arch.name}.", hint="Pass --features none.")
     loaded = loaded.to(pick_device(device))
@@ -134,12 +138,10 @@ def evaluate(
         seconds = time.monotonic() - start
         teacher = images if level == SOFTMAX else teacher
         flops = sampling_flops(arch, sampling, level, loaded.settings) or 0.0
+        error = float((images - teacher).norm() / teacher.norm())
         accuracy, distance = judge(images, labels) if features == "digits" else (None, None)
-        results.append(
-            LevelResult(
-                str(level), flops, flops / (results[0].flops if results else flops), float((images - teacher).norm() / teacher.norm()), seconds, accuracy, distance
-            )
-        )
+        relative = flops / (results[0].flops if results else flops)
+        results.append(LevelResult(str(level), flops, relative, error, seconds, accuracy, distance))
         pictures["teacher (softmax)" if level == SOFTMAX else f"m = {level}"] = images[:20]
 
     halves = distance_of_halves(digit_classifier().features(digit_images()[0])) if features == "digits" else None
@@ -162,6 +164,6 @@ def judge(images: Tensor, labels: Tensor) -> tuple[float, float]:
 def captions(results: list[LevelResult]) -> list[str]:
     texts = []
     for result in results:
-        text = f"{result.relative_flops:.0%} of FLOPs"
-        texts.append(text if result.frechet_distance is None else f"{text}, distance {result.frechet_distance:.2f}, accuracy {result.accuracy:.3f}")
+        judged = "" if result.frechet_distance is None else f", distance {result.frechet_distance:.2f}, accuracy {result.accuracy:.3f}"
+        texts.append(f"{result.relative_flops:.0%} of FLOPs{judged}")
     return texts

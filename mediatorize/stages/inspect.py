@@ -12,7 +12,7 @@ from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_fin
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, coarse_grid, default_local_rank, preset
 from mediatorize.stages.options import ClassesOption, FamilyOption, HeadsOption, Option, WeightsOption
-from mediatorize.stages.running import text_table
+from mediatorize.stages.running import gmacs, text_table
 
 SHOWN_LEVELS = (1, 4, 16, 64)
 
@@ -82,7 +82,7 @@ class Inspection:
         parts = cost.forward_flops_by_part(arch)
         total = sum(parts.values())
         rows = [(name, f"{flops / 2e9:.3f}", f"{flops / 1e9:.3f}", f"{flops / total:.1%}") for name, flops in parts.items()]
-        rows.append(("total", f"{total / 2e9:.2f}", f"{total / 1e9:.2f}", "100%"))
+        rows.append(("total", gmacs(total), f"{2 * float(gmacs(total)):.4g}", "100%"))
         lines.append(text_table(("part", "GMACs", "GFLOPs", "share"), rows))
         rank = self.settings.local_rank
         lines += ["", f"Reachable with every layer at one level (FLOPs of the whole model; local branch of rank {rank} included):"]
@@ -91,7 +91,7 @@ class Inspection:
             resolution = "x".join(map(str, row["image_size"] or row["input_size"]))
             name = f"{resolution}{' (this one)' if tuple(row['input_size']) == arch.input_size else ''}"
             relative = [f"{row['relative'][level]:.1%}" if level in row["relative"] else "-" for level in self.settings.levels]
-            table.append((name, f"{row['flops'] / 2e9:.2f}", *relative))
+            table.append((name, gmacs(row["flops"]), *relative))
         lines.append(text_table(("resolution", "GMACs softmax", *(f"m={level}" for level in self.settings.levels)), table))
         return "\n".join(lines)
 

@@ -63,7 +63,7 @@ class RunReport:
 def run(
     recipe: Annotated[Path, Option("a recipe (TOML), one table per stage")],
     *,
-    set: Annotated[tuple[str, ...], Option("values that replace the recipe's, as convert.levels=1,4; may be given again")] = (),  # noqa: A002
+    set: Annotated[tuple[str, ...], Option("values that replace the recipe's, as convert.levels=1,4; may be given again")] = (),
     out: Annotated[Path | None, Option("where results go; default: the recipe's own")] = None,
     dry_run: DryRunOption = False,
 ) -> RunReport:

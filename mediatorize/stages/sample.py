@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mediatorize.diffusion.process import noise_level
 from mediatorize.diffusion.solvers import SOLVERS, Channels, call_times, find_solver
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
@@ -74,7 +75,7 @@ def sample(
     classes: Annotated[tuple[int, ...] | None, Option("class numbers, such as 207,360; default: every class in turn, up to ten")] = None,
     per_class: Annotated[int, Option("samples of each class")] = 1,
     level: Annotated[
-        int | str | None, Option("a mediator count or softmax, for all layers and steps; default: the bundle's schedule, else softmax")
+        Level | None, Option("a mediator count or softmax, for all layers and steps; default: the bundle's schedule, else softmax")
     ] = None,
     solver: Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
     steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
@@ -95,10 +96,12 @@ def sample(
     refuse_bad_output(out, force)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
-    level = known_level(loaded, level)
+    refuse_unknown_level(loaded, level)
     as_pixels = vae is not None or arch.channels in (1, 3)
     if out.suffix == ".png" and not as_pixels:
-        raise UserError(f"{model}: makes latents of {arch.channels} channels.", hint="Pass --vae PATH, or --out something.npz for the latents.")
+        raise UserError(
+            f"{model}: makes latents of {arch.channels} channels.", hint="Pass --vae PATH, or --out something.npz for the latents."
+        )
     where = pick_device(device)
     decoder = load_vae(vae, where) if vae else None
     loaded = loaded.to(device=where, dtype=pick_dtype(dtype))
@@ -159,22 +162,16 @@ def sample_many(
     return torch.cat(parts)
 
 
-def known_level(model: DiffusionTransformer, level: int | str | None) -> Level | None:
-    """`level` where this model has it."""
-    if level is None or level == SOFTMAX:
-        return level  # type: ignore[return-value]
-    levels = model.settings.levels if model.settings else ()
-    if level not in levels:
-        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, (*levels, SOFTMAX)))}.")
-    return int(level)
+def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:
+    levels = (*(model.settings.levels if model.settings else ()), SOFTMAX)
+    if level is not None and level not in levels:
+        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, levels))}.")
 
 
 def sampling_flops(
     arch: Architecture, sampling: Sampling, level: Schedule | Level | None, settings: MediatorSettings | None
 ) -> float | None:
     """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
-    from mediatorize.diffusion.process import noise_level
-
     solver = find_solver(arch, sampling.solver)
     if solver.adaptive:
         return None

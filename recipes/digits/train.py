@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -128,7 +127,7 @@ def train(family: Family, steps: int, batch: int, peak_rate: float, seed: int, d
             state = {"model": model.state_dict(), "ema": average.state_dict(), "opt": optimizer.state_dict(), "step": step + 1}
             beside = state_path.with_suffix(".saving")
             torch.save(state, beside)
-            os.replace(beside, state_path)
+            beside.replace(state_path)
 
     metadata = {"family": family, "num_heads": str(average.arch.heads), "trained_on": "scikit-learn digits, 16x16"}
     save_file({name: value.contiguous() for name, value in average.state_dict().items()}, destination, metadata)
