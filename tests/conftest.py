@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ TINY = Architecture(
     learn_sigma=True,
     mlp_width=192,
 )
-
-os.environ.setdefault("MPLBACKEND", "agg")
 
 
 def randomise(model: torch.nn.Module, seed: int = 0, std: float = 0.12) -> None:
@@ -75,10 +72,3 @@ def official_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """The suite is made for two cores."""
-    torch.set_num_threads(2)
-    yield

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mediatorize.diffusion.solvers import Channels, call_times, find_solver, sample
+from mediatorize.diffusion.solvers import Channels, call_times, find_solver, rows_per_sample, sample
 from mediatorize.model.architecture import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
 
@@ -33,20 +33,22 @@ def teacher_states(
     steps: int | None = None,
     cfg_scale: float = 1.5,
     cfg_channels: Channels = 3,
-    batch: int = 32,
+    trajectories: int = 32,
     seed: int = 0,
     on_call: Callable[[], None] | None = None,
 ) -> States:
-    """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes, half of them unconditional.
+    """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes.
 
-    As many batches are sampled as it takes for no state to be used twice. Without a null class nothing is guided.
+    Args:
+        trajectories: how many samples are drawn at once; as many times as it takes for no state to be used twice.
+        cfg_scale: guidance; half of the states are then unconditional. Without a null class nothing is guided.
+        on_call: called after every model call.
     """
     chosen = find_solver(model.arch, solver)
     steps = chosen.default_steps if steps is None else steps
     cfg_scale = cfg_scale if model.arch.null_class else 1.0
     calls = len(call_times(chosen, steps))
-    rows = batch * (1 if cfg_scale == 1 else 2)
-    batches = -(-count // (calls * rows))
+    batches = batches_for(count, calls, trajectories, cfg_scale)
     wanted = torch.linspace(0, batches * calls, count + 1, dtype=torch.float64)[:-1].long().bincount(minlength=batches * calls)
     generator = torch.Generator().manual_seed(seed)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -61,7 +63,7 @@ def teacher_states(
             on_call()
 
     for index in range(batches):
-        labels = torch.randint(0, model.arch.classes, (batch,), generator=generator)
+        labels = torch.randint(0, model.arch.classes, (trajectories,), generator=generator)
         sample(
             model,
             labels,
@@ -71,8 +73,13 @@ def teacher_states(
             cfg_channels=cfg_channels,
             seed=seed,
             schedule=SOFTMAX,
-            first_index=index * batch,
+            first_index=index * trajectories,
             observe=keep,
         )
     x, t, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return States(x, t, y)
+
+
+def batches_for(count: int, calls: int, trajectories: int, cfg_scale: float) -> int:
+    """How many times `trajectories` samples are drawn, so that no state is used twice."""
+    return -(-count // (calls * trajectories * rows_per_sample(cfg_scale)))

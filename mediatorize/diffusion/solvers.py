@@ -273,6 +273,11 @@ def guide(output: Tensor, scale: float, channels: int) -> Tensor:
     return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)
 
 
+def rows_per_sample(cfg_scale: float) -> int:
+    """Rows of a model call that one sample takes: guidance doubles them."""
+    return 1 if cfg_scale == 1 else 2
+
+
 def refuse_unknown_labels(arch: Architecture, labels: Tensor, *, guided: bool) -> None:
     highest = arch.classes if arch.null_class else arch.classes - 1
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= highest:

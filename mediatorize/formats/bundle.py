@@ -26,6 +26,7 @@ BUNDLE_FORMAT = "mediatorize"
 BUNDLE_VERSION = 1
 PLAN_FILE = "plan.json"
 """In an unfinished bundle: what it is going to be."""
+STATES_FILE = "states.safetensors"
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,16 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
     return layers
 
 
+def save_states(partial: Path, states: Mapping[str, Tensor]) -> None:
+    """Keeps the calibration states of an unfinished conversion."""
+    write_beside(partial / STATES_FILE, lambda path: save_file(dict(states), path))
+
+
+def saved_states(partial: Path) -> dict[str, Tensor] | None:
+    file = partial / STATES_FILE
+    return {name: stored.read() for name, stored in read_safetensors(file)[0].items()} if file.exists() else None
+
+
 def remove_working_files(partial: Path) -> None:
-    for file in [*partial.glob("layer-*.safetensors"), partial / PLAN_FILE]:
+    for file in [*partial.glob("layer-*.safetensors"), partial / PLAN_FILE, partial / STATES_FILE]:
         file.unlink(missing_ok=True)

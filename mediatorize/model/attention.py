@@ -47,6 +47,12 @@ class LocalBranch(nn.Module):
         self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws `down` and the convolution anew, uniform in +-1/sqrt(inputs); `up` stays zero."""
+        for weight in (self.down.weight, self.depthwise.weight):
+            bound = weight[0].numel() ** -0.5
+            nn.init.uniform_(weight, -bound, bound, generator=generator)
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, n, c) -> (b, n, c) over a token grid of (rows, columns)."""
         y = self.down(x).mT.unflatten(2, grid)
@@ -165,14 +171,16 @@ class SwitchableAttention(Attention):
         self.grid = grid
         self.mediator: MediatorAttention | None = None
 
-    def add_mediators(self, settings: MediatorSettings) -> MediatorAttention:
-        """Gives the layer a mediator path that starts from a copy of its own projections."""
+    def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> MediatorAttention:
+        """Gives the layer a mediator path that starts from a copy of its own projections. `seed` is of the local branch."""
         width = self.qkv.in_features
         mediator = MediatorAttention(width, self.num_heads, self.grid, settings)
-        mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
         if not self.qkv.weight.is_meta:
+            if mediator.local is not None:
+                mediator.local.reset(torch.Generator().manual_seed(seed))
             mediator.qkv.load_state_dict(self.qkv.state_dict())
             mediator.proj.load_state_dict(self.proj.state_dict())
+        mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
         self.mediator = mediator.train(self.training)
         return mediator
 

@@ -108,10 +108,10 @@ class DiffusionTransformer(nn.Module):
     def attention_layers(self) -> list[SwitchableAttention]:
         return [block.attn for block in self.layers()]
 
-    def add_mediators(self, settings: MediatorSettings) -> None:
-        """Gives every attention layer a mediator path that starts from its own projections."""
-        for layer in self.attention_layers():
-            layer.add_mediators(settings)
+    def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
+        """Gives every attention layer a mediator path that starts from its own projections; all else depends on (seed, layer)."""
+        for index, layer in enumerate(self.attention_layers()):
+            layer.add_mediators(settings, seed * 1_000_003 + index)
         self.settings = settings
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
 from mediatorize.compression.initialise import INITIALISERS
-from mediatorize.compression.trajectories import teacher_states
-from mediatorize.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, call_times, find_solver
+from mediatorize.compression.trajectories import States, batches_for, teacher_states
+from mediatorize.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, Channels, call_times, find_solver, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, Space, coarse_grid, default_local_rank, preset
+from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report.card import model_card
 from mediatorize.stages.inspect import count_parameters
 from mediatorize.stages.options import (
@@ -44,10 +45,11 @@ class Plan:
     init: str
     fit: FitSettings
     states: int
+    trajectories: int
     solver: str
     steps: int
     cfg_scale: float
-    cfg_channels: int | str
+    cfg_channels: Channels
 
     def fingerprint(self, weights_hash: str) -> dict[str, Any]:
         """Everything that the result depends on, as JSON keeps it."""
@@ -56,7 +58,7 @@ class Plan:
             "mediators": self.settings.to_json(),
             "init": self.init,
             "fit": vars(self.fit),
-            "states": self.states,
+            "states": [self.states, self.trajectories],
             "solver": [self.solver, self.steps, self.cfg_scale, self.cfg_channels],
             "weights": weights_hash,
         }
@@ -74,8 +76,8 @@ class Plan:
         arch = self.arch
         forward = cost.forward_flops(arch)
         calls = len(call_times(find_solver(arch, self.solver), self.steps))
-        rows = 32 * (1 if self.cfg_scale == 1 else 2)
-        sampled = -(-self.states // (calls * rows)) * calls * rows
+        batches = batches_for(self.states, calls, self.trajectories, self.cfg_scale)
+        sampled = batches * calls * self.trajectories * rows_per_sample(self.cfg_scale)
         levels = sum(cost.attention_flops(arch, level, self.settings) for level in self.settings.levels)
         return (sampled + 2 * self.states) * forward + arch.depth * self.fit.steps * self.fit.batch * 3 * levels
 
@@ -170,6 +172,7 @@ def convert(
     mediators_from: Annotated[Space, Option("which projection makes mediators: queries or keys")] = "queries",
     local_rank: Annotated[int | None, Option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64")] = None,
     states: Annotated[int, Option("states of the model's own trajectories to fit on")] = 512,
+    trajectories: Annotated[int, Option("samples drawn at a time to get them")] = 32,
     fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = 250,
     batch: Annotated[int, Option("states per step of fitting")] = 32,
     learning_rate: Annotated[float, Option("peak rate of fitting")] = 2e-3,
@@ -199,12 +202,10 @@ def convert(
     name = solver or DEFAULT_SOLVER[arch.family]
     chosen = find_solver(arch, name)
     if chosen.adaptive:
-        raise UserError(
-            f"{name} takes as many steps as it likes; states are spread over a fixed number.", hint="Pass --solver euler or heun."
-        )
+        raise UserError(f"{name} takes as many steps as it needs; states are spread over a fixed number.", hint="Pass --solver euler.")
     fit = FitSettings(fit_steps, batch, learning_rate, seed)
     guidance = cfg_scale if arch.null_class else 1.0
-    plan = Plan(arch, settings, init, fit, states, name, steps or chosen.default_steps, guidance, cfg_channels)
+    plan = Plan(arch, settings, init, fit, states, trajectories, name, steps or chosen.default_steps, guidance, cfg_channels)
     relative, notes = _check_plan(plan)
     notes += list(opened.notes) if opened else []
     if dry_run:
@@ -221,18 +222,11 @@ def convert(
     partial = _open_partial(out, plan.fingerprint(weights_hash), force)
     model = model.to(pick_device(device))
 
-    with progress_bar(len(call_times(chosen, plan.steps)), "sampling the teacher", "call") as bar:
-        collected = teacher_states(
-            model,
-            states,
-            solver=name,
-            steps=plan.steps,
-            cfg_scale=guidance,
-            cfg_channels=cfg_channels,
-            seed=seed,
-            on_call=lambda: bar.update(),
-        )
-    model.add_mediators(settings)
+    saved = bundle.saved_states(partial)
+    collected = States(**saved) if saved else _collect(model, plan)
+    if not saved:
+        bundle.save_states(partial, vars(collected))
+    model.add_mediators(settings, seed)
     model.requires_grad_(False)
     restored = {
         index: (state, LayerErrors(index, *({int(m): e for m, e in errors[when].items()} for when in ("before", "after"))))
@@ -257,13 +251,35 @@ def convert(
     return result
 
 
+def _collect(model: DiffusionTransformer, plan: Plan) -> States:
+    calls = len(call_times(find_solver(plan.arch, plan.solver), plan.steps))
+    total = calls * batches_for(plan.states, calls, plan.trajectories, plan.cfg_scale)
+    with progress_bar(total, "sampling the teacher", "call") as bar:
+        return teacher_states(
+            model,
+            plan.states,
+            solver=plan.solver,
+            steps=plan.steps,
+            cfg_scale=plan.cfg_scale,
+            cfg_channels=plan.cfg_channels,
+            trajectories=plan.trajectories,
+            seed=plan.fit.seed,
+            on_call=lambda: bar.update(),
+        )
+
+
 def _check_plan(plan: Plan) -> tuple[dict[int, float], list[str]]:
     """The model's relative cost per level; refuses a plan that saves nothing or cannot be."""
     arch, settings = plan.arch, plan.settings
     cells = coarse_grid(arch.grid)[0] * coarse_grid(arch.grid)[1]
     if settings.levels[-1] > cells:
         raise UserError(f"{settings.levels[-1]} mediators do not fit {cells} positions.", hint="Pass smaller --levels.")
-    for name, value, least in (("fit-steps", plan.fit.steps, 0), ("batch", plan.fit.batch, 1), ("states", plan.states, 16)):
+    for name, value, least in (
+        ("fit-steps", plan.fit.steps, 0),
+        ("batch", plan.fit.batch, 1),
+        ("states", plan.states, 16),
+        ("trajectories", plan.trajectories, 1),
+    ):
         if value < least:
             raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")
     softmax = cost.forward_flops(arch)

@@ -44,6 +44,7 @@ class RunReport:
     reports: dict[str, Any]
     skipped: tuple[str, ...]
     seconds: float
+    dry_run: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,7 +58,9 @@ class RunReport:
     def __str__(self) -> str:
         blocks = [f"== {name} ==\n{report}" for name, report in self.reports.items()]
         blocks += [f"== {name} == finished before; not run again" for name in self.skipped]
-        return "\n\n".join([*blocks, f"{self.recipe.path.name} took {seconds_in_words(self.seconds)}; results are in {self.recipe.out}"])
+        end = f"Nothing was done; results would go to {self.recipe.out}." if self.dry_run else f"{self.recipe.path.name} took "
+        end += "" if self.dry_run else f"{seconds_in_words(self.seconds)}; results are in {self.recipe.out}."
+        return "\n\n".join([*blocks, end])
 
 
 def run(
@@ -79,7 +82,7 @@ def run(
                 if loaded.preset and not Path(arguments["checkpoint"]).exists():
                     arguments["checkpoint"] = loaded.preset
                 reports[name] = STAGES[name](**arguments, **({"dry_run": True} if name == "convert" else {}))
-        return RunReport(loaded, reports, (), time.monotonic() - start)
+        return RunReport(loaded, reports, (), time.monotonic() - start, dry_run)
 
     loaded.out.mkdir(parents=True, exist_ok=True)
     write_text(loaded.out / "recipe.toml", resolved_toml(loaded))
@@ -97,7 +100,7 @@ def run(
         reports[name] = STAGES[name](**arguments)
         finished[name] = chain
         write_json(state_file, finished)
-    return RunReport(loaded, reports, tuple(skipped), time.monotonic() - start)
+    return RunReport(loaded, reports, tuple(skipped), time.monotonic() - start, dry_run)
 
 
 def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recipe:

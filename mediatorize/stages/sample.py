@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mediatorize.diffusion.process import noise_level
-from mediatorize.diffusion.solvers import SOLVERS, Channels, call_times, find_solver
+from mediatorize.diffusion.solvers import SOLVERS, Channels, call_times, find_solver, rows_per_sample
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
 from mediatorize.formats.images import decode, load_vae, to_pixels, write_arrays, write_grid
@@ -180,7 +180,7 @@ def sampling_flops(
         at = float(noise_level(arch, torch.tensor(1 - t if arch.reversed_time else t)))
         levels = level.at(at) if isinstance(level, Schedule) else SOFTMAX if level is None else level
         total += cost.forward_flops(arch, levels, settings)
-    return total * (1 if sampling.cfg_scale == 1 else 2)
+    return total * rows_per_sample(sampling.cfg_scale)
 
 
 def refuse_bad_output(out: Path, force: bool) -> None:

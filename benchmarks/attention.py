@@ -1,0 +1,116 @@
+"""Time of one attention layer in mediator form relative to timm's fused softmax attention, side by side in one process.
+
+    python benchmarks/attention.py                     # XL/2 at 256 and 512 pixels, m = 1, 4, 16, 64
+    python benchmarks/attention.py --json attention.json --device cuda --dtype bfloat16
+
+The two run in turn, A B A B ..., and the ratio is the median over pairs: machines drift, pairs do not. Pooling is per head, the local
+branch has its default rank. `published` is mediator attention in the published order of operations, without the local branch.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from timm.layers import Attention
+
+from mediatorize.model import cost
+from mediatorize.model.architecture import Architecture, MediatorSettings, default_local_rank, preset
+from mediatorize.model.attention import MediatorAttention
+from mediatorize.stages.running import text_table
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def paired_ratio(call: Callable[[], object], reference: Callable[[], object], pairs: int, device: str) -> tuple[float, float]:
+    """The median of call / reference over pairs, and the reference's median seconds."""
+    for warm_up in (call, reference, call, reference):
+        warm_up()
+    times = [(seconds(call, device), seconds(reference, device)) for _ in range(pairs)]
+    return statistics.median(a / b for a, b in times), statistics.median(b for _, b in times)
+
+
+def measure(
+    arch: Architecture, levels: tuple[int, ...], batch: int, pairs: int, device: str, dtype: torch.dtype
+) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    rank = default_local_rank(arch.width)
+    softmax = Attention(arch.width, num_heads=arch.heads, qkv_bias=True).to(device, dtype).eval()
+    mediator = MediatorAttention(arch.width, arch.heads, arch.grid, MediatorSettings(levels, local_rank=rank)).to(device, dtype).eval()
+    x = torch.randn(batch, arch.tokens, arch.width, device=device, dtype=dtype)
+    rows = []
+    for m in levels:
+        ratio, reference = paired_ratio(lambda m=m: mediator(x, m), lambda: softmax(x), pairs, device)
+        published, _ = paired_ratio(lambda m=m: mediator.plain(x, m), lambda: softmax(x), pairs, device)
+        flops = cost.attention_flops(arch, m, mediator.settings) / cost.softmax_flops(arch.tokens, arch.width)
+        rows.append(
+            {
+                "model": arch.name,
+                "image_size": arch.image_size,
+                "mediators": m,
+                "local_rank": rank,
+                "time_ratio": ratio,
+                "flops_ratio": flops,
+                "published_time_ratio": published,
+                "softmax_seconds": reference,
+            }
+        )
+    return rows
+
+
+def main(
+    models: Annotated[str, typer.Option(help="published sizes")] = "DiT-XL/2@256,DiT-XL/2@512",
+    levels: Annotated[str, typer.Option(help="mediator counts")] = "1,4,16,64",
+    batch: int = 4,
+    pairs: int = 15,
+    device: str = "cpu",
+    dtype: str = "float32",
+    destination: Annotated[Path | None, typer.Option("--json", help="where to write the figures")] = None,
+) -> None:
+    """Prints and writes the ratios."""
+    rows: list[dict[str, object]] = []
+    with torch.inference_mode():
+        for name in models.split(","):
+            counts = tuple(int(m) for m in levels.split(","))
+            rows += measure(preset(name), counts, batch, pairs, device, getattr(torch, dtype))
+    hardware = {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "batch": batch,
+        "dtype": dtype,
+        "pairs": pairs,
+    }
+    header = ("layer", "m", "time / softmax", "FLOPs / softmax", "published order, time / softmax")
+    table = [
+        (
+            f"{r['model']}@{r['image_size'][0]}",
+            r["mediators"],
+            f"{r['time_ratio']:.3f}",
+            f"{r['flops_ratio']:.3f}",
+            f"{r['published_time_ratio']:.3f}",
+        )
+        for r in rows
+    ]
+    print(text_table(header, table))
+    if destination:
+        destination.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,248 @@
+"""Conversion: fitted layers, the same result after a kill, nothing half-written, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import model_inputs, tiny_model
+
+from mediatorize import UserError, load_model
+from mediatorize.compression.fit import FitSettings, fit_layers
+from mediatorize.compression.initialise import INITIALISERS
+from mediatorize.compression.trajectories import teacher_states
+from mediatorize.formats import bundle
+from mediatorize.model.architecture import MediatorSettings
+from mediatorize.stages.convert import convert
+
+TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
+QUICK: dict[str, Any] = {
+    "levels": (1, 4),
+    "states": 48,
+    "trajectories": 4,
+    "fit_steps": 4,
+    "batch": 8,
+    "steps": 4,
+    "device": "cpu",
+    "family": "sit",
+    "num_heads": 3,
+}
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_model(path).state_dict()
+
+
+def assert_same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("space", ["queries", "keys"])
+def test_fitting_lowers_the_error_of_every_layer_and_level(space: Any) -> None:
+    model = load_model(TEACHER)
+    states = teacher_states(model, 64, steps=8, trajectories=8)
+    model.add_mediators(MediatorSettings((1, 4), space, 8))
+    reports = list(fit_layers(model, states, INITIALISERS["pool"], FitSettings(steps=80, batch=8)))
+    assert [report.layer for report in reports] == [0, 1, 2, 3, 4, 5]
+    for report in reports:
+        for level in (1, 4):
+            assert 0 < report.after[level] < 0.85 * report.before[level]
+
+
+def test_fitting_leaves_the_pretrained_weights_alone() -> None:
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = teacher_states(model, 48, steps=4, trajectories=8)
+    model.add_mediators(MediatorSettings((4,)))
+    list(fit_layers(model, states, INITIALISERS["pool"], FitSettings(steps=3, batch=8)))
+    after = model.state_dict()
+    assert_same_state(before, {name: after[name] for name in before})
+    changed = [
+        name for name in after if ".mediator.qkv.weight" in name and not torch.equal(after[name], after[name.replace(".mediator", "")])
+    ]
+    assert len(changed) == 3
+
+
+@pytest.mark.parametrize("init", INITIALISERS)
+def test_every_initialiser_gives_weights_of_a_mean(init: str) -> None:
+    model = tiny_model(MediatorSettings((5,)), grid=(4, 6))
+    inputs = torch.randn(12, 24, 48, generator=torch.Generator().manual_seed(0))
+    pool = INITIALISERS[init](model.attention_layers()[0], inputs, 5, 3)
+    assert pool.shape == (3, 5, 4, 6)
+    assert (pool >= 0).all()
+    torch.testing.assert_close(pool.sum((2, 3)), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("init", ["cluster-keys", "cluster-queries"])
+def test_clusters_group_positions_that_attend_alike(init: str) -> None:
+    model = tiny_model(MediatorSettings((2,)))
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 10, 1, 48, generator=generator)
+    is_left = torch.tensor([column < 2 for _ in range(4) for column in range(4)])
+    inputs = torch.where(is_left.view(1, 16, 1), left, right) + 0.01 * torch.randn(10, 16, 48, generator=generator)
+    pool = INITIALISERS[init](model.attention_layers()[0], inputs, 2, 0).flatten(2)
+    for head in pool:
+        sides = {tuple((mediator > 0).tolist()) for mediator in head}
+        assert sides == {tuple(is_left.tolist()), tuple((~is_left).tolist())}
+
+
+def test_states_come_evenly_from_the_trajectories_and_half_are_unconditional() -> None:
+    states = teacher_states(tiny_model(), 64, steps=8, trajectories=8, cfg_scale=2.0)
+    assert states.t.unique(return_counts=True)[1].tolist() == [8] * 8
+    assert 16 <= int((states.y == 10).sum()) <= 48
+    again = teacher_states(tiny_model(), 64, steps=8, trajectories=8, cfg_scale=2.0)
+    assert torch.equal(states.x, again.x)
+    unguided = teacher_states(tiny_model(null_class=False), 64, steps=8, trajectories=8)
+    assert int(unguided.y.max()) < 10
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_level_softmax_of_a_bundle_is_the_checkpoint_bit_for_bit(family: Any, official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file(family=family)
+    convert(str(source), tmp_path / "out", **(QUICK | {"family": family}))
+    before, after = load_model(source, family=family, num_heads=3), load_model(tmp_path / "out")
+    inputs = model_inputs(before)
+    assert torch.equal(before(*inputs), after(*inputs))
+    assert not torch.allclose(before(*inputs), after(*inputs, levels=1), atol=1e-3)
+
+
+def test_the_same_command_gives_the_same_bundle(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file()
+    for name in ("one", "two"):
+        convert(str(source), tmp_path / name, **QUICK)
+    assert_same_state(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
+
+
+def test_a_killed_conversion_goes_on_to_the_same_weights(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file()
+    convert(str(source), tmp_path / "unbroken", **QUICK)
+    options = [f"--{key.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in QUICK.items()]
+    slow_down = "import mediatorize.compression.fit as f, time; old = f.regress; f.regress = lambda *a: (old(*a), time.sleep(1))"
+    program = f"{slow_down}; import sys; sys.argv = ['mediatorize', 'convert', *sys.argv[1:]]; from mediatorize.cli import main; main()"
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "broken"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    first_layer = tmp_path / "broken.partial" / "layer-000.safetensors"
+    deadline = time.monotonic() + 120
+    while not first_layer.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert first_layer.exists()
+    assert not (tmp_path / "broken").exists()
+
+    result = convert(str(source), tmp_path / "broken", **QUICK)
+    assert 1 <= result.resumed_layers < 3
+    assert_same_state(state_of(tmp_path / "unbroken"), state_of(tmp_path / "broken"))
+    assert sorted(file.name for file in (tmp_path / "broken").iterdir()) == ["README.md", "config.json", "log.jsonl", "model.safetensors"]
+    assert not (tmp_path / "broken.partial").exists()
+
+
+def test_a_full_disk_in_mid_save_leaves_no_bundle_and_resumes(
+    official_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = official_file()
+    real = bundle.save_file
+
+    def full(state: Any, path: Path, metadata: Any = None) -> None:
+        if "model" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        real(state, path, metadata)
+
+    monkeypatch.setattr(bundle, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(str(source), tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("*model*"))
+    monkeypatch.undo()
+    assert convert(str(source), tmp_path / "out", **QUICK).resumed_layers == 3
+
+
+def test_an_unfinished_conversion_with_other_settings_is_refused(
+    official_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = official_file()
+    monkeypatch.setattr(bundle, "write_bundle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(source), tmp_path / "out", **QUICK)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="unfinished conversion with other settings"):
+        convert(str(source), tmp_path / "out", **(QUICK | {"seed": 1}))
+    assert convert(str(source), tmp_path / "out", **(QUICK | {"seed": 1}), force=True).resumed_layers == 0
+
+
+def test_what_is_there_is_replaced_only_by_force(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file()
+    convert(str(source), tmp_path / "out", **QUICK)
+    with pytest.raises(UserError, match="exists"):
+        convert(str(source), tmp_path / "out", **QUICK)
+    convert(str(source), tmp_path / "out", **(QUICK | {"levels": (2,)}), force=True)
+    assert bundle.read_config(tmp_path / "out").settings.levels == (2,)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out"]
+
+
+def test_without_fitting_it_says_so_and_keeps_the_initial_errors(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    result = convert(str(official_file()), tmp_path / "out", **(QUICK | {"fit_steps": 0}))
+    assert "Not fitted" in str(result)
+    assert all(errors.before == errors.after for errors in result.errors)
+    state = state_of(tmp_path / "out")
+    assert torch.equal(state["blocks.1.attn.mediator.qkv.weight"], state["blocks.1.attn.qkv.weight"])
+
+
+def test_nothing_converted_is_said(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Nothing was converted"):
+        convert(str(official_file()), tmp_path / "out", **(QUICK | {"levels": (16,)}))
+    convert(str(official_file()), tmp_path / "out", **QUICK)
+    with pytest.raises(UserError, match="is a bundle already; nothing was converted"):
+        convert(str(tmp_path / "out"), tmp_path / "again", **QUICK)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_would_be_added(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file()
+    planned = convert(str(source), tmp_path / "out", **QUICK, dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]
+    convert(str(source), tmp_path / "out", **QUICK)
+    added = sum(value.numel() for name, value in state_of(tmp_path / "out").items() if ".mediator." in name)
+    assert planned.plan.added_parameters() == added
+    assert planned.estimated_seconds is not None
+    assert "would be written" in str(planned)
+
+
+def test_the_log_tells_what_was_done(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    convert(str(official_file()), tmp_path / "out", **QUICK)
+    (line,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert entry["command"] == "convert"
+    assert entry["arguments"]["fit"] == {"steps": 4, "batch": 8, "learning_rate": 2e-3, "seed": 0}
+    assert entry["arguments"]["weights"] == bundle.hash_of_weights(load_model(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": (0, 4)}, "not distinct, ascending counts"),
+        ({"levels": (4, 17)}, "do not fit 16 positions"),
+        ({"solver": "ddim"}, "not one for a SIT"),
+        ({"solver": "dopri5"}, "as many steps as it needs"),
+        ({"states": 3}, "--states 3 is too small"),
+        ({"local_rank": -1}, "is negative"),
+    ],
+)
+def test_bad_plans_are_refused_before_any_work(
+    change: dict[str, Any], message: str, official_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        convert(str(official_file()), tmp_path / "out", **(QUICK | change))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]

@@ -1,0 +1,116 @@
+"""Recipes: keys checked against the stages' signatures, nothing run twice, the shipped ones work."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mediatorize import UserError, load_model
+from mediatorize.stages.options import convert as convert_value
+from mediatorize.stages.run import read_recipe, run
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICK = (
+    "convert.levels=1,4",
+    "convert.states=48",
+    "convert.trajectories=4",
+    "convert.fit_steps=2",
+    "convert.batch=8",
+    "sample.steps=3",
+    "evaluate.samples=40",
+    "evaluate.steps=3",
+)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_pass_a_dry_run_without_a_checkpoint(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = run(path, dry_run=True)
+    assert "would be written" in str(report)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_digits_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
+    report = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
+    assert list(report.reports) == ["inspect", "convert", "sample", "evaluate"]
+    for picture in ("student.png", "evaluation/comparison.png"):
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert len(image.convert("L").getcolors() or []) > 10
+    levels = [row["level"] for row in report.reports["evaluate"].to_json()["results"]]
+    assert levels == ["softmax", "4", "1"]
+
+    again = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
+    assert again.skipped == ("inspect", "convert", "sample", "evaluate")
+    changed = run(RECIPES / "digits.toml", set=(*QUICK, "sample.seed=5"), out=tmp_path / "out")
+    assert changed.skipped == ("inspect", "convert")
+    resolved = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
+    assert resolved["convert"]["levels"] == [1, 4]
+    assert resolved["convert"]["init"] == "cluster-queries"
+    assert resolved["sample"]["seed"] == 5
+    assert load_model(tmp_path / "out" / "bundle").settings is not None
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nlevls = [1]", r"\[convert\] has no key 'levls'"),
+        ("[convert]\ncheckpoint = 'x'", r"\[convert\] needs out"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nlevels = ['a']", "convert.levels = .*expected a whole number"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nfit_steps = 2.5", "expected a whole number"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\ninit = 'magic'", "expected one of pool"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nforce = 'perhaps'", "expected true or false"),
+        ("[convrt]\n", "'convrt' is neither a stage nor a known key"),
+        ("[convert", "not TOML"),
+        ("description = 'nothing'", "has no stages"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(write(tmp_path, text))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize("change", ["levels=1", "convert.levels", "nothing.levels=1"])
+def test_malformed_changes_are_refused(change: str) -> None:
+    with pytest.raises(UserError, match=r"STAGE\.KEY=VALUE"):
+        run(RECIPES / "digits.toml", set=(change,), dry_run=True)
+
+
+def test_a_change_replaces_the_recipes_value_in_its_own_type(tmp_path: Path) -> None:
+    recipe = read_recipe(RECIPES / "digits.toml", ("convert.levels=2,8", "convert.cfg_channels=all", "sample.level=softmax"), tmp_path)
+    assert recipe.stages["convert"]["levels"] == (2, 8)
+    assert recipe.stages["convert"]["cfg_channels"] == "all"
+    assert recipe.stages["sample"]["level"] == "softmax"
+    assert recipe.stages["convert"]["out"] == tmp_path / "bundle"
+
+
+def test_a_stage_that_failed_is_run_again(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no level 3"):
+        run(RECIPES / "digits.toml", set=(*QUICK, "sample.level=3"), out=tmp_path / "out")
+    assert list(json.loads((tmp_path / "out" / "finished.json").read_text())) == ["inspect", "convert"]
+    assert run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out").skipped == ("inspect", "convert")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ("3", int, 3),
+        ("1.5", float, 1.5),
+        (2, float, 2.0),
+        ("1, 4", tuple[int, ...], (1, 4)),
+        ([1], tuple[int, ...], (1,)),
+        (None, int | None, None),
+    ],
+)
+def test_values_take_the_type_of_their_parameter(value: object, kind: object, expected: object) -> None:
+    assert convert_value(value, kind) == expected
