@@ -180,8 +180,11 @@ def kill_at_rename(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(Path, "rename", counted)
 
 
+@pytest.mark.parametrize("load", [load_model, bundle.load_bundle])
 @pytest.mark.parametrize("number", [1, 2])
-def test_kill_at_either_rename_leaves_the_old_bundle_and_can_be_repeated(tmp_path: Path, number: int) -> None:
+def test_kill_at_either_rename_leaves_the_old_bundle_and_can_be_repeated(
+    tmp_path: Path, number: int, load: Callable[[Path], DiffusionTransformer]
+) -> None:
     path, old, new = tmp_path / "out", small_model(seed=1), small_model(seed=2)
     write(path, old)
     with pytest.MonkeyPatch.context() as patch:
@@ -189,9 +192,9 @@ def test_kill_at_either_rename_leaves_the_old_bundle_and_can_be_repeated(tmp_pat
         with pytest.raises(Killed):
             write(path, new)
     assert path.exists() == (number == 1)
-    assert_same_state(load_model(path), old)
+    assert_same_state(load(path), old)
     bundle.commit(bundle.partial_folder(path), path)
-    assert_same_state(load_model(path), new)
+    assert_same_state(load(path), new)
     assert list(tmp_path.iterdir()) == [path]
 
 

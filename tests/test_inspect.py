@@ -181,15 +181,18 @@ def test_report_of_a_bundle(tmp_path: Path) -> None:
     assert "rank 5" in text
 
 
-def test_damaged_bundle_is_refused(tmp_path: Path) -> None:
+def test_bundle_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model = tiny_model(MediatorSettings((1, 4)))
-    model.blocks[1].attn.mediator.proj.bias.data[3] = torch.nan
-    path = write_bundle(tmp_path / "out", model)
-    assert "blocks.1.attn.mediator.proj.bias" in refusal(str(path))
-    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-5])
-    assert "not a whole safetensors file" in refusal(str(path))
-    (path / "model.safetensors").unlink()
-    assert "model.safetensors" in refusal(str(path))
+    model.state_dict()["blocks.1.attn.mediator.proj.bias"][3] = torch.nan
+    assert "blocks.1.attn.mediator.proj.bias" in refusal(str(write_bundle(tmp_path / "out", model)))
+
+
+def test_bundle_without_whole_weights_is_refused(tmp_path: Path) -> None:
+    file = write_bundle(tmp_path / "out", tiny_model(MediatorSettings((1, 4)))) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    assert "not a whole safetensors file" in refusal(str(tmp_path / "out"))
+    file.unlink()
+    assert "model.safetensors" in refusal(str(tmp_path / "out"))
 
 
 def test_bundle_whose_weights_are_of_another_model_is_refused(tmp_path: Path) -> None:
