@@ -1,5 +1,11 @@
 """The one exception that the command line turns into a line and exit code 1."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something the user can mend: `message` says what and where, `hint` what to do next."""
@@ -8,3 +14,14 @@ class UserError(Exception):
         super().__init__(f"{message} {hint}".strip())
         self.message = message
         self.hint = hint
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Puts `path` before the message of a `UserError` that does not name it yet."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in error.message:
+            raise
+        raise UserError(f"{path}: {error.message}", hint=error.hint) from error

@@ -513,7 +513,14 @@ def test_heads_in_metadata_are_taken_unless_told_otherwise(tmp_path: Path) -> No
     assert load_model(path, family="sit", num_heads=8).arch.heads == 8
 
 
-@pytest.mark.parametrize("heads", [3, 32, -2])
+@pytest.mark.parametrize("heads", [0, -2])
+def test_a_head_count_that_is_none_is_refused(tmp_path: Path, heads: int) -> None:
+    path = save(tmp_path / "a.pt", small_state())
+    with pytest.raises(UserError, match=f"{heads} is no number of heads"):
+        load_model(path, family="sit", num_heads=heads)
+
+
+@pytest.mark.parametrize("heads", [3, 32])
 def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path, heads: int) -> None:
     path = save(tmp_path / "a.pt", small_state())
     with pytest.raises(UserError, match=rf"16 does not divide into {heads} heads.*--num-heads"):

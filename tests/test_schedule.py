@@ -93,13 +93,20 @@ def test_json_that_is_no_schedule_is_refused(content: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"pieces": []}, "A schedule of 0 pieces has 0 inner edges"),
+        ({"pieces": []}, "do not follow one another"),
         (
-            {"pieces": [{"noise_from": 0.0, "levels": [4]}, {"noise_from": 2.0, "levels": [1]}]},
+            {"pieces": [{"noise_from": 0.0, "noise_to": 2.0, "levels": [4]}, {"noise_from": 2.0, "noise_to": 1.0, "levels": [1]}]},
             r"Schedule edges \[2\.0\] do not ascend between 0 and 1",
         ),
-        ({"pieces": [{"noise_from": 0.0, "levels": ["hard"]}]}, "'hard' is no level"),
-        ({"pieces": [{"noise_from": 0.0, "levels": [4]}, {"noise_from": 0.5, "levels": [4, 4]}]}, "differ in their number of layers"),
+        ({"pieces": [{"noise_from": 0.0, "noise_to": 1.0, "levels": ["hard"]}]}, "'hard' is no level"),
+        (
+            {"pieces": [{"noise_from": 0.0, "noise_to": 0.5, "levels": [4]}, {"noise_from": 0.5, "noise_to": 1.0, "levels": [4, 4]}]},
+            "differ in their number of layers",
+        ),
+        (
+            {"pieces": [{"noise_from": 0.0, "noise_to": 0.4, "levels": [4]}, {"noise_from": 0.5, "noise_to": 1.0, "levels": [4]}]},
+            "do not follow one another",
+        ),
     ],
 )
 def test_json_of_a_schedule_that_makes_no_sense_is_refused_for_what_is_wrong(content: Any, message: str) -> None:

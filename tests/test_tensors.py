@@ -349,7 +349,6 @@ MALFORMED: dict[str, Callable[[Header], Any]] = {
     "dtype is a list": changed(dtype=["F32"]),
     "entry is a list": lambda header: header | {"pos_embed": [1, 2]},
     "overlap": lambda header: header | {"blocks.0.attn.proj.bias": header["blocks.0.attn.proj.bias"] | {"data_offsets": [32, 96]}},
-    "metadata is null": lambda header: header | {"__metadata__": None},
     "metadata is a list": lambda header: header | {"__metadata__": [1]},
     "metadata is text": lambda header: header | {"__metadata__": "text"},
     "header is a list": lambda _: [1, 2],

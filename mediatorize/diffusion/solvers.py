@@ -144,16 +144,19 @@ class Solver:
     family: Family
     default_steps: int
     adaptive: bool = False
+    fewest: int = 1
+    most: int | None = None
+    """How many steps can be taken; None is as many as you like."""
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddpm": Solver(ddpm, "dit", 250),
-    "ddim": Solver(ddim, "dit", 50),
-    "dpm-solver++": Solver(dpm_solver, "dit", 20),
+    "ddpm": Solver(ddpm, "dit", 250, most=process.TRAIN_STEPS),
+    "ddim": Solver(ddim, "dit", 50, most=process.TRAIN_STEPS),
+    "dpm-solver++": Solver(dpm_solver, "dit", 20, most=process.TRAIN_STEPS - 1),
     "euler": Solver(euler, "sit", 25),
     "heun": Solver(heun, "sit", 25),
     "dopri5": Solver(dopri5, "sit", 1, adaptive=True),
-    "sde": Solver(sde, "sit", 250),
+    "sde": Solver(sde, "sit", 250, fewest=2),
 }
 """Samplers by name. To add one: a function (predict, x, steps, draw) -> x, and its family."""
 
@@ -167,6 +170,12 @@ def find_solver(arch: Architecture, name: str | None) -> Solver:
     if name not in fitting:
         raise UserError(f"Solver {name!r} is not one for a {arch.family.upper()}.", hint=f"Choose among {', '.join(fitting)}.")
     return SOLVERS[name]
+
+
+def refuse_steps(solver: Solver, steps: int) -> None:
+    if steps < solver.fewest or (solver.most is not None and steps > solver.most):
+        possible = f"at least {solver.fewest}" if solver.most is None else f"{solver.fewest} to {solver.most}"
+        raise UserError(f"{steps} steps cannot be taken.", hint=f"Pass {possible}.")
 
 
 def call_times(solver: Solver, steps: int) -> list[float]:
@@ -227,8 +236,9 @@ def sample(
     arch = model.arch
     chosen = find_solver(arch, solver)
     steps = chosen.default_steps if steps is None else steps
-    if steps < 1 or (solver == "ddpm" and steps > process.TRAIN_STEPS):
-        raise UserError(f"{steps} steps cannot be taken.", hint=f"Pass 1 to {process.TRAIN_STEPS}.")
+    refuse_steps(chosen, steps)
+    if seed < 0 or (cfg_channels != "all" and cfg_channels < 1):
+        raise UserError(f"Seed {seed} or {cfg_channels} guided channels cannot be.", hint="Seeds are from 0, channels from 1 or all.")
     parameter = next(model.parameters())
     labels = torch.as_tensor(labels, device=parameter.device)
     guided = cfg_scale != 1
@@ -280,7 +290,11 @@ def rows_per_sample(cfg_scale: float) -> int:
 
 def refuse_unknown_labels(arch: Architecture, labels: Tensor, *, guided: bool) -> None:
     highest = arch.classes if arch.null_class else arch.classes - 1
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
+    if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
+        raise UserError(
+            f"Labels of shape {list(labels.shape)} and type {labels.dtype} are no batch of classes.", hint="Pass (b,) integers."
+        )
+    if not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
         raise UserError(f"Classes {sorted(set(labels.tolist()))} are not all known.", hint=f"This model knows 0 to {arch.classes - 1}.")
     if guided and not arch.null_class:
         raise UserError("This model has no null class, which guidance needs.", hint="Pass --cfg-scale 1.")

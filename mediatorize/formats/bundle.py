@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite, write_beside
-from mediatorize.model.architecture import Architecture, MediatorSettings
+from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.version import VERSION
@@ -65,28 +66,36 @@ def read_config(path: Path) -> BundleConfig:
         content = json.loads(file.read_text())
         if content["version"] != BUNDLE_VERSION:
             raise UserError(f"{file}: bundle version {content['version']} is not known.", hint="Update mediatorize.")
-        return BundleConfig(
-            Architecture.from_json(content["architecture"]),
-            MediatorSettings.from_json(content["mediators"]),
-            content["source"],
-            content["layer_errors"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with about(file):
+            return BundleConfig(
+                Architecture.from_json(content["architecture"]),
+                MediatorSettings.from_json(content["mediators"]),
+                content["source"],
+                [_with_level_keys(errors) for errors in content["layer_errors"]],
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole bundle config ({error}).", hint="Convert again, or copy the bundle again.") from error
 
 
-def load_bundle(path: Path) -> DiffusionTransformer:
-    """The model of a bundle, with its mediators and its schedule: eval mode, float32, CPU, weights memory-mapped."""
+def _with_level_keys(errors: dict[str, Any]) -> dict[str, Any]:
+    """A layer's errors with levels as numbers, which JSON turns into text."""
+    return {
+        key: {int(level): error for level, error in value.items()} if isinstance(value, dict) else value for key, value in errors.items()
+    }
+
+
+def open_bundle(path: Path) -> tuple[BundleConfig, dict[str, Weight]]:
+    """A bundle's config and its weights, still in the file; names, shapes and finiteness checked."""
     recover(path)
     config = read_config(path)
     file = path / "model.safetensors"
     if not file.exists():
         raise UserError(f"{path}: has no model.safetensors.", hint="Convert again, or copy the bundle again.")
     weights = {name: Weight((stored,)) for name, stored in read_safetensors(file)[0].items()}
-    with torch.device("meta"):
+    with about(path / "config.json"), torch.device("meta"):
         model = DiffusionTransformer(config.arch, config.settings)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: weight.shape for name, weight in weights.items()}
+    found = {name: weight.shape for name, weight in weights.items() if weight.parts[0].is_weight}
     if expected != found:
         name = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
         raise UserError(
@@ -94,37 +103,56 @@ def load_bundle(path: Path) -> DiffusionTransformer:
             hint="Convert again, or copy the bundle again.",
         )
     refuse_non_finite(weights.items())
+    return config, weights
+
+
+def load_bundle(path: Path) -> DiffusionTransformer:
+    """The model of a bundle, with its mediators and its schedule: eval mode, float32, CPU, weights memory-mapped."""
+    config, weights = open_bundle(path)
+    with torch.device("meta"):
+        model = DiffusionTransformer(config.arch, config.settings)
     model.load_state_dict({name: weight.load() for name, weight in weights.items()}, assign=True)
-    model.schedule = read_schedule(path)
-    if model.schedule is not None and len(model.schedule.levels[0]) != config.arch.depth:
-        raise UserError(f"{path}: schedule.json is for {len(model.schedule.levels[0])} layers.", hint="Calibrate again.")
+    model.schedule = read_schedule(path, config)
     return model.requires_grad_(False).eval()
 
 
-def read_schedule(path: Path) -> Schedule | None:
+def read_schedule(path: Path, config: BundleConfig) -> Schedule | None:
+    """The bundle's schedule, where it has one: for its number of layers, of levels that it has."""
     file = path / "schedule.json"
     if not file.exists():
         return None
     try:
-        return Schedule.from_json(json.loads(file.read_text()))
+        with about(file):
+            schedule = Schedule.from_json(json.loads(file.read_text()))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}).", hint="Calibrate again.") from error
+    if len(schedule.levels[0]) != config.arch.depth:
+        raise UserError(f"{file}: is for {len(schedule.levels[0])} layers, the model has {config.arch.depth}.", hint="Calibrate again.")
+    if unknown := {level for piece in schedule.levels for level in piece} - {SOFTMAX, *config.settings.levels}:
+        raise UserError(f"{file}: the model has no level {unknown.pop()}.", hint="Calibrate again.")
+    return schedule
 
 
 def partial_folder(path: Path) -> Path:
     """Where a bundle is prepared before it is renamed to `path`."""
-    return path.with_name(f"{path.name}.partial")
+    return _beside(path, "partial")
 
 
 def _replaced_folder(path: Path) -> Path:
-    return path.with_name(f"{path.name}.replaced")
+    return _beside(path, "replaced")
+
+
+def _beside(path: Path, ending: str) -> Path:
+    path = path.absolute()
+    if not path.name:
+        raise UserError(f"{path}: is no place for a bundle.", hint="Name a folder.")
+    return path.with_name(f"{path.name}.{ending}")
 
 
 def recover(path: Path) -> None:
     """Puts the old bundle back if a kill came between moving it away and moving the new one in."""
-    replaced = _replaced_folder(path)
-    if replaced.exists() and not path.exists():
-        replaced.rename(path)
+    if not path.exists() and _replaced_folder(path).exists():
+        _replaced_folder(path).rename(path)
 
 
 def commit(partial: Path, path: Path) -> None:
@@ -142,9 +170,16 @@ def commit(partial: Path, path: Path) -> None:
 def write_bundle(folder: Path, model: DiffusionTransformer, config: BundleConfig, card: str) -> None:
     """Writes the files of a bundle into `folder`."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_beside(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+    write_beside(folder / "model.safetensors", lambda path: _save(state, path, {"format": "pt"}))
     write_json(folder / "config.json", config.to_json())
     write_text(folder / "README.md", card)
+
+
+def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(state, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def append_log(folder: Path, command: str, arguments: Mapping[str, Any], result: Mapping[str, Any]) -> None:
@@ -186,7 +221,7 @@ def save_layer(partial: Path, index: int, weights: dict[str, Tensor], errors: Ma
     """Keeps one fitted layer, so that a conversion can go on where it was killed."""
     metadata = {"errors": json.dumps(errors)}
     state = {name: value.contiguous() for name, value in weights.items()}
-    write_beside(partial / f"layer-{index:03d}.safetensors", lambda path: save_file(state, path, metadata))
+    write_beside(partial / f"layer-{index:03d}.safetensors", lambda path: _save(state, path, metadata))
 
 
 def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
@@ -203,7 +238,7 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
 
 def save_states(partial: Path, states: Mapping[str, Tensor]) -> None:
     """Keeps the calibration states of an unfinished conversion."""
-    write_beside(partial / STATES_FILE, lambda path: save_file(dict(states), path))
+    write_beside(partial / STATES_FILE, lambda path: _save(dict(states), path))
 
 
 def saved_states(partial: Path) -> dict[str, Tensor] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import StoredTensor, Weight, read_pickle, read_safetensors, refuse_non_finite
 from mediatorize.model.architecture import HEADS_OF_WIDTH, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
@@ -151,7 +151,13 @@ def _unwrap(path: Path, content: dict[str, Any], facts: dict[str, Any], weights:
         content = sets[part]
     elif weights:
         raise UserError(f"{path}: holds one set of weights, not several.", hint="Leave --weights out.")
-    tensors = {_bare(str(name)): value for name, value in content.items() if isinstance(value, StoredTensor)}
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in content.items():
+        if isinstance(value, StoredTensor):
+            bare = _bare(str(name))
+            if bare in tensors:
+                raise UserError(f"{path}: {bare} is there twice, once as {name}.", hint="Save one model's state dict.")
+            tensors[bare] = value
     if not tensors:
         raise UserError(f"{path}: holds no tensors.", hint="Save a state dict.")
     return Source(path, tensors, facts, part)
@@ -189,8 +195,10 @@ def _read_diffusers_folder(path: Path, weights: str | None) -> Source:
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         file = folder / name
         if file.exists():
-            tensors = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_pickle(file)
-            return Source(file, {str(key): value for key, value in tensors.items()}, config)
+            tensors: Any = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_pickle(file)
+            if not isinstance(tensors, dict):
+                raise UserError(f"{file}: holds a {type(tensors).__name__}, not named weights.", hint="Download it again.")
+            return _unwrap(file, tensors, config, None)
     raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors or .bin beside config.json.", hint="Download the weights too.")
 
 
@@ -230,13 +238,14 @@ def family_of(source: Source, hints: Hints) -> tuple[Family, str]:
     raise UserError(f"{source.path}: DiT and SiT have the same weights' names and shapes.", hint="Pass --family dit or --family sit.")
 
 
-def infer_architecture(source: Source, hints: Hints, family: Family, **conventions: Any) -> tuple[Architecture, list[str]]:
+def infer_architecture(
+    source: Source, hints: Hints, family: Family, grid: tuple[int, int], **conventions: Any
+) -> tuple[Architecture, list[str]]:
     """Sizes from the shapes of officially named tensors; and what had to be assumed."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     notes = []
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    facts = source.facts
-    heads = hints.num_heads or int(facts.get("num_heads", 0) or facts.get("num_attention_heads", 0)) or HEADS_OF_WIDTH.get(width)
+    heads = _first(hints.num_heads, _count(source, "num_heads"), _count(source, "num_attention_heads"), HEADS_OF_WIDTH.get(width))
     if heads is None:
         raise UserError(f"{source.path}: width {width} has no known head count.", hint="Pass --num-heads.")
 
@@ -249,47 +258,61 @@ def infer_architecture(source: Source, hints: Hints, family: Family, **conventio
             hint="It is not a DiT or SiT, or it is damaged.",
         )
     rows = shapes["y_embedder.embedding_table.weight"][0]
-    told = hints.num_classes or int(facts.get("num_classes", 0) or 0)
-    classes = told or rows - 1
+    told = _first(hints.num_classes, _count(source, "num_classes"))
+    classes = rows - 1 if told is None else told
     if rows - classes not in (0, 1):
         raise UserError(f"{source.path}: {rows} label rows do not fit {classes} classes.", hint="Pass the right --num-classes.")
-    if not told:
+    if told is None:
         notes.append(f"{rows} label rows are read as {classes} classes and the null class; --num-classes tells otherwise")
-    return (
-        Architecture(
+    with about(source.path):
+        arch = Architecture(
             family=family,
-            depth=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+            depth=len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)}),
             width=width,
             heads=heads,
             patch=patch,
             channels=channels,
-            grid=_grid_of(source, facts),
+            grid=grid,
             classes=classes,
             null_class=rows > classes,
             learn_sigma=multiple == 2,
             mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
             **conventions,
-        ),
-        notes,
-    )
+        )
+    return arch, notes
 
 
-def _grid_of(source: Source, facts: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of tokens. A count that is no square is matched against the position embedding of every grid it could be."""
-    if "sample_size" in facts:
-        side = int(facts["sample_size"]) // int(facts["patch_size"])
-        return side, side
+def _first(*candidates: int | None) -> int | None:
+    return next((candidate for candidate in candidates if candidate is not None), None)
+
+
+def _count(source: Source, key: str) -> int | None:
+    """A whole number among a file's facts, None where it is not there."""
+    value = source.facts.get(key)
+    if value is None:
+        return None
+    try:
+        count = int(value)
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise UserError(f"{source.path}: {key} is {value!r} in its config or arguments.", hint="It must be a whole number of at least 1.")
+    return count
+
+
+def _grid_of(source: Source) -> tuple[int, int]:
+    """Rows and columns of tokens: the grid whose fixed position embedding is in the file; a square where none is."""
     stored = source.tensors["pos_embed"]
-    tokens = stored.shape[1]
+    tokens, width = stored.shape[1:]
     side = math.isqrt(tokens)
+    table = stored.read().float()
+    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
+    for rows in sorted(divisors, key=lambda rows: abs(rows - side)):
+        grid = rows, tokens // rows
+        if width % 4 == 0 and torch.allclose(table, sincos_position_embedding(width, grid), atol=1e-2):
+            return grid
     if side**2 == tokens:
         return side, side
-    table = stored.mapped()
-    for rows in range(1, tokens + 1):
-        if tokens % rows == 0:
-            grid = rows, tokens // rows
-            if torch.allclose(table.float(), sincos_position_embedding(stored.shape[2], grid), atol=1e-4):
-                return grid
     raise UserError(f"{source.path}: {tokens} tokens are no square, and pos_embed is of no known grid.", hint="It is not supported.")
 
 
@@ -301,6 +324,8 @@ def _check_names_and_shapes(path: Path, arch: Architecture, weights: Mapping[str
     if extra := [name for name in weights if name not in expected]:
         raise UserError(f"{path}: {len(extra)} weights are not a DiT's or SiT's: {_some(extra)}.", hint="It is another architecture.")
     for name, shape in expected.items():
+        if name in weights and not all(part.dtype.is_floating_point for part in weights[name].parts):
+            raise UserError(f"{path}: {name} is of type {weights[name].parts[0].dtype}.", hint="Weights must be floating-point.")
         if name in weights and weights[name].shape != shape:
             raise UserError(
                 f"{path}: {name} is {list(weights[name].shape)} where {arch.name} needs {list(shape)}.",
@@ -322,24 +347,31 @@ class Format:
     open: Callable[[str, Source, Hints], Checkpoint]
 
 
-NEEDED = (
-    "x_embedder.proj.weight",
-    "final_layer.linear.weight",
-    "y_embedder.embedding_table.weight",
-    "blocks.0.mlp.fc1.weight",
-    "pos_embed",
-)
-"""What sizes are read from."""
+AXES = {
+    "x_embedder.proj.weight": 4,
+    "final_layer.linear.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "pos_embed": 3,
+}
+"""What sizes are read from, and how many axes each has."""
+
+
+def _refuse_unreadable_sizes(source: Source, *, positions: bool) -> None:
+    needed = {name: axes for name, axes in AXES.items() if positions or name != "pos_embed"}
+    if missing := [name for name in needed if name not in source.tensors]:
+        raise UserError(f"{source.path}: weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT or SiT.")
+    for name, axes in needed.items():
+        shape = source.tensors[name].shape
+        if len(shape) != axes or not source.tensors[name].is_weight:
+            kind = source.tensors[name].dtype
+            raise UserError(f"{source.path}: {name} is {list(shape)} of {kind}; it needs {axes} axes of floats.", hint="It is damaged.")
 
 
 def _open_official(name: str, source: Source, hints: Hints, **conventions: Any) -> Checkpoint:
-    if missing := [key for key in NEEDED if key not in source.tensors]:
-        raise UserError(f"{source.path}: weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT or SiT.")
-    for key, axes in (("x_embedder.proj.weight", 4), ("final_layer.linear.weight", 2), ("pos_embed", 3)):
-        if len(source.tensors[key].shape) != axes:
-            raise UserError(f"{source.path}: {key} is {list(source.tensors[key].shape)}, not of {axes} axes.", hint="It is damaged.")
+    _refuse_unreadable_sizes(source, positions=True)
     family, how = family_of(source, hints)
-    arch, notes = infer_architecture(source, hints, family, **conventions)
+    arch, notes = infer_architecture(source, hints, family, _grid_of(source), **conventions)
     weights = {key: Weight((value,)) for key, value in source.tensors.items()}
     _check_names_and_shapes(source.path, arch, weights, optional=set())
     return Checkpoint(source.path, name, arch, weights, source.part, (f"{'DiT' if family == 'dit' else 'SiT'}, {how}", *notes))
@@ -404,28 +436,33 @@ def _open_diffusers(name: str, source: Source, hints: Hints) -> Checkpoint:
             weights[f"blocks.{index}.{DIFFUSERS_BLOCK_NAMES.get(stem, stem)}.{kind}"] = Weight((stored,))
     weights |= {key: Weight((stored,)) for key, stored in embedders.items()}
     for key, parts in joined.items():
+        shapes = {part.shape for part in parts.values()}
+        if len(parts) == 3 and (len(shapes) > 1 or () in shapes):
+            raise UserError(f"{source.path}: {key} would join {[list(part.shape) for part in parts.values()]}.", hint="It is damaged.")
         if len(parts) != 3:
             raise UserError(f"{source.path}: {key} needs to_q, to_k and to_v; it has {_some(parts)}.", hint="It is damaged.")
         weights[key] = Weight((parts["q"], parts["k"], parts["v"]))
 
-    config = source.facts
-    if missing := [key for key in NEEDED if key not in weights and key != "pos_embed"]:
-        raise UserError(f"{source.path}: weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT.")
     named = {key: weight.parts[0] for key, weight in weights.items()}
-    arch, notes = infer_architecture(
-        Source(source.path, named, {"num_classes": config.get("num_embeds_ada_norm"), **config}),
-        hints,
-        "dit",
-        frequency_shift=1,
-        mlp_norm_eps=float(config.get("norm_eps", 1e-5)),
-    )
+    told = Source(source.path, named, source.facts | {"num_classes": source.facts.get("num_embeds_ada_norm")})
+    _refuse_unreadable_sizes(told, positions=False)
+    side, patch = _count(told, "sample_size"), _count(told, "patch_size")
+    if side is None or patch is None or patch != named["x_embedder.proj.weight"].shape[2] or side % patch:
+        raise UserError(f"{source.path}: sample_size {side} and patch_size {patch} of config.json do not fit it.", hint="Copy both again.")
+    try:
+        epsilon = float(source.facts.get("norm_eps", 1e-5))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.path}: norm_eps is {source.facts['norm_eps']!r} in config.json.", hint="Copy it again.") from error
+    arch, notes = infer_architecture(told, hints, "dit", (side // patch, side // patch), frequency_shift=1, mlp_norm_eps=epsilon)
     _check_names_and_shapes(source.path, arch, weights, optional={"pos_embed"})
     return Checkpoint(source.path, name, arch, weights, "", ("DiT, with diffusers' frequencies and epsilon", *notes))
 
 
 FORMATS: dict[str, Format] = {
     "diffusers DiT": Format(lambda source: any(key.startswith("transformer_blocks.") for key in source.tensors), _open_diffusers),
-    "REPA SiT": Format(lambda source: any(key.startswith("projectors.") for key in source.tensors), _open_repa),
+    "REPA SiT": Format(
+        lambda source: "enc_type" in source.facts or any(key.startswith("projectors.") for key in source.tensors), _open_repa
+    ),
     "official": Format(lambda source: any(re.match(r"blocks\.\d+\.attn\.", key) for key in source.tensors), _open_official),
 }
 """Formats by name, tried in order. To add one: a test of the tensors' names, and a function that gives official names."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -51,6 +52,11 @@ class StoredTensor:
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return (last + 1) * self.dtype.itemsize
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it can be one: floating-point and not empty."""
+        return self.dtype.is_floating_point and 0 not in self.shape
+
     def mapped(self) -> Tensor:
         """The tensor, memory-mapped and copied on write: pages are read from the file when they are touched."""
         return self._view(np.memmap(self.path, mode="c", offset=self.offset, shape=(self.bytes,), dtype=np.uint8))
@@ -81,28 +87,25 @@ class Weight:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata, from the header alone."""
-    size = path.stat().st_size
+    """The tensors of a safetensors file and its metadata, from the header alone, which safetensors itself has checked."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError("header is cut off")
-            header: dict[str, Any] = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has the wrong number of bytes")
-            if 8 + length + stop > size:
-                raise ValueError("data is cut off")
-            tensors[name] = StoredTensor(path, dtype, shape, _contiguous_stride(shape), 8 + length + start)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, framework="pt") as checked:
+            metadata = checked.metadata() or {}
+    except SafetensorError as error:
+        _refuse_what_is_no_checkpoint(path)
         raise UserError(
             f"{path}: not a whole safetensors file ({error}).", hint="It may be truncated: download or copy it again."
         ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] in SAFETENSORS_DTYPES:
+            shape = tuple(entry["shape"])
+            offset = 8 + length + entry["data_offsets"][0]
+            tensors[name] = StoredTensor(path, SAFETENSORS_DTYPES[entry["dtype"]], shape, _contiguous_stride(shape), offset)
     return tensors, metadata
 
 
@@ -112,10 +115,19 @@ def read_pickle(path: Path) -> Any:
     Only tensors, plain containers, numbers, strings and `argparse.Namespace` are accepted; anything else is refused by name, unexecuted.
     """
     if not zipfile.is_zipfile(path):
-        _refuse_unzipped(path)
+        _refuse_what_is_no_checkpoint(path)
+        raise UserError(
+            f"{path}: neither safetensors nor a torch zip archive.",
+            hint="If it is a pickle from before torch 1.6 that you trust, load it and `torch.save` it again.",
+        )
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UserError(f"{path}: the archive was compressed again.", hint="Take the original file.")
         with torch.serialization.safe_globals([argparse.Namespace]), FakeTensorMode():
             content = torch.load(path, weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         message = str(error)
         if found := re.search(r"GLOBAL ([\w.]+)", message):
@@ -130,10 +142,14 @@ def read_pickle(path: Path) -> Any:
             f"{path}: cannot be read as a torch checkpoint ({message.splitlines()[0] if message else type(error).__name__}).",
             hint="It may be damaged: download or copy it again.",
         ) from error
-    return _locate(content, path, path.stat().st_size)
+    try:
+        return _locate(content, path, path.stat().st_size)
+    except RecursionError as error:
+        raise UserError(f"{path}: its containers hold themselves.", hint="Save a state dict.") from error
 
 
-def _refuse_unzipped(path: Path) -> None:
+def _refuse_what_is_no_checkpoint(path: Path) -> None:
+    """Names what people have in place of weights; says nothing of anything else."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -143,11 +159,10 @@ def _refuse_unzipped(path: Path) -> None:
     if start.lstrip()[:1] == b"<":
         raise UserError(f"{path}: a web page, not weights.", hint="Download the file itself.")
     if start.startswith(b"PK"):
-        raise UserError(f"{path}: the archive is cut off.", hint="Download or copy it again.")
-    raise UserError(
-        f"{path}: neither safetensors nor a torch zip archive.",
-        hint="If it is a pickle from before torch 1.6 that you trust, load it and `torch.save` it again.",
-    )
+        where = "is a torch archive" if zipfile.is_zipfile(path) else "the archive is cut off"
+        raise UserError(f"{path}: {where}.", hint="Name it .pt." if zipfile.is_zipfile(path) else "Download or copy it again.")
+    if start[8:9] == b"{" and path.suffix != ".safetensors":
+        raise UserError(f"{path}: seems to be safetensors.", hint="Name it .safetensors.")
 
 
 def _locate(content: Any, path: Path, file_size: int) -> Any:
@@ -171,11 +186,11 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def refuse_non_finite(weights: Iterable[tuple[str, Weight]]) -> None:
-    """Reads every weight once, one at a time, and refuses NaN and infinity by the name of the first that has one."""
+    """Reads every weight once, one at a time, and refuses what is not finite in float32 by the name of the first that has any."""
     for name, weight in weights:
         for part in weight.parts:
-            values = part.read()
-            if values.is_floating_point() and not values.sum(dtype=torch.float64).isfinite():
+            values = part.read().float()
+            if not values.sum(dtype=torch.float64).isfinite():
                 bad = int((~values.isfinite()).sum())
                 raise UserError(
                     f"{part.path}: {name} has {bad} value{'s' * (bad != 1)} that are NaN or infinite.",

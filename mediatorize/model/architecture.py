@@ -55,7 +55,16 @@ class Architecture:
     reversed_time: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.family not in ("dit", "sit"):
+            raise UserError(f"{self.family!r} is no family.", hint="Families are dit and sit.")
+        counts = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch", "channels", "classes", "mlp_width")}
+        if len(self.grid) != 2:
+            raise UserError(f"A token grid of {list(self.grid)} has not two sides.", hint="It must be rows and columns.")
+        counts |= {"rows of tokens": self.grid[0], "columns of tokens": self.grid[1]}
+        for name, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise UserError(f"{count!r} is no number of {name}.", hint="It must be a whole number of at least 1.")
+        if self.width % self.heads:
             raise UserError(f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads.")
 
     @property
@@ -111,8 +120,10 @@ def preset(name: str) -> Architecture:
         letter, patch = size.split("/")
         family: Family = {"dit": "dit", "sit": "sit"}[prefix.lower()]  # type: ignore[assignment]
         width, depth = {letter: sizes for sizes, letter in SIZE_OF_WIDTH_AND_DEPTH.items()}[letter.upper()]
-        side = int(image_size) // 8 // int(patch)
-    except (KeyError, ValueError) as error:
+        side, rest = divmod(int(image_size), 8 * int(patch))
+        if rest or side < 1:
+            raise ValueError(f"{image_size} pixels are not a multiple of {8 * int(patch)}")
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"No preset is called {name!r}.", hint="They look like DiT-XL/2@256 or SiT-S/4@512.") from error
     return Architecture(
         family=family,

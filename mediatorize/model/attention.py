@@ -150,14 +150,15 @@ class MediatorAttention(nn.Module):
     def on_tokens(self, level: MediatorLevel) -> tuple[Tensor, Tensor, Tensor]:
         """R, B1 and B2 of a level on this model's tokens, (h*m, n) each."""
         coarse = coarse_grid(self.grid)
-        maps = level.pool, level.key_bias, level.query_bias
+        maps: tuple[Tensor, ...] = (level.pool, level.key_bias, level.query_bias)
         if coarse == self.grid:
             pool, key_bias, query_bias = (y.flatten(2).flatten(0, 1) for y in maps)
             return pool, key_bias, query_bias
+        rows, columns = (_spread(size, fine, level.pool) for size, fine in zip(coarse, self.grid, strict=True))
+        maps = (level.pool / torch.outer(rows, columns), *maps[1:])
         stacked = torch.stack([y.flatten(0, 1) for y in maps])  # (3, h*m, gh, gw)
-        fine = F.interpolate(stacked, size=self.grid, mode="bilinear", align_corners=False).flatten(2)
-        shrink = coarse[0] * coarse[1] / (self.grid[0] * self.grid[1])
-        return fine[0] * shrink, fine[1], fine[2]
+        pool, key_bias, query_bias = F.interpolate(stacked, size=self.grid, mode="bilinear", align_corners=False).flatten(2)
+        return pool, key_bias, query_bias
 
 
 class SwitchableAttention(Attention):
@@ -219,6 +220,12 @@ def grid_partition(mediators: int, grid: tuple[int, int]) -> Tensor:
         top = bottom
     partition = torch.stack(weights)
     return (partition / partition.sum(1, keepdim=True)).float()
+
+
+def _spread(coarse: int, fine: int, like: Tensor) -> Tensor:
+    """The weight that linear interpolation from `coarse` to `fine` points gives each coarse point in all: (coarse,)."""
+    unit = torch.eye(coarse, device=like.device, dtype=like.dtype).unsqueeze(0)
+    return F.interpolate(unit, size=fine, mode="linear", align_corners=False).sum(-1)[0]
 
 
 def _overlap(start: float, stop: float, length: int) -> Tensor:

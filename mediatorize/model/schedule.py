@@ -22,12 +22,12 @@ class Schedule:
     def __post_init__(self) -> None:
         if len(self.levels) != len(self.edges) + 1:
             raise UserError(f"A schedule of {len(self.levels)} pieces has {len(self.edges)} inner edges.", hint="It needs one fewer.")
-        if any(low >= high for low, high in pairwise((0.0, *self.edges, 1.0))):
+        if any(not low < high for low, high in pairwise((0.0, *self.edges, 1.0))):
             raise UserError(f"Schedule edges {list(self.edges)} do not ascend between 0 and 1.", hint="Check schedule.json.")
         if len({len(piece) for piece in self.levels}) != 1:
             raise UserError("Schedule pieces differ in their number of layers.", hint="Check schedule.json.")
-        for level in {level for piece in self.levels for level in piece}:
-            if level != SOFTMAX and not (isinstance(level, int) and level > 0):
+        for level in (level for piece in self.levels for level in piece):
+            if level != SOFTMAX and not (type(level) is int and level > 0):
                 raise UserError(f"{level!r} is no level.", hint="Levels are softmax or a count of mediators.")
 
     def at(self, noise_level: float) -> tuple[Level, ...]:
@@ -47,6 +47,9 @@ class Schedule:
     def from_json(cls, content: dict[str, Any]) -> Schedule:
         try:
             pieces = content["pieces"]
-            return cls(tuple(piece["noise_from"] for piece in pieces[1:]), tuple(tuple(piece["levels"]) for piece in pieces))
+            starts, stops = [piece["noise_from"] for piece in pieces], [piece["noise_to"] for piece in pieces]
+            if [*starts, 1.0] != [0.0, *stops]:
+                raise UserError("Schedule pieces do not follow one another from 0 to 1.", hint="Check schedule.json.")
+            return cls(tuple(starts[1:]), tuple(tuple(piece["levels"]) for piece in pieces))
         except (KeyError, TypeError) as error:
             raise UserError("Not a schedule: it needs pieces of noise_from, noise_to and levels.", hint="Check schedule.json.") from error

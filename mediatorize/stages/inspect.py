@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from mediatorize.formats.bundle import is_bundle, read_config
+from mediatorize.formats.bundle import is_bundle, open_bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
-from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, coarse_grid, default_local_rank, preset
 from mediatorize.stages.options import ClassesOption, FamilyOption, HeadsOption, Option, WeightsOption
@@ -110,16 +110,14 @@ def inspect(
         arch = preset(checkpoint)
         return Inspection(checkpoint, "published size, no file", "", arch, count_parameters(arch), shown_settings(arch), ())
     if is_bundle(path):
-        config = read_config(path)
-        tensors = {name: Weight((stored,)) for name, stored in read_safetensors(path / "model.safetensors")[0].items()}
-        refuse_non_finite(tensors.items())
-        added = sum(_size(weight.shape) for name, weight in tensors.items() if ".mediator." in name)
-        total = sum(_size(weight.shape) for weight in tensors.values())
+        config, tensors = open_bundle(path)
+        added = sum(math.prod(weight.shape) for name, weight in tensors.items() if ".mediator." in name)
+        total = sum(math.prod(weight.shape) for weight in tensors.values())
         notes = (f"levels {', '.join(map(str, config.settings.levels))}, {SOFTMAX}; mediators add {added / 1e6:.1f}M parameters",)
         return Inspection(checkpoint, "bundle", "", config.arch, total, config.settings, notes)
     opened = open_checkpoint(path, Hints(family, num_heads, num_classes), weights)
     opened.verify()
-    total = sum(_size(weight.shape) for weight in opened.weights.values())
+    total = sum(math.prod(weight.shape) for weight in opened.weights.values())
     return Inspection(checkpoint, opened.format, opened.part, opened.arch, total, shown_settings(opened.arch), opened.notes)
 
 
@@ -134,10 +132,3 @@ def count_parameters(arch: Architecture) -> int:
     embedders = width * (arch.channels * arch.patch**2 + 1) + (256 + 1) * width + (width + 1) * width
     tables = (arch.classes + arch.null_class) * width + arch.tokens * width
     return arch.depth * block + embedders + tables + 2 * width**2 + 2 * width + (width + 1) * arch.last_rows
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
