@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

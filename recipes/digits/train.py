@@ -27,6 +27,7 @@ from mediatorize.model.transformer import DiffusionTransformer, initialise_from_
 
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.9975
+SAVE_EVERY = 100
 
 
 def teacher_architecture(family: Family) -> Architecture:
@@ -123,7 +124,7 @@ def train(family: Family, steps: int, batch: int, peak_rate: float, seed: int, d
                 slow.lerp_(fast, 1 - decay)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 100 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             state = {"model": model.state_dict(), "ema": average.state_dict(), "opt": optimizer.state_dict(), "step": step + 1}
             beside = state_path.with_suffix(".saving")
             torch.save(state, beside)
