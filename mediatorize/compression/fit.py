@@ -85,30 +85,32 @@ def _fit_layer(
 ) -> LayerErrors:
     layer = block.attn
     mediator = layer.mediated()
-    inputs, targets = _inputs_and_outputs(block, tokens, condition, settings.batch)
-    held_out = torch.arange(len(inputs)) % HELD_OUT == 0
+    inputs, targets, gates = _inputs_and_outputs(block, tokens, condition, settings.batch)
+    held_out = len(inputs) // HELD_OUT
     seed = settings.seed * 1_000_003 + index
-    seen = inputs[~held_out]
+    seen = inputs[held_out:]
     for mediators in mediator.settings.levels:
         pool = initialise(layer, seen[:: max(1, len(seen) // CLUSTER_STATES)], mediators, seed)
         mediator.level(mediators).pool.data.copy_(pool)
 
-    before = relative_errors(mediator, inputs[held_out], targets[held_out], settings.batch)
+    before = relative_errors(mediator, inputs[:held_out], targets[:held_out], settings.batch)
     if settings.steps == 0:
         return LayerErrors(index, before, before)
-    regress(mediator, seen, targets[~held_out], settings, seed, on_step)
-    return LayerErrors(index, before, relative_errors(mediator, inputs[held_out], targets[held_out], settings.batch))
+    regress(mediator, seen, targets[held_out:], gates[held_out:], settings, seed, on_step)
+    return LayerErrors(index, before, relative_errors(mediator, inputs[:held_out], targets[:held_out], settings.batch))
 
 
 @torch.no_grad()
-def _inputs_and_outputs(block: Block, tokens: Tensor, condition: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """What the attention layer gets and gives in the teacher: (s, n, c) each."""
+def _inputs_and_outputs(block: Block, tokens: Tensor, condition: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the attention layer gets and gives in the teacher, (s, n, c) each, and the gate that its output passes, (s, 1, c)."""
     inputs, outputs = torch.empty_like(tokens), torch.empty_like(tokens)
+    gates = torch.empty_like(tokens[:, :1])
     for rows in torch.arange(len(tokens)).split(batch):
-        shift, scale = block.adaLN_modulation(condition[rows]).chunk(6, dim=1)[:2]
+        shift, scale, gate = block.adaLN_modulation(condition[rows]).chunk(6, dim=1)[:3]
+        gates[rows] = gate.unsqueeze(1)
         inputs[rows] = modulate(block.norm1(tokens[rows]), shift, scale)
         outputs[rows] = block.attn(inputs[rows], SOFTMAX)
-    return inputs, outputs
+    return inputs, outputs, gates
 
 
 @torch.no_grad()
@@ -127,11 +129,16 @@ def regress(
     mediator: MediatorAttention,
     inputs: Tensor,
     targets: Tensor,
+    gates: Tensor,
     settings: FitSettings,
     seed: int,
     on_step: Callable[[], None] | None = None,
 ) -> None:
-    """Trains the mediator path on (inputs, targets), (s, n, c) each: mean absolute error summed over levels, Adam with a cosine to zero."""
+    """Trains the mediator path on (inputs, targets), (s, n, c) each, summed over levels, by Adam with a cosine to zero.
+
+    The loss is the mean absolute error of what the block's gate (s, 1, c) lets through: errors in channels and states that the residual
+    stream never sees do not count.
+    """
     mediator.requires_grad_(True)
     projections = [*mediator.qkv.parameters(), *mediator.proj.parameters()]
     own = {id(parameter) for parameter in projections}
@@ -139,16 +146,16 @@ def regress(
     shrink = min(1.0, 128 / inputs.shape[2])
     optimizer = torch.optim.Adam([{"params": projections, "scale": shrink}, {"params": others, "scale": 1.0}], betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
-    scale = targets.abs().mean()
+    scale = (targets * gates).abs().mean()
     for step in range(settings.steps):
         rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         rows = torch.randint(0, len(inputs), (settings.batch,), generator=generator)
-        x, y = inputs[rows], targets[rows]
+        x, y, gate = inputs[rows], targets[rows], gates[rows] / scale
         optimizer.zero_grad()
         for mediators in mediator.settings.levels:
-            ((mediator(x, mediators) - y).abs().mean() / scale).backward()
+            ((mediator(x, mediators) - y) * gate).abs().mean().backward()
         optimizer.step()
         if on_step is not None:
             on_step()

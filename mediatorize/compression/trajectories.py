@@ -37,7 +37,7 @@ def teacher_states(
     seed: int = 0,
     on_call: Callable[[], None] | None = None,
 ) -> States:
-    """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes.
+    """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes, in random order.
 
     Args:
         trajectories: how many samples are drawn at once; as many times as it takes for no state to be used twice.
@@ -76,7 +76,8 @@ def teacher_states(
             first_index=index * trajectories,
             observe=keep,
         )
-    x, t, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    order = torch.randperm(count, generator=generator)
+    x, t, y = (torch.cat(parts)[order] for parts in zip(*kept, strict=True))
     return States(x, t, y)
 
 

@@ -86,7 +86,7 @@ class Plan:
         arch, widest = self.arch, self.settings.levels[-1]
         tokens = 4 * self.states * arch.tokens * arch.width
         step = 4 * self.fit.batch * arch.tokens * (6 * arch.width + 4 * arch.heads * widest + arch.mlp_width)
-        return 4 * (count_parameters(arch) + self.added_parameters()) + 16 * self.added_parameters() // arch.depth + 5 * tokens + step
+        return 4 * (count_parameters(arch) + self.added_parameters()) + 16 * self.added_parameters() // arch.depth + 3 * tokens + step
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,5 +193,5 @@ def refuse_bad_output(out: Path, force: bool) -> None:
 
 
 def grid_columns(count: int, per_class: int) -> int:
-    """A row per class where there are several of each; else rows of up to ten."""
-    return per_class if 1 < per_class <= 16 else min(count, 10) if np.sqrt(count) < 10 else round(np.sqrt(count))
+    """A row per class where there are several of each; else rows of ten, or a square of more than a hundred."""
+    return per_class if 1 < per_class <= 16 else min(count, max(10, math.isqrt(count)))

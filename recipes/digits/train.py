@@ -2,6 +2,10 @@
 
     python recipes/digits/train.py --family sit     # about 25 minutes on two cores
     python recipes/digits/train.py --family dit
+    python recipes/digits/train.py --family dit --start recipes/digits/dit.safetensors --velocity-weighting --steps 1100 --seed 1
+
+The DiT's second run weighs its noise errors as velocity errors: the plain loss hardly looks at the noisy steps where the class is decided
+(class accuracy without guidance .77 before, see the README for after).
 
 Writes recipes/digits/FAMILY.safetensors with the official parameter names. To resume, run the same command: the state is saved beside the
 result every 100 steps, and the randomness of a step depends on (seed, step) alone.
@@ -16,7 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +31,8 @@ from mediatorize.model.transformer import DiffusionTransformer, initialise_from_
 
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.9975
+HIGHEST_WEIGHT = 100.0
+"""Of a noisy step's error, where noise errors are weighed as velocity errors."""
 SAVE_EVERY = 100
 
 
@@ -47,7 +53,9 @@ def teacher_architecture(family: Family) -> Architecture:
     )
 
 
-def training_loss(model: DiffusionTransformer, data: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def training_loss(
+    model: DiffusionTransformer, data: Tensor, labels: Tensor, generator: torch.Generator, velocity_weighting: bool
+) -> Tensor:
     arch = model.arch
     batch = len(data)
     noise = torch.randn(data.shape, generator=generator)
@@ -60,7 +68,11 @@ def training_loss(model: DiffusionTransformer, data: Tensor, labels: Tensor, gen
     t = torch.randint(0, process.TRAIN_STEPS, (batch,), generator=generator)
     noisy = process.noised(arch, data, noise, t)
     output, logits = model(noisy, t, labels).chunk(2, dim=1)
-    return (output - noise).square().mean() + 1e-3 * process.TRAIN_STEPS * variance_loss(data, noisy, output.detach(), logits, t)
+    weight = torch.ones(1)
+    if velocity_weighting:  # |v - v'|^2 = |noise - noise'|^2 / (data's share of the variance)
+        weight = (1 / process.alphas_cumprod()[t]).clamp(max=HIGHEST_WEIGHT).float()
+    noise_loss = (weight.view(-1, 1, 1, 1) * (output - noise).square()).mean()
+    return noise_loss + 1e-3 * process.TRAIN_STEPS * variance_loss(data, noisy, output.detach(), logits, t)
 
 
 def variance_loss(data: Tensor, noisy: Tensor, output: Tensor, logits: Tensor, t: Tensor) -> Tensor:
@@ -91,9 +103,21 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train(family: Family, steps: int, batch: int, peak_rate: float, seed: int, destination: Path) -> None:
+def train(
+    family: Family,
+    steps: int,
+    batch: int,
+    peak_rate: float,
+    seed: int,
+    destination: Path,
+    start: Path | None = None,
+    velocity_weighting: bool = False,
+) -> None:
     model = DiffusionTransformer(teacher_architecture(family))
-    initialise_from_scratch(model, seed)
+    if start is None:
+        initialise_from_scratch(model, seed)
+    else:
+        model.load_state_dict(load_file(start))
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     images, labels = digit_images()
@@ -113,7 +137,7 @@ def train(family: Family, steps: int, batch: int, peak_rate: float, seed: int, d
         chosen = torch.randint(0, len(images), (batch,), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_rate)
-        loss = training_loss(model, images[chosen], labels[chosen], generator)
+        loss = training_loss(model, images[chosen], labels[chosen], generator, velocity_weighting)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,10 +165,12 @@ def main(
     batch: int = 128,
     peak_rate: float = 1e-3,
     seed: int = 0,
+    start: Annotated[Path | None, typer.Option(help="Weights to start from; default: fresh ones.")] = None,
+    velocity_weighting: Annotated[bool, typer.Option("--velocity-weighting", help="Of a DiT's noise errors.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write; default: beside this script.")] = None,
 ) -> None:
     """Trains one digits teacher."""
-    train(family, steps, batch, peak_rate, seed, out or Path(__file__).parent / f"{family}.safetensors")
+    train(family, steps, batch, peak_rate, seed, out or Path(__file__).parent / f"{family}.safetensors", start, velocity_weighting)
 
 
 if __name__ == "__main__":
