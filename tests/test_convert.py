@@ -225,7 +225,7 @@ def test_the_log_tells_what_was_done(official_file: Callable[..., Path], tmp_pat
     (line,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     entry = json.loads(line)
     assert entry["command"] == "convert"
-    assert entry["arguments"]["fit"] == {"steps": 4, "batch": 8, "learning_rate": 2e-3, "seed": 0}
+    assert entry["arguments"]["fit"] == {"steps": 4, "batch": 8, "learning_rate": 3e-3, "seed": 0}
     assert entry["arguments"]["weights"] == bundle.hash_of_weights(load_model(tmp_path / "out"))
 
 

@@ -24,11 +24,11 @@ CLUSTER_STATES = 32
 
 @dataclass(frozen=True)
 class FitSettings:
-    steps: int = 250
+    steps: int = 500
     """Optimiser steps per layer; each trains every level. 0 leaves the mediators as initialised."""
-    batch: int = 32
+    batch: int = 16
     """States per step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Adam's peak, for weights of width 128; projections of a wider model take it in proportion to 128 / width."""
     seed: int = 0
 
