@@ -539,5 +539,5 @@ def test_progress_comes_back_and_is_cleared_away(tmp_path: Path) -> None:
     assert kept is not None
     assert kept.keys() == states.keys()
     assert all(torch.equal(kept[name], value) for name, value in states.items())
-    bundle.remove_working_files(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    bundle.commit(tmp_path, tmp_path.parent / "committed")
+    assert list((tmp_path.parent / "committed").iterdir()) == []

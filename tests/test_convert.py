@@ -246,3 +246,52 @@ def test_bad_plans_are_refused_before_any_work(
     with pytest.raises(UserError, match=message):
         convert(str(official_file()), tmp_path / "out", **(QUICK | change))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]
+
+
+def test_force_replaces_bundles_only(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source, precious = official_file(), tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    for out in (precious, source):
+        with pytest.raises(UserError, match="exists and is not a bundle"):
+            convert(str(source), out, **QUICK, force=True)
+    assert (precious / "thesis.txt").read_text() == "mine"
+
+
+def test_a_kill_between_the_last_file_and_the_rename_keeps_the_fitted_layers(
+    official_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = official_file()
+    monkeypatch.setattr(bundle, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(source), tmp_path / "out", **QUICK)
+    monkeypatch.undo()
+    assert convert(str(source), tmp_path / "out", **QUICK).resumed_layers == 3
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_partial_folder_without_a_plan_is_begun_anew(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    assert convert(str(official_file()), tmp_path / "out", **QUICK).resumed_layers == 0
+
+
+def test_a_block_whose_gate_is_shut_is_fitted_to_finite_weights() -> None:
+    model = tiny_model()
+    block = model.layers()[0]
+    for parameter in block.adaLN_modulation.parameters():
+        parameter.data.zero_()
+    states = teacher_states(model, 48, steps=4, trajectories=8)
+    model.add_mediators(MediatorSettings((4,)))
+    list(fit_layers(model, states, INITIALISERS["pool"], FitSettings(steps=3, batch=8)))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_divergence_is_said_and_nothing_is_written(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Fitting layer 0 diverged"):
+        convert(str(official_file()), tmp_path / "out", **(QUICK | {"learning_rate": 1e30}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_seed_will_do(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    convert(str(official_file()), tmp_path / "out", **(QUICK | {"seed": 2**31}))
+    assert (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("[convert]\ncheckpoint = 'x'\nout = 'y'\nforce = 'perhaps'", "expected true or false"),
         ("[convrt]\n", "'convrt' is neither a stage nor a known key"),
         ("[convert", "not TOML"),
+        ("convert = 3", "'convert' is no table"),
+        ("[out]\n[inspect]\ncheckpoint = 'x'", "'out' is a table"),
         ("description = 'nothing'", "has no stages"),
     ],
 )
@@ -114,3 +117,22 @@ def test_a_stage_that_failed_is_run_again(tmp_path: Path) -> None:
 )
 def test_values_take_the_type_of_their_parameter(value: object, kind: object, expected: object) -> None:
     assert convert_value(value, kind) == expected
+
+
+def test_another_file_under_the_same_name_is_converted_again(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    teacher.write_bytes((RECIPES / "digits" / "sit.safetensors").read_bytes())
+    text = f"[convert]\ncheckpoint = '{teacher}'\nout = '{{out}}/bundle'\nfit_steps = 0\nstates = 16\nsteps = 2\n"
+    recipe = write(tmp_path, text)
+    run(recipe, out=tmp_path / "out")
+    assert run(recipe, out=tmp_path / "out").skipped == ("convert",)
+    teacher.write_bytes((RECIPES / "digits" / "dit.safetensors").read_bytes())
+    assert run(recipe, out=tmp_path / "out").skipped == ()
+    shutil.rmtree(tmp_path / "out" / "bundle")
+    assert run(recipe, out=tmp_path / "out").skipped == ()
+
+
+def test_a_recipe_forces_nothing_outside_its_own_folder(tmp_path: Path) -> None:
+    run(RECIPES / "digits.toml", set=(*QUICK, f"sample.out={tmp_path}/mine.png"), out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"mine\.png: exists"):
+        run(RECIPES / "digits.toml", set=(*QUICK, f"sample.out={tmp_path}/mine.png", "sample.seed=2"), out=tmp_path / "out")

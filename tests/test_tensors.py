@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mediatorize.errors import UserError
 from mediatorize.formats.loading import load_model
-from mediatorize.formats.tensors import StoredTensor, Weight, read_pickle, read_safetensors, refuse_non_finite, write_beside
+from mediatorize.formats.tensors import StoredTensor, Weight, load_weights, read_pickle, read_safetensors, refuse_non_finite, write_beside
 
 SMALL = {"depth": 1, "width": 16, "heads": 2, "mlp_width": 32, "classes": 5, "grid": (2, 2)}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -130,8 +130,24 @@ def test_weight_joins_its_parts_in_order_in_float32(tmp_path: Path) -> None:
     stored = read_pickle(save(tmp_path / "a.pt", {str(index): part for index, part in enumerate(parts)}))
     weight = Weight(tuple(stored.values()))
     assert weight.shape == (6, 4)
-    assert weight.load().dtype == torch.float32
-    assert torch.equal(weight.load(), torch.cat(parts).float())
+    loaded = load_weights({"w": weight})["w"]
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, torch.cat(parts).float())
+
+
+def open_files() -> int:
+    folder = Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.exists() else 0
+
+
+def test_many_tensors_of_a_file_take_one_mapping(tmp_path: Path) -> None:
+    save_file({str(index): torch.full((3,), float(index)) for index in range(400)}, tmp_path / "a.safetensors")
+    weights = {name: Weight((stored,)) for name, stored in read_safetensors(tmp_path / "a.safetensors")[0].items()}
+    before = open_files()
+    loaded = load_weights(weights)
+    after = open_files()
+    assert after - before <= 2
+    assert all(value.tolist() == [float(name)] * 3 for name, value in loaded.items())
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mediatorize.compression.initialise import Initialiser
 from mediatorize.compression.trajectories import States
+from mediatorize.errors import UserError
 from mediatorize.model.architecture import SOFTMAX
 from mediatorize.model.attention import MediatorAttention
 from mediatorize.model.transformer import Block, DiffusionTransformer, modulate
@@ -57,16 +58,19 @@ def fit_layers(
     there. Fitting a layer depends on the teacher, the states and (seed, layer) alone.
     """
     device = next(model.parameters()).device
-    condition = torch.cat(
-        [model.condition(t.to(device), y.to(device)) for t, y in zip(states.t.split(256), states.y.split(256), strict=True)]
-    )
-    tokens = torch.cat([model.embed(x.to(device)) for x in states.x.split(settings.batch)])
+    with torch.no_grad():
+        calls = zip(*(values.split(settings.batch) for values in (states.x, states.t, states.y)), strict=True)
+        embedded = [(model.embed(x.to(device)), model.condition(t.to(device), y.to(device))) for x, t, y in calls]
+        tokens, condition = (torch.cat(parts) for parts in zip(*embedded, strict=True))
+        del embedded
     for index, block in enumerate(model.layers()):
         if restored is not None and index in restored:
             weights, errors = restored[index]
             block.attn.mediated().load_state_dict(weights)
         else:
             errors = _fit_layer(index, block, tokens, condition, initialise, settings, on_step)
+            if not all(math.isfinite(error) for error in errors.after.values()):
+                raise UserError(f"Fitting layer {index} diverged.", hint="Pass a smaller --learning-rate.")
         yield errors
         if index + 1 < len(model.blocks):
             with torch.no_grad():
@@ -117,11 +121,12 @@ def _inputs_and_outputs(block: Block, tokens: Tensor, condition: Tensor, batch: 
 def relative_errors(mediator: MediatorAttention, inputs: Tensor, targets: Tensor, batch: int) -> dict[int, float]:
     """|mediator - softmax| / |softmax| over all of `inputs` and `targets` (s, n, c), per level."""
     errors = {}
+    size = torch.stack([y.square().sum() for y in targets.split(batch)]).sum().clamp(min=1e-12)
     for mediators in mediator.settings.levels:
         squared = torch.zeros((), device=inputs.device)
         for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
             squared += (mediator(x, mediators) - y).square().sum()
-        errors[mediators] = float((squared / targets.square().sum()).sqrt())
+        errors[mediators] = float((squared / size).sqrt())
     return errors
 
 
@@ -144,9 +149,10 @@ def regress(
     own = {id(parameter) for parameter in projections}
     others = [parameter for parameter in mediator.parameters() if id(parameter) not in own]
     shrink = min(1.0, 128 / inputs.shape[2])
-    optimizer = torch.optim.Adam([{"params": projections, "scale": shrink}, {"params": others, "scale": 1.0}], betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([{"params": projections, "scale": shrink}, {"params": others, "scale": 1.0}], betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
-    scale = (targets * gates).abs().mean()
+    sizes = [(y * gate).abs().sum() for y, gate in zip(targets.split(settings.batch), gates.split(settings.batch), strict=True)]
+    scale = (torch.stack(sizes).sum() / targets.numel()).clamp(min=1e-12)  # a dead block's gate is zero
     for step in range(settings.steps):
         rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
         for group in optimizer.param_groups:

@@ -32,6 +32,7 @@ def key_clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, see
     return _clusters(layer, inputs, mediators, seed, projection=1)
 
 
+@torch.no_grad()
 def _clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: int, projection: int) -> Tensor:
     """Pooling over clusters of positions, head by head.
 
@@ -45,7 +46,7 @@ def _clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: 
     result = []
     for head in range(heads):
         points = (on_cells @ weight[head].mT).transpose(0, 1).flatten(1).cpu().numpy()  # (cells, s * d)
-        cluster = KMeans(mediators, n_init=1, random_state=seed + head).fit(points).labels_
+        cluster = KMeans(mediators, n_init=1, random_state=(seed + head) % 2**32).fit(points).labels_
         members = F.one_hot(torch.from_numpy(cluster).long(), mediators).T.float()  # (m, cells)
         result.append(members / members.sum(1, keepdim=True).clamp(min=1))
     return torch.stack(result).view(heads, mediators, *coarse).to(inputs.device)

@@ -247,9 +247,9 @@ def sample(
     indices = range(first_index, first_index + len(labels))
 
     def draw(count: int) -> Tensor:
-        return noise_for(seed, indices, count, shape).to(parameter)
+        return noise_for(seed, indices, count, shape).to(parameter.device)
 
-    x = draw(-1) if noise is None else noise.to(parameter)
+    x = draw(-1) if noise is None else noise.to(parameter.device, torch.float32)
     if x.shape != (len(labels), *shape):
         raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
     levels_at = _level_source(schedule if schedule is not None else model.schedule)
@@ -262,7 +262,7 @@ def sample(
         times = torch.full((len(batch),), own_t, device=x.device, dtype=torch.float32)
         if observe is not None:
             observe(batch, times, batch_labels)
-        output = model(batch, times, batch_labels, levels=levels)
+        output = model(batch.to(parameter.dtype), times, batch_labels, levels=levels).float()  # only the model is in low precision
         if guided:
             output = guide(output, cfg_scale, arch.channels if cfg_channels == "all" else min(cfg_channels, arch.channels))
             output = output if chosen.adaptive else output[: len(labels)]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mediatorize.errors import UserError, about
-from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite, write_beside
+from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
@@ -28,6 +28,7 @@ BUNDLE_VERSION = 1
 PLAN_FILE = "plan.json"
 """In an unfinished bundle: what it is going to be."""
 STATES_FILE = "states.safetensors"
+LOG_FILE = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def load_bundle(path: Path) -> DiffusionTransformer:
     config, weights = open_bundle(path)
     with torch.device("meta"):
         model = DiffusionTransformer(config.arch, config.settings)
-    model.load_state_dict({name: weight.load() for name, weight in weights.items()}, assign=True)
+    model.load_state_dict(load_weights(weights), assign=True)
     model.schedule = read_schedule(path, config)
     return model.requires_grad_(False).eval()
 
@@ -156,13 +157,15 @@ def recover(path: Path) -> None:
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Renames a prepared folder to `path`. An older folder there is moved away first and deleted last."""
+    """Renames a prepared folder to `path`, then drops its working files. An older bundle there is moved away first and deleted last."""
     replaced = _replaced_folder(path)
     if path.exists():
         if replaced.exists():
             shutil.rmtree(replaced)
         path.rename(replaced)
     partial.rename(path)
+    for file in [*path.glob("layer-*.safetensors"), path / PLAN_FILE, path / STATES_FILE]:
+        file.unlink(missing_ok=True)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -184,7 +187,7 @@ def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None 
 
 def append_log(folder: Path, command: str, arguments: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Adds a line to the bundle's log: what was done to it, when, by which versions."""
-    file = folder / "log.jsonl"
+    file = folder / LOG_FILE
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -230,7 +233,7 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
     for file in sorted(partial.glob("layer-*.safetensors")):
         tensors, metadata = read_safetensors(file)
         layers[int(file.stem.removeprefix("layer-"))] = (
-            {name: stored.mapped() for name, stored in tensors.items()},
+            {name: stored.read() for name, stored in tensors.items()},
             json.loads(metadata["errors"]),
         )
     return layers
@@ -244,8 +247,3 @@ def save_states(partial: Path, states: Mapping[str, Tensor]) -> None:
 def saved_states(partial: Path) -> dict[str, Tensor] | None:
     file = partial / STATES_FILE
     return {name: stored.read() for name, stored in read_safetensors(file)[0].items()} if file.exists() else None
-
-
-def remove_working_files(partial: Path) -> None:
-    for file in [*partial.glob("layer-*.safetensors"), partial / PLAN_FILE, partial / STATES_FILE]:
-        file.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mediatorize.errors import UserError, about
-from mediatorize.formats.tensors import StoredTensor, Weight, read_pickle, read_safetensors, refuse_non_finite
+from mediatorize.formats.tensors import StoredTensor, Weight, load_weights, read_pickle, read_safetensors, refuse_non_finite
 from mediatorize.model.architecture import HEADS_OF_WIDTH, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
@@ -83,7 +83,7 @@ class Checkpoint:
         """The model in eval mode, float32, its weights memory-mapped where they lie as the model wants them."""
         with torch.device("meta"):
             model = DiffusionTransformer(self.arch)
-        state = {name: weight.load() for name, weight in self.weights.items()}
+        state = load_weights(self.weights)
         if "pos_embed" not in state:
             state["pos_embed"] = sincos_position_embedding(self.arch.width, self.arch.grid)
         model.load_state_dict(state, assign=True)

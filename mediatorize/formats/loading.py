@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mediatorize.errors import UserError
 from mediatorize.formats.bundle import is_bundle, load_bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.model.architecture import Family
@@ -31,7 +32,14 @@ def load_model(
         UserError: the file is missing, damaged, unsafe, not finite, ambiguous or of another architecture.
     """
     if is_bundle(Path(path)):
+        refuse_checkpoint_options(Path(path), family, num_heads, num_classes, weights)
         return load_bundle(Path(path))
     checkpoint = open_checkpoint(path, Hints(family, num_heads, num_classes), weights)
     checkpoint.verify()
     return checkpoint.load()
+
+
+def refuse_checkpoint_options(path: Path, *given: object) -> None:
+    """A bundle knows what a checkpoint may have to be told."""
+    if any(option is not None for option in given):
+        raise UserError(f"{path}: is a bundle, which knows its family, heads, classes and weights.", hint="Leave those options out.")

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,27 @@ class StoredTensor:
         """Whether it can be one: floating-point and not empty."""
         return self.dtype.is_floating_point and 0 not in self.shape
 
-    def mapped(self) -> Tensor:
-        """The tensor, memory-mapped and copied on write: pages are read from the file when they are touched."""
-        return self._view(np.memmap(self.path, mode="c", offset=self.offset, shape=(self.bytes,), dtype=np.uint8))
+    def mapped(self, file: np.ndarray | None = None) -> Tensor:
+        """The tensor, memory-mapped and copied on write: pages are read from the file when they are touched.
+
+        `file` is the whole file as `map_file` gives it, for many tensors to share.
+        """
+        whole = map_file(self.path) if file is None else file
+        return self._view(whole[self.offset : self.offset + self.bytes])
 
     def read(self) -> Tensor:
         """The tensor in memory of its own, which goes when it does."""
         return self._view(np.fromfile(self.path, dtype=np.uint8, count=self.bytes, offset=self.offset))
 
     def _view(self, raw: np.ndarray) -> Tensor:
+        if self.offset % self.dtype.itemsize:
+            raw = raw.copy()
         return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped and copied on write."""
+    return np.memmap(path, mode="c", dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,21 @@ class Weight:
         first = self.parts[0].shape
         return (sum(part.shape[0] for part in self.parts), *first[1:]) if len(self.parts) > 1 else first
 
-    def load(self) -> Tensor:
-        """In float32; memory-mapped where it can be."""
-        tensors = [part.mapped() for part in self.parts]
-        return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).float()
+
+def load_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """All weights in float32, none sharing memory; memory-mapped where they can be, one mapping per file."""
+    parts = sorted((part for weight in weights.values() for part in weight.parts), key=lambda part: (part.path, part.offset))
+    files = {path: map_file(path) for path in {part.path for part in parts}}
+    shared, ends = set(), dict.fromkeys(files, 0)
+    for part in parts:
+        if part.offset < ends[part.path]:
+            shared.add(part)
+        ends[part.path] = max(ends[part.path], part.offset + part.bytes)
+    loaded = {}
+    for name, weight in weights.items():
+        tensors = [part.read() if part in shared else part.mapped(files[part.path]) for part in weight.parts]
+        loaded[name] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).float()
+    return loaded
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -102,10 +124,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] in SAFETENSORS_DTYPES:
-            shape = tuple(entry["shape"])
-            offset = 8 + length + entry["data_offsets"][0]
-            tensors[name] = StoredTensor(path, SAFETENSORS_DTYPES[entry["dtype"]], shape, _contiguous_stride(shape), offset)
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} is of type {entry['dtype']}.", hint="Weights must be float64, float32, bfloat16 or float16.")
+        shape = tuple(entry["shape"])
+        offset = 8 + length + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(path, SAFETENSORS_DTYPES[entry["dtype"]], shape, _contiguous_stride(shape), offset)
     return tensors, metadata
 
 

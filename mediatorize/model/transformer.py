@@ -149,6 +149,12 @@ class DiffusionTransformer(nn.Module):
         return image[:, : arch.output_channels]
 
 
+def count_parameters(arch: Architecture, settings: MediatorSettings | None = None) -> int:
+    """Parameters of a model, its position embedding included as the published counts do."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiffusionTransformer(arch, settings).parameters())
+
+
 def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
     """The fixed position embedding of DiT and SiT: (1, rows * columns, width).
 

@@ -12,15 +12,14 @@ from typing import Annotated, Any
 from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
 from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.trajectories import States, batches_for, teacher_states
-from mediatorize.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, Channels, call_times, find_solver, rows_per_sample
+from mediatorize.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, Channels, call_times, find_solver, refuse_steps, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, Space, coarse_grid, default_local_rank, preset
-from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.model.transformer import DiffusionTransformer, count_parameters
 from mediatorize.report.card import model_card
-from mediatorize.stages.inspect import count_parameters
 from mediatorize.stages.options import (
     ChannelsOption,
     ClassesOption,
@@ -33,7 +32,16 @@ from mediatorize.stages.options import (
     SeedOption,
     WeightsOption,
 )
-from mediatorize.stages.running import gmacs, measured_flops_per_second, pick_device, progress_bar, seconds_in_words, text_table
+from mediatorize.stages.running import (
+    gmacs,
+    measured_flops_per_second,
+    pick_device,
+    progress_bar,
+    refuse_below,
+    seconds_in_words,
+    text_table,
+)
+from mediatorize.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,13 @@ class Plan:
             "states": [self.states, self.trajectories],
             "solver": [self.solver, self.steps, self.cfg_scale, self.cfg_channels],
             "weights": weights_hash,
+            "version": VERSION,
         }
         return json.loads(json.dumps(fields))
 
     def added_parameters(self) -> int:
         """Parameters that the mediators add."""
-        arch, rank = self.arch, self.settings.local_rank
-        cells = coarse_grid(arch.grid)[0] * coarse_grid(arch.grid)[1]
-        levels = sum(3 * arch.heads * m * cells + 2 * arch.heads for m in self.settings.levels)
-        return arch.depth * (4 * arch.width**2 + 4 * arch.width + levels + 2 * rank * arch.width + 9 * rank)
+        return count_parameters(self.arch, self.settings) - count_parameters(self.arch)
 
     def flops(self) -> int:
         """FLOPs of the conversion: states, the teacher's pass over them, and fitting (a backward counts as two forwards)."""
@@ -173,9 +179,9 @@ def convert(
     local_rank: Annotated[int | None, Option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64")] = None,
     states: Annotated[int, Option("states of the model's own trajectories to fit on")] = 1024,
     trajectories: Annotated[int, Option("samples drawn at a time to get them")] = 32,
-    fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = 500,
-    batch: Annotated[int, Option("states per step of fitting")] = 16,
-    learning_rate: Annotated[float, Option("peak rate of fitting")] = 3e-3,
+    fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = FitSettings.steps,
+    batch: Annotated[int, Option("states per step of fitting")] = FitSettings.batch,
+    learning_rate: Annotated[float, Option("peak rate of fitting")] = FitSettings.learning_rate,
     solver: Annotated[str | None, Option("sampler of the trajectories; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
     steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
     cfg_scale: Annotated[float, Option("its guidance, best what will be sampled with; 1 is none")] = 1.5,
@@ -204,8 +210,10 @@ def convert(
     if chosen.adaptive:
         raise UserError(f"{name} takes as many steps as it needs; states are spread over a fixed number.", hint="Pass --solver euler.")
     fit = FitSettings(fit_steps, batch, learning_rate, seed)
+    taken = chosen.default_steps if steps is None else steps
+    refuse_steps(chosen, taken)
     guidance = cfg_scale if arch.null_class else 1.0
-    plan = Plan(arch, settings, init, fit, states, trajectories, name, steps or chosen.default_steps, guidance, cfg_channels)
+    plan = Plan(arch, settings, init, fit, states, trajectories, name, taken, guidance, cfg_channels)
     relative, notes = _check_plan(plan)
     notes += list(opened.notes) if opened else []
     if dry_run:
@@ -213,9 +221,7 @@ def convert(
         return Conversion(out, plan, tuple(notes), estimated_seconds=plan.flops() / rate, relative_flops=relative)
 
     assert opened is not None
-    bundle.recover(out)
-    if out.exists() and not force:
-        raise UserError(f"{out}: exists.", hint="Pass --force to replace it, or another path.")
+    refuse_occupied(out, force)
     opened.verify()
     model = opened.load()
     weights_hash = bundle.hash_of_weights(model)
@@ -245,8 +251,8 @@ def convert(
     config = bundle.BundleConfig(arch, settings, provenance, [vars(errors) for errors in done])
     bundle.write_bundle(partial, model.cpu(), config, model_card(config))
     arguments = {"checkpoint": checkpoint, "out": str(out), **plan.fingerprint(weights_hash)}
+    (partial / bundle.LOG_FILE).unlink(missing_ok=True)  # of a try that was killed at the very end
     bundle.append_log(partial, "convert", arguments, {"seconds": round(result.seconds, 1), "resumed_layers": len(restored)})
-    bundle.remove_working_files(partial)
     bundle.commit(partial, out)
     return result
 
@@ -274,14 +280,9 @@ def _check_plan(plan: Plan) -> tuple[dict[int, float], list[str]]:
     cells = coarse_grid(arch.grid)[0] * coarse_grid(arch.grid)[1]
     if settings.levels[-1] > cells:
         raise UserError(f"{settings.levels[-1]} mediators do not fit {cells} positions.", hint="Pass smaller --levels.")
-    for name, value, least in (
-        ("fit-steps", plan.fit.steps, 0),
-        ("batch", plan.fit.batch, 1),
-        ("states", plan.states, 16),
-        ("trajectories", plan.trajectories, 1),
-    ):
-        if value < least:
-            raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")
+    refuse_below({"fit-steps": plan.fit.steps, "seed": plan.fit.seed}, 0)
+    refuse_below({"batch": plan.fit.batch, "trajectories": plan.trajectories}, 1)
+    refuse_below({"states": plan.states}, 16)
     softmax = cost.forward_flops(arch)
     relative = {m: cost.forward_flops(arch, m, settings) / softmax for m in settings.levels}
     idle = [m for m, share in relative.items() if share >= 1]
@@ -299,16 +300,27 @@ def _open_partial(out: Path, fingerprint: dict[str, Any], force: bool) -> Path:
     """The folder that the bundle is prepared in: a new one, or an unfinished one of the same plan."""
     partial = bundle.partial_folder(out)
     plan_file = partial / bundle.PLAN_FILE
-    if partial.exists():
-        same = plan_file.exists() and json.loads(plan_file.read_text()) == fingerprint
-        if same:
+    if plan_file.exists():
+        if json.loads(plan_file.read_text()) == fingerprint:
             return partial
         if not force:
             raise UserError(
                 f"{partial}: an unfinished conversion with other settings or weights.",
                 hint="Repeat its command, or pass --force to drop it.",
             )
+    if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     bundle.write_json(plan_file, fingerprint)
     return partial
+
+
+def refuse_occupied(out: Path, force: bool) -> None:
+    """Only a bundle or an empty folder is ever replaced, and a bundle only by force."""
+    bundle.recover(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not bundle.is_bundle(out):
+        raise UserError(f"{out}: exists and is not a bundle.", hint="Name another folder; --force replaces bundles only.")
+    if not force:
+        raise UserError(f"{out}: exists.", hint="Pass --force to replace it, or another path.")

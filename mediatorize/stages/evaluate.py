@@ -19,8 +19,18 @@ from mediatorize.formats.images import to_pixels
 from mediatorize.formats.loading import load_model
 from mediatorize.model.architecture import SOFTMAX, Level
 from mediatorize.report.pictures import write_comparison
-from mediatorize.stages.options import ChannelsOption, DeviceOption, FamilyOption, HeadsOption, Option, SeedOption, WeightsOption
-from mediatorize.stages.running import gmacs, pick_device, text_table
+from mediatorize.stages.options import (
+    ChannelsOption,
+    ClassesOption,
+    DeviceOption,
+    FamilyOption,
+    ForceOption,
+    HeadsOption,
+    Option,
+    SeedOption,
+    WeightsOption,
+)
+from mediatorize.stages.running import gmacs, pick_device, refuse_below, text_table
 from mediatorize.stages.sample import Sampling, refuse_unknown_level, sample_many, sampling_flops
 
 
@@ -48,6 +58,7 @@ class Evaluation:
     distance_of_halves: float | None
     """Of the real data: what distances are to be read against."""
     out: Path
+    has_pictures: bool
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "out": str(self.out)}
@@ -76,7 +87,8 @@ class Evaluation:
             lines.append(
                 f"Frechet distances are to the real digits; two halves of the real digits are {self.distance_of_halves:.2f} apart."
             )
-        lines.append(f"Wrote {self.out / 'evaluation.json'}, evaluation.md and comparison.png.")
+        pictures = ", comparison.png" if self.has_pictures else ""
+        lines.append(f"Wrote evaluation.json, evaluation.md{pictures} in {self.out}.")
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -84,9 +96,10 @@ class Evaluation:
         header = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
         rows = "\n".join(f"| {' | '.join(row)} |" for row in self.rows())
         how = self.sampling
+        picture = "\n![Samples at every level](comparison.png)\n" if self.has_pictures else ""
         return (
             f"# {self.model}\n\n{self.samples} samples per level from the same noise (seed {how.seed}), {how.solver}, {how.steps} steps, "
-            f"guidance {how.cfg_scale}.\n\n{header}\n{rows}\n\n![Samples at every level](comparison.png)\n"
+            f"guidance {how.cfg_scale}.\n\n{header}\n{rows}\n{picture}"
         )
 
 
@@ -110,18 +123,27 @@ def evaluate(
     family: FamilyOption = None,
     num_heads: HeadsOption = None,
     weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
     device: DeviceOption = "auto",
+    force: ForceOption = False,
 ) -> Evaluation:
     """Samples the teacher (level softmax) and every level from the same noise and compares cost, samples and quality."""
-    loaded = load_model(model, family=family, num_heads=num_heads, weights=weights)
+    refuse_below({"samples": samples}, 2)
+    refuse_below({"batch": batch}, 1)
+    if (out / "evaluation.json").exists() and not force:
+        raise UserError(f"{out}: has an evaluation.", hint="Pass --force to replace it, or another folder.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file.", hint="Name a folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
     chosen = find_solver(arch, solver)
     if chosen.adaptive:
         raise UserError(f"{solver} has no fixed cost to compare.", hint="Choose a solver with fixed steps.")
     solver = next(name for name, known in SOLVERS.items() if known is chosen)
-    sampling = Sampling(solver, steps or chosen.default_steps, cfg_scale, cfg_channels, seed, batch)
+    sampling = Sampling(solver, chosen.default_steps if steps is None else steps, cfg_scale, cfg_channels, seed, batch)
     available = loaded.settings.levels if loaded.settings else ()
-    judged: list[Level] = [SOFTMAX, *sorted(levels or available, reverse=True)]
+    judged: list[Level] = [SOFTMAX, *sorted(set(levels or available), reverse=True)]
     for level in judged:
         refuse_unknown_level(loaded, level)
     if features == "digits" and (arch.channels, arch.input_size, arch.classes) != (1, (SIDE, SIDE), 10):
@@ -145,11 +167,10 @@ def evaluate(
         pictures["teacher (softmax)" if level == SOFTMAX else f"m = {level}"] = images[:20]
 
     halves = distance_of_halves(digit_classifier().features(digit_images()[0])) if features == "digits" else None
-    report = Evaluation(model, samples, sampling, tuple(results), halves, out)
-    out.mkdir(parents=True, exist_ok=True)
+    report = Evaluation(model, samples, sampling, tuple(results), halves, out, arch.channels in (1, 3))
     write_json(out / "evaluation.json", report.to_json())
     write_text(out / "evaluation.md", report.markdown())
-    if arch.channels in (1, 3):
+    if report.has_pictures:
         write_comparison(out / "comparison.png", {name: to_pixels(images) for name, images in pictures.items()}, captions(results))
     return report
 

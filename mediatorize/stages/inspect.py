@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 from mediatorize.formats.bundle import is_bundle, open_bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.formats.loading import refuse_checkpoint_options
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, coarse_grid, default_local_rank, preset
+from mediatorize.model.transformer import count_parameters
 from mediatorize.stages.options import ClassesOption, FamilyOption, HeadsOption, Option, WeightsOption
 from mediatorize.stages.running import gmacs, text_table
 
@@ -72,8 +74,9 @@ class Inspection:
         kind = "pixels" if arch.channels in (1, 3) else "latents"
         lines = [
             f"{self.source}: {arch.name} ({self.format}{', ' + self.weights if self.weights else ''})",
-            f"  {arch.depth} layers, width {arch.width}, {arch.heads} heads of {arch.head_width}, patches of {arch.patch}, "
-            f"{arch.tokens} tokens ({arch.grid[0]}x{arch.grid[1]}), {arch.classes} classes{' and null' if arch.null_class else ''}",
+            f"  family {arch.family}, {arch.depth} layers, width {arch.width}, {arch.heads} heads of {arch.head_width}, "
+            f"patches of {arch.patch}, {arch.tokens} tokens ({arch.grid[0]}x{arch.grid[1]}), "
+            f"{arch.classes} classes{' and null' if arch.null_class else ''}",
             f"  {arch.channels} channels of {size} {kind}{image}; {self.parameters / 1e6:.1f}M parameters",
             *(f"  {note}" for note in self.notes),
             "",
@@ -110,6 +113,7 @@ def inspect(
         arch = preset(checkpoint)
         return Inspection(checkpoint, "published size, no file", "", arch, count_parameters(arch), shown_settings(arch), ())
     if is_bundle(path):
+        refuse_checkpoint_options(path, family, num_heads, num_classes, weights)
         config, tensors = open_bundle(path)
         added = sum(math.prod(weight.shape) for name, weight in tensors.items() if ".mediator." in name)
         total = sum(math.prod(weight.shape) for weight in tensors.values())
@@ -123,12 +127,3 @@ def inspect(
 
 def shown_settings(arch: Architecture) -> MediatorSettings:
     return MediatorSettings(SHOWN_LEVELS, local_rank=default_local_rank(arch.width))
-
-
-def count_parameters(arch: Architecture) -> int:
-    """Parameters of a model without mediators, position embedding included (as the published counts do)."""
-    width = arch.width
-    block = 4 * width**2 + 4 * width + 2 * width * arch.mlp_width + arch.mlp_width + width + 6 * width**2 + 6 * width
-    embedders = width * (arch.channels * arch.patch**2 + 1) + (256 + 1) * width + (width + 1) * width
-    tables = (arch.classes + arch.null_class) * width + arch.tokens * width
-    return arch.depth * block + embedders + tables + 2 * width**2 + 2 * width + (width + 1) * arch.last_rows

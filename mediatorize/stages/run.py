@@ -50,6 +50,7 @@ class RunReport:
         return {
             "recipe": str(self.recipe.path),
             "out": str(self.recipe.out),
+            "dry_run": self.dry_run,
             "seconds": round(self.seconds, 1),
             "skipped": list(self.skipped),
             "stages": {name: report.to_json() for name, report in self.reports.items()},
@@ -90,17 +91,25 @@ def run(
     finished: dict[str, str] = json.loads(state_file.read_text()) if state_file.exists() else {}
     chain = ""
     for name, arguments in loaded.stages.items():
-        chain = hashlib.sha256(json.dumps([VERSION, chain, name, arguments], sort_keys=True, default=str).encode()).hexdigest()
-        if finished.get(name) == chain:
+        what = [VERSION, chain, name, arguments, _state_of_inputs(arguments)]
+        chain = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        result = arguments.get("out")
+        if finished.get(name) == chain and (result is None or result.exists()):
             skipped.append(name)
             continue
-        if "force" in parameters(STAGES[name]):
-            # What stands there is this recipe's own earlier result; an unfinished conversion with the same arguments still resumes.
-            arguments = arguments | {"force": True}
+        if "force" in parameters(STAGES[name]) and result is not None and result.is_relative_to(loaded.out):
+            arguments = arguments | {"force": True}  # what stands inside the recipe's own folder is its own earlier result
         reports[name] = STAGES[name](**arguments)
         finished[name] = chain
         write_json(state_file, finished)
     return RunReport(loaded, reports, tuple(skipped), time.monotonic() - start, dry_run)
+
+
+def _state_of_inputs(arguments: dict[str, Any]) -> list[tuple[int, int]]:
+    """Size and time of the checkpoint or bundle that a stage reads: another file under the same name is another input."""
+    paths = [Path(arguments[key]) for key in ("checkpoint", "model") if key in arguments]
+    files = [path / "model.safetensors" if path.is_dir() else path for path in paths]
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 
 def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recipe:
@@ -115,6 +124,8 @@ def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recip
     for key in content:
         if key not in (*STAGES, *TOP_KEYS):
             raise UserError(f"{path}: {key!r} is neither a stage nor a known key.", hint=f"Stages are {', '.join(STAGES)}.")
+        if (key in STAGES) != (key in tables):
+            raise UserError(f"{path}: {key!r} {'is no table' if key in STAGES else 'is a table'}.", hint=f"Write [{key}] for a stage only.")
     for change in changes:
         target, equals, value = change.partition("=")
         stage, dot, key = target.partition(".")
@@ -142,7 +153,11 @@ def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recip
 
 def resolved_toml(recipe: Recipe) -> str:
     """The recipe with every value filled in, defaults too."""
-    lines = [f"description = {json.dumps(recipe.description)}", f"out = {json.dumps(str(recipe.out))}"]
+    lines = [
+        f"description = {json.dumps(recipe.description)}",
+        f"out = {json.dumps(str(recipe.out))}",
+        f"preset = {json.dumps(recipe.preset)}",
+    ]
     for name, arguments in recipe.stages.items():
         lines += ["", f"[{name}]"]
         for key, parameter in parameters(STAGES[name]).items():

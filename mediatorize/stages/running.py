@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ def measured_flops_per_second(device: torch.device, width: int, tokens: int) -> 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
 
     for seconds in (0.1, 0.2):  # the first is a warm-up
         start, count = time.perf_counter(), 0
@@ -47,6 +49,12 @@ def measured_flops_per_second(device: torch.device, width: int, tokens: int) -> 
             wait()
             count += 1
     return count * 2 * x.numel() * weight.shape[1] / (time.perf_counter() - start)
+
+
+def refuse_below(values: Mapping[str, int], least: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

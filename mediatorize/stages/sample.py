@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from mediatorize.diffusion.process import noise_level
 from mediatorize.diffusion.solvers import SOLVERS, Channels, call_times, find_solver, rows_per_sample
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
-from mediatorize.formats.images import decode, load_vae, to_pixels, write_arrays, write_grid
+from mediatorize.formats.images import Pixels, decode, load_vae, to_pixels, write_arrays, write_grid
 from mediatorize.formats.loading import load_model
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
@@ -32,7 +33,7 @@ from mediatorize.stages.options import (
     SeedOption,
     WeightsOption,
 )
-from mediatorize.stages.running import pick_device, pick_dtype, progress_bar
+from mediatorize.stages.running import pick_device, pick_dtype, progress_bar, refuse_below
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def sample(
     dtype: Annotated[str, Option("precision of the model", choices=("float32", "bfloat16", "float16"))] = "float32",
     force: ForceOption = False,
 ) -> SampleReport:
-    """Samples pictures. The same seed gives the same pictures, in batches of any size."""
+    """Samples pictures. The same seed gives the same pictures, in batches of any size (dopri5 alone chooses its steps by batch)."""
     refuse_bad_output(out, force)
+    refuse_below({"per-class": per_class, "batch": batch}, 1)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
     refuse_unknown_level(loaded, level)
@@ -112,15 +114,13 @@ def sample(
     start = time.monotonic()
     latents = sample_many(loaded, labels, sampling, level, "sampling")
     seconds = time.monotonic() - start
-    if decoder is not None:
-        latents = torch.cat([decode(decoder, part.to(where)).cpu() for part in latents.split(8)])
     if not as_pixels:
         write_arrays(out, latents=latents.numpy(), labels=labels.numpy())
-    elif out.suffix == ".npz":
-        pixels = to_pixels(latents)
-        write_arrays(out, arr_0=pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels, labels=labels.numpy())
     else:
-        pixels = to_pixels(latents)
+        pixels = to_pixels(latents) if decoder is None else decode_many(decoder, latents, where)
+    if as_pixels and out.suffix == ".npz":
+        write_arrays(out, arr_0=pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels, labels=labels.numpy())
+    elif as_pixels:
         write_grid(out, pixels, grid_columns(len(pixels), per_class), scale=max(1, 64 // pixels.shape[1]))
     spent = sampling_flops(arch, sampling, level if level is not None else loaded.schedule, loaded.settings)
     all_softmax = sampling_flops(arch, sampling, SOFTMAX, None)
@@ -134,6 +134,16 @@ def sample(
         None if spent is None else spent * len(labels),
         None if all_softmax is None else all_softmax * len(labels),
     )
+
+
+def decode_many(decoder: Any, latents: Tensor, device: torch.device) -> Pixels:
+    """Any number of latents (n, c, h, w) as bytes; pictures are never all in memory as floats."""
+    parts = []
+    with progress_bar(len(latents), "decoding", "picture") as bar:
+        for part in latents.split(8):
+            parts.append(to_pixels(decode(decoder, part.to(device))))
+            bar.update(len(part))
+    return np.concatenate(parts)
 
 
 def sample_many(

@@ -1,8 +1,8 @@
 """Trains the small teachers that ship with this project, from scikit-learn's digits alone.
 
     python recipes/digits/train.py --family sit     # about 25 minutes on two cores
-    python recipes/digits/train.py --family dit
-    python recipes/digits/train.py --family dit --start recipes/digits/dit.safetensors --velocity-weighting --steps 1100 --seed 1
+    python recipes/digits/train.py --family dit --out first.safetensors
+    python recipes/digits/train.py --family dit --start first.safetensors --velocity-weighting --steps 1100 --seed 1
 
 The DiT's second run weighs its noise errors as velocity errors: the plain loss hardly looks at the noisy steps where the class is decided
 (class accuracy without guidance .77 before, see the README for after).
@@ -124,8 +124,12 @@ def train(
 
     state_path = destination.with_suffix(".training")
     first = 0
+    arguments = {"family": family, "steps": steps, "batch": batch, "peak_rate": peak_rate, "seed": seed}
+    arguments |= {"start": str(start), "velocity_weighting": velocity_weighting}
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
+        if state["arguments"] != arguments:
+            raise SystemExit(f"{state_path} is of an unfinished run with other arguments: repeat its command, or delete it.")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["opt"])
@@ -149,13 +153,21 @@ def train(
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "ema": average.state_dict(), "opt": optimizer.state_dict(), "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "ema": average.state_dict(),
+                "opt": optimizer.state_dict(),
+                "step": step + 1,
+                "arguments": arguments,
+            }
             beside = state_path.with_suffix(".saving")
             torch.save(state, beside)
             beside.replace(state_path)
 
     metadata = {"family": family, "num_heads": str(average.arch.heads), "trained_on": "scikit-learn digits, 16x16"}
-    save_file({name: value.contiguous() for name, value in average.state_dict().items()}, destination, metadata)
+    beside = destination.with_suffix(".saving")
+    save_file({name: value.contiguous() for name, value in average.state_dict().items()}, beside, metadata)
+    beside.replace(destination)
     state_path.unlink(missing_ok=True)
 
 
