@@ -75,7 +75,7 @@ def measure(
 def main(
     models: Annotated[str, typer.Option(help="published sizes")] = "DiT-XL/2@256,DiT-XL/2@512",
     levels: Annotated[str, typer.Option(help="mediator counts")] = "1,4,16,64",
-    batch: int = 4,
+    batch: int = 8,
     pairs: int = 15,
     device: str = "cpu",
     dtype: str = "float32",

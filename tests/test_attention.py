@@ -69,7 +69,7 @@ def test_forward_is_either_form_plus_the_local_branch(space: Space, grid: tuple[
 
 def test_forward_runs_the_form_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, x = mediator_attention(), tokens()
-    monkeypatch.setattr(attention, "absorbed", lambda x, mediators: "absorbed")
+    monkeypatch.setattr(attention, "absorbed", lambda x, mediators, onto: "absorbed")
     monkeypatch.setattr(attention, "plain", lambda x, mediators: "plain")
     ran = [attention(x, mediators) for mediators in LEVELS]
     cheaper = [cost.absorbed_flops(16, WIDTH, HEADS, m) <= cost.plain_flops(16, WIDTH, HEADS, m) for m in LEVELS]

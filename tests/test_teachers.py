@@ -44,11 +44,11 @@ def test_a_teacher_predicts_its_target_on_real_digits(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "solver", "steps"), [("sit", "euler", 25), ("dit", "ddim", 50)])
-def test_a_teacher_is_as_good_as_stated(family: str, solver: str, steps: int) -> None:
+@pytest.mark.parametrize(("family", "solver", "steps", "cfg_scale"), [("sit", "euler", 25, 1.0), ("dit", "ddim", 50, 1.2)])
+def test_a_teacher_is_as_good_as_stated(family: str, solver: str, steps: int, cfg_scale: float) -> None:
     model = load_model(DIGITS / f"{family}.safetensors")
     labels = torch.arange(2000) % 10
-    samples = sample_many(model, labels, Sampling(solver, steps, batch=250), "softmax", "teacher")
+    samples = sample_many(model, labels, Sampling(solver, steps, cfg_scale, batch=250), "softmax", "teacher")
     accuracy, distance = judge(samples, labels)
     assert accuracy >= 0.96
     assert distance <= 1.6 * distance_of_halves(digit_classifier().features(digit_images()[0]))

@@ -93,12 +93,18 @@ class MediatorAttention(nn.Module):
 
     def forward(self, x: Tensor, mediators: int) -> Tensor:
         """(b, n, c) -> (b, n, c) with `mediators` per head, in the form that costs fewer FLOPs."""
-        absorbed = cost.absorbed_is_cheaper(x.shape[1], x.shape[2], self.heads, mediators)
-        out = self.absorbed(x, mediators) if absorbed else self.plain(x, mediators)
-        return out if self.local is None else out + self.local(x, self.grid)
+        local = None if self.local is None else self.local(x, self.grid)
+        if cost.absorbed_is_cheaper(x.shape[1], x.shape[2], self.heads, mediators):
+            return self.absorbed(x, mediators, onto=local)
+        out = self.plain(x, mediators)
+        return out if local is None else out + local
 
-    def absorbed(self, x: Tensor, mediators: int) -> Tensor:
-        """The absorbed form (design 2.1): every product with all n tokens has h * m rows, never c."""
+    def absorbed(self, x: Tensor, mediators: int, onto: Tensor | None = None) -> Tensor:
+        """The absorbed form (design 2.1): every product with all n tokens has h * m rows, never c. `onto` (b, n, c) is added.
+
+        Rows of products with weights are (m, b) within a head, so that every sample's (h*m, c) matrix is a strided view of them: two copies
+        in all, of what comes out of products over tokens.
+        """
         b, _, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
         level = self.level(m)
@@ -107,28 +113,28 @@ class MediatorAttention(nn.Module):
         wo = self.proj.weight.view(c, h, d).permute(1, 2, 0)  # (h, d, c)
         w, bias = (wq, bq) if self.settings.space == "queries" else (wk, bk)
 
-        def by_head(y: Tensor) -> Tensor:  # (b, h*m, c) -> (h, b*m, c)
-            return y.view(b, h, m, c).transpose(0, 1).reshape(h, b * m, c)
+        def by_head(y: Tensor) -> Tensor:  # (b, h*m, c) -> (h, m*b, c)
+            return y.transpose(0, 1).reshape(h, m * b, c)
 
-        def by_sample(y: Tensor) -> Tensor:  # (h, b*m, c) -> (b, h*m, c)
-            return y.view(h, b, m, c).transpose(0, 1).reshape(b, h * m, c)
+        def by_sample(y: Tensor) -> Tensor:  # (h, m*b, c) -> (b, h*m, c)
+            return y.view(h * m, b, -1).transpose(0, 1)
 
         pool, key_bias, query_bias = self.on_tokens(level)  # (h*m, n) each
         pooled = torch.bmm(pool.expand(b, -1, -1), x)  # (b, h*m, c)
-        t = torch.baddbmm(bias, by_head(pooled), w.mT)  # (h, b*m, d)
+        t = torch.baddbmm(bias, by_head(pooled), w.mT)  # (h, m*b, d)
         key_scale, query_scale = (s.exp().view(h, 1, 1) for s in (level.log_key_scale, level.log_query_scale))
 
         scores = torch.baddbmm(key_bias, by_sample(torch.bmm(t * key_scale, wk)), x.mT)  # (b, h*m, n)
         mixed = torch.bmm(scores.softmax(-1), x)  # (b, h*m, c)
-        u = torch.baddbmm(bv, by_head(mixed), wv.mT)  # (h, b*m, d)
-        values = by_sample(torch.bmm(u, wo))  # (b, h*m, c)
+        u = torch.baddbmm(bv, by_head(mixed), wv.mT)  # (h, m*b, d)
+        # Every head's assignment sums to 1, so that an h-th of the output's bias in each head's values is the whole of it in the end.
+        values = by_sample(torch.baddbmm(self.proj.bias / h, u, wo))  # (b, h*m, c)
 
         offset = (t * (bq - t / 2) if self.settings.space == "queries" else t * bq).sum(-1, keepdim=True) * query_scale
-        offset = offset.view(h, b, m).transpose(0, 1).reshape(b, 1, h * m)
         queries = by_sample(torch.bmm(t * query_scale, wq))  # (b, h*m, c)
-        scores = torch.baddbmm(query_bias.mT + offset, x, queries.mT)  # (b, n, h*m)
-        assigned = scores.unflatten(-1, (h, m)).softmax(-1).flatten(-2)
-        return torch.baddbmm(self.proj.bias, assigned, values)
+        scores = torch.baddbmm(query_bias, queries, x.mT).add_(by_sample(offset))  # (b, h*m, n)
+        assigned = scores.unflatten(1, (h, m)).softmax(2).flatten(1, 2).mT  # (b, n, h*m)
+        return torch.bmm(assigned, values) if onto is None else torch.baddbmm(onto, assigned, values)
 
     def plain(self, x: Tensor, mediators: int) -> Tensor:
         """The published order of operations: q, k and v for every token first."""

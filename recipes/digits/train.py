@@ -5,7 +5,7 @@
     python recipes/digits/train.py --family dit --start first.safetensors --velocity-weighting --steps 1100 --seed 1
 
 The DiT's second run weighs its noise errors as velocity errors: the plain loss hardly looks at the noisy steps where the class is decided
-(class accuracy without guidance .77 before, see the README for after).
+(class accuracy without guidance, 50 ddim steps: .77 before, .93 after).
 
 Writes recipes/digits/FAMILY.safetensors with the official parameter names. To resume, run the same command: the state is saved beside the
 result every 100 steps, and the randomness of a step depends on (seed, step) alone.
