@@ -11,10 +11,14 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry
 
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Level, MediatorSettings, coarse_grid
+
+flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
+"""torch's counter knows the product, but not in place, where it saves a copy of the layer's output."""
 
 SHARPNESS = 8.0
 """How much sharper than 1/sqrt(d) the assignment of tokens to mediators starts (design 2.2)."""
@@ -100,7 +104,7 @@ class MediatorAttention(nn.Module):
         return out if local is None else out + local
 
     def absorbed(self, x: Tensor, mediators: int, onto: Tensor | None = None) -> Tensor:
-        """The absorbed form (design 2.1): every product with all n tokens has h * m rows, never c. `onto` (b, n, c) is added.
+        """The absorbed form (design 2.1): every product with all n tokens has h * m rows, never c. `onto` (b, n, c) is added to in place.
 
         Rows of products with weights are (m, b) within a head, so that every sample's (h*m, c) matrix is a strided view of them: two copies
         in all, of what comes out of products over tokens.
@@ -134,7 +138,7 @@ class MediatorAttention(nn.Module):
         queries = by_sample(torch.bmm(t * query_scale, wq))  # (b, h*m, c)
         scores = torch.baddbmm(query_bias, queries, x.mT).add_(by_sample(offset))  # (b, h*m, n)
         assigned = scores.unflatten(1, (h, m)).softmax(2).flatten(1, 2).mT  # (b, n, h*m)
-        return torch.bmm(assigned, values) if onto is None else torch.baddbmm(onto, assigned, values)
+        return torch.bmm(assigned, values) if onto is None else onto.baddbmm_(assigned, values)
 
     def plain(self, x: Tensor, mediators: int) -> Tensor:
         """The published order of operations: q, k and v for every token first."""
