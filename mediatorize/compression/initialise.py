@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,6 +38,8 @@ def _clusters(layer: SwitchableAttention, inputs: Tensor, mediators: int, seed: 
     A position's coordinates are its queries (or keys) in all calibration states: positions that ask alike, whatever the picture, share a
     mediator. The matrix must not depend on the picture, or it could not be absorbed.
     """
+    from sklearn.cluster import KMeans  # here, as every library that takes long to load and that most commands do without
+
     heads, width = layer.num_heads, layer.qkv.in_features
     weight = layer.qkv.weight.view(3, heads, -1, width)[projection]
     coarse = coarse_grid(layer.grid)

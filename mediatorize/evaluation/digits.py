@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from sklearn.neural_network import MLPClassifier
 
 SIDE = 16
 
 
 def digit_images() -> tuple[Tensor, Tensor]:
     """All 1,797 digits, upsampled bicubically from 8x8: (1797, 1, 16, 16) in [-1, 1], and their labels (1797,)."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     small = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     large = F.interpolate(small, size=(SIDE, SIDE), mode="bicubic", align_corners=False).clamp(0, 1)
@@ -44,6 +48,8 @@ class DigitClassifier:
 @cache
 def digit_classifier() -> DigitClassifier:
     """Trained anew from a fixed seed, on all real digits; takes about two seconds."""
+    from sklearn.neural_network import MLPClassifier
+
     images, labels = digit_images()
     model = MLPClassifier(hidden_layer_sizes=(64,), alpha=1e-2, max_iter=400, tol=1e-3, random_state=0)
     return DigitClassifier(model.fit(images.flatten(1).double().numpy(), labels.numpy()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 
 Features = NDArray[np.float64]
 
@@ -14,6 +13,8 @@ def frechet_distance(first: Features, second: Features) -> float:
 
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); the last trace is taken over the symmetric S1^(1/2) S2 S1^(1/2).
     """
+    from scipy.linalg import eigh
+
     mean_gap = first.mean(0) - second.mean(0)
     cov1, cov2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     values, vectors = eigh(cov1)

@@ -85,8 +85,8 @@ def _with_level_keys(errors: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_bundle(path: Path) -> tuple[BundleConfig, dict[str, Weight]]:
-    """A bundle's config and its weights, still in the file; names, shapes and finiteness checked."""
+def open_bundle(path: Path) -> tuple[BundleConfig, DiffusionTransformer, dict[str, Weight]]:
+    """A bundle's config, its model on the meta device, and its weights, still in the file; names, shapes and finiteness checked."""
     recover(path)
     config = read_config(path)
     file = path / "model.safetensors"
@@ -104,14 +104,12 @@ def open_bundle(path: Path) -> tuple[BundleConfig, dict[str, Weight]]:
             hint="Convert again, or copy the bundle again.",
         )
     refuse_non_finite(weights.items())
-    return config, weights
+    return config, model, weights
 
 
 def load_bundle(path: Path) -> DiffusionTransformer:
     """The model of a bundle, with its mediators and its schedule: eval mode, float32, CPU, weights memory-mapped."""
-    config, weights = open_bundle(path)
-    with torch.device("meta"):
-        model = DiffusionTransformer(config.arch, config.settings)
+    config, model, weights = open_bundle(path)
     model.load_state_dict(load_weights(weights), assign=True)
     model.schedule = read_schedule(path, config)
     return model.requires_grad_(False).eval()
@@ -234,7 +232,7 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
         tensors, metadata = read_safetensors(file)
         layers[int(file.stem.removeprefix("layer-"))] = (
             {name: stored.read() for name, stored in tensors.items()},
-            json.loads(metadata["errors"]),
+            _with_level_keys(json.loads(metadata["errors"])),
         )
     return layers
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from mediatorize.formats.images import Pixels
 from mediatorize.formats.tensors import write_beside
 
@@ -19,6 +16,9 @@ def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[
         rows: name of the row -> (n, height, width, channels) bytes; every row has the same n.
         captions: a line of figures under each row's name.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     count = len(next(iter(rows.values())))
     figure = Figure(figsize=(3.2 + 0.55 * count, 0.75 * len(rows)), dpi=120)
     FigureCanvasAgg(figure)

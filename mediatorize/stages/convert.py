@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
 from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.trajectories import States, batches_for, teacher_states
-from mediatorize.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, Channels, call_times, find_solver, refuse_steps, rows_per_sample
+from mediatorize.diffusion.solvers import DEFAULT_SOLVER, Channels, call_times, find_solver, refuse_steps, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
@@ -30,6 +30,8 @@ from mediatorize.stages.options import (
     HeadsOption,
     Option,
     SeedOption,
+    SolverOption,
+    StepsOption,
     WeightsOption,
 )
 from mediatorize.stages.running import (
@@ -182,9 +184,9 @@ def convert(
     fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = FitSettings.steps,
     batch: Annotated[int, Option("states per step of fitting")] = FitSettings.batch,
     learning_rate: Annotated[float, Option("peak rate of fitting")] = FitSettings.learning_rate,
-    solver: Annotated[str | None, Option("sampler of the trajectories; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
-    steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
-    cfg_scale: Annotated[float, Option("its guidance, best what will be sampled with; 1 is none")] = 1.5,
+    solver: SolverOption = None,
+    steps: StepsOption = None,
+    cfg_scale: Annotated[float, Option("guidance of the trajectories, best what will be sampled with; 1 is none")] = 1.5,
     cfg_channels: ChannelsOption = 3,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -235,7 +237,7 @@ def convert(
     model.add_mediators(settings, seed)
     model.requires_grad_(False)
     restored = {
-        index: (state, LayerErrors(index, *({int(m): e for m, e in errors[when].items()} for when in ("before", "after"))))
+        index: (state, LayerErrors(index, errors["before"], errors["after"]))
         for index, (state, errors) in bundle.saved_layers(partial).items()
     }
     done: list[LayerErrors] = []

@@ -20,14 +20,18 @@ from mediatorize.formats.loading import load_model
 from mediatorize.model.architecture import SOFTMAX, Level
 from mediatorize.report.pictures import write_comparison
 from mediatorize.stages.options import (
+    BatchOption,
     ChannelsOption,
     ClassesOption,
     DeviceOption,
     FamilyOption,
     ForceOption,
+    GuidanceOption,
     HeadsOption,
     Option,
     SeedOption,
+    SolverOption,
+    StepsOption,
     WeightsOption,
 )
 from mediatorize.stages.running import gmacs, pick_device, refuse_below, text_table
@@ -114,12 +118,12 @@ def evaluate(
     levels: Annotated[tuple[int, ...] | None, Option("which levels to judge; default: all that the bundle has")] = None,
     samples: Annotated[int, Option("samples per level")] = 2000,
     features: Annotated[str, Option("what judges samples: the digits classifier, or none", choices=FEATURES)] = "digits",
-    solver: Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
-    steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
-    cfg_scale: Annotated[float, Option("guidance; 1 is none and costs half")] = 1.0,
+    solver: SolverOption = None,
+    steps: StepsOption = None,
+    cfg_scale: GuidanceOption = 1.0,
     cfg_channels: ChannelsOption = 3,
     seed: SeedOption = 0,
-    batch: Annotated[int, Option("samples at a time")] = 128,
+    batch: BatchOption = 128,
     family: FamilyOption = None,
     num_heads: HeadsOption = None,
     weights: WeightsOption = None,

@@ -114,7 +114,7 @@ def inspect(
         return Inspection(checkpoint, "published size, no file", "", arch, count_parameters(arch), shown_settings(arch), ())
     if is_bundle(path):
         refuse_checkpoint_options(path, family, num_heads, num_classes, weights)
-        config, tensors = open_bundle(path)
+        config, _, tensors = open_bundle(path)
         added = sum(math.prod(weight.shape) for name, weight in tensors.items() if ".mediator." in name)
         total = sum(math.prod(weight.shape) for weight in tensors.values())
         notes = (f"levels {', '.join(map(str, config.settings.levels))}, {SOFTMAX}; mediators add {added / 1e6:.1f}M parameters",)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import Family
 
@@ -120,5 +121,9 @@ WeightsOption = Annotated[str | None, Option("which weights of a training checkp
 DeviceOption = Annotated[str, Option("where to compute", choices=("auto", "cpu", "cuda", "mps"))]
 SeedOption = Annotated[int, Option("of everything random")]
 ChannelsOption = Annotated[int | Literal["all"], Option("channels that guidance acts on: 3 as DiT and SiT do, or all")]
+SolverOption = Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)]
+StepsOption = Annotated[int | None, Option("its steps; default: the solver's own")]
+GuidanceOption = Annotated[float, Option("guidance; 1 is none and costs half")]
+BatchOption = Annotated[int, Option("samples at a time")]
 ForceOption = Annotated[bool, Option("overwrite what is there")]
 DryRunOption = Annotated[bool, Option("say what would be done, and do nothing")]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mediatorize.diffusion.process import noise_level
-from mediatorize.diffusion.solvers import SOLVERS, Channels, call_times, find_solver, rows_per_sample
+from mediatorize.diffusion.solvers import Channels, call_times, find_solver, rows_per_sample
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
 from mediatorize.formats.images import Pixels, decode, load_vae, to_pixels, write_arrays, write_grid
@@ -23,14 +23,18 @@ from mediatorize.model.architecture import SOFTMAX, Architecture, Level, Mediato
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.stages.options import (
+    BatchOption,
     ChannelsOption,
     ClassesOption,
     DeviceOption,
     FamilyOption,
     ForceOption,
+    GuidanceOption,
     HeadsOption,
     Option,
     SeedOption,
+    SolverOption,
+    StepsOption,
     WeightsOption,
 )
 from mediatorize.stages.running import pick_device, pick_dtype, progress_bar, refuse_below
@@ -78,12 +82,12 @@ def sample(
     level: Annotated[
         Level | None, Option("a mediator count or softmax, for all layers and steps; default: the bundle's schedule, else softmax")
     ] = None,
-    solver: Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)] = None,
-    steps: Annotated[int | None, Option("its steps; default: the solver's own")] = None,
-    cfg_scale: Annotated[float, Option("guidance; 1 is none and costs half")] = 1.0,
+    solver: SolverOption = None,
+    steps: StepsOption = None,
+    cfg_scale: GuidanceOption = 1.0,
     cfg_channels: ChannelsOption = 3,
     seed: SeedOption = 0,
-    batch: Annotated[int, Option("samples at a time")] = 64,
+    batch: BatchOption = 64,
     vae: Annotated[Path | None, Option("a diffusers AutoencoderKL folder that decodes latents")] = None,
     family: FamilyOption = None,
     num_heads: HeadsOption = None,
