@@ -81,6 +81,65 @@ def teacher_states(
     return States(x, t, y)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Inputs of model calls and what the teacher answered: x (s, c, h, w), t (s,), y (s,), output (s, rows, h, w), on the CPU."""
+
+    x: Tensor
+    t: Tensor
+    y: Tensor
+    output: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def at(self, index: Tensor) -> Targets:
+        """The states at `index` (b,)."""
+        return Targets(*(values[index] for values in vars(self).values()))
+
+    def to(self, device: torch.device) -> Targets:
+        return Targets(*(values.to(device) for values in vars(self).values()))
+
+
+def teacher_targets(
+    teacher: DiffusionTransformer,
+    labels: Tensor,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float = 1.5,
+    cfg_channels: Channels = 3,
+    seed: int = 0,
+    first_index: int = 0,
+) -> Targets:
+    """Every call of the teacher (level softmax) while it samples `labels`, sample after sample.
+
+    What the teacher answers moves its sample on, so that targets cost nothing beside the states.
+    """
+    kept: list[tuple[Tensor, ...]] = []
+
+    def keep(module: object, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        kept.append(tuple(values.detach().cpu() for values in (*inputs, output)))
+
+    hook = teacher.register_forward_hook(keep)
+    try:
+        sample(
+            teacher,
+            labels,
+            solver=solver,
+            steps=steps,
+            cfg_scale=cfg_scale if teacher.arch.null_class else 1.0,
+            cfg_channels=cfg_channels,
+            seed=seed,
+            schedule=SOFTMAX,
+            first_index=first_index,
+        )
+    finally:
+        hook.remove()
+    by_call = (torch.stack(parts) for parts in zip(*kept, strict=True))  # (calls, halves * samples, ...)
+    return Targets(*(values.unflatten(1, (-1, len(labels))).movedim(2, 0).flatten(0, 2) for values in by_call))
+
+
 def batches_for(count: int, calls: int, trajectories: int, cfg_scale: float) -> int:
     """How many times `trajectories` samples are drawn, so that no state is used twice."""
     return -(-count // (calls * trajectories * rows_per_sample(cfg_scale)))

@@ -20,7 +20,7 @@ from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings
 from mediatorize.model.schedule import Schedule
-from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
 
 BUNDLE_FORMAT = "mediatorize"
@@ -28,6 +28,8 @@ BUNDLE_VERSION = 1
 PLAN_FILE = "plan.json"
 """In an unfinished bundle: what it is going to be."""
 STATES_FILE = "states.safetensors"
+TRAINING_FILE = "state.pt"
+"""In an unfinished fine-tuning: weights and optimiser, to go on from."""
 LOG_FILE = "log.jsonl"
 
 
@@ -41,6 +43,8 @@ class BundleConfig:
     """File name, format, chosen weights and hash of the pretrained checkpoint."""
     layer_errors: list[dict[str, Any]] = field(default_factory=list)
     """Relative error of every layer and level, before and after fitting."""
+    finetuned: dict[str, Any] | None = None
+    """How it was distilled last, and the relative error of the model's output by level, before and after."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +54,7 @@ class BundleConfig:
             "mediators": self.settings.to_json(),
             "source": self.source,
             "layer_errors": self.layer_errors,
+            "finetuned": self.finetuned,
         }
 
 
@@ -73,6 +78,7 @@ def read_config(path: Path) -> BundleConfig:
                 MediatorSettings.from_json(content["mediators"]),
                 content["source"],
                 [_with_level_keys(errors) for errors in content["layer_errors"]],
+                content.get("finetuned"),
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole bundle config ({error}).", hint="Convert again, or copy the bundle again.") from error
@@ -134,14 +140,15 @@ def read_schedule(path: Path, config: BundleConfig) -> Schedule | None:
 
 def partial_folder(path: Path) -> Path:
     """Where a bundle is prepared before it is renamed to `path`."""
-    return _beside(path, "partial")
+    return beside(path, "partial")
 
 
 def _replaced_folder(path: Path) -> Path:
-    return _beside(path, "replaced")
+    return beside(path, "replaced")
 
 
-def _beside(path: Path, ending: str) -> Path:
+def beside(path: Path, ending: str) -> Path:
+    """`path` with an ending, where work on the bundle at `path` is kept."""
     path = path.absolute()
     if not path.name:
         raise UserError(f"{path}: is no place for a bundle.", hint="Name a folder.")
@@ -162,7 +169,7 @@ def commit(partial: Path, path: Path) -> None:
             shutil.rmtree(replaced)
         path.rename(replaced)
     partial.rename(path)
-    for file in [*path.glob("layer-*.safetensors"), path / PLAN_FILE, path / STATES_FILE]:
+    for file in [*path.glob("layer-*.safetensors"), path / PLAN_FILE, path / STATES_FILE, path / TRAINING_FILE]:
         file.unlink(missing_ok=True)
     if replaced.exists():
         shutil.rmtree(replaced)
@@ -205,11 +212,17 @@ def write_text(path: Path, text: str) -> None:
     write_beside(path, lambda beside: beside.write_text(text))
 
 
+def hash_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_of_weights(model: DiffusionTransformer) -> str:
     """SHA-256 over the pretrained weights, float32, in the order of their names: the same for every format they may be stored in."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if ".mediator." not in name:
+        if not is_mediator(name):
             digest.update(name.encode())
             digest.update(memoryview(value.detach().float().cpu().contiguous().view(-1).numpy()).cast("B"))
     return digest.hexdigest()

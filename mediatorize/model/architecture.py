@@ -150,6 +150,8 @@ class MediatorSettings:
     """Which of the model's projections makes mediators out of pooled tokens."""
     local_rank: int = 0
     """Rank of the local branch; 0 leaves it out."""
+    modulation_rank: int = 0
+    """Rank of the change that a block's modulation makes at mediator levels; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 1:
@@ -159,8 +161,8 @@ class MediatorSettings:
             )
         if self.space not in ("queries", "keys"):
             raise UserError(f"Mediators cannot come from {self.space!r}.", hint="Choose queries or keys.")
-        if self.local_rank < 0:
-            raise UserError(f"A local rank of {self.local_rank} is negative.", hint="Pass 0 to leave the branch out.")
+        if min(self.local_rank, self.modulation_rank) < 0:
+            raise UserError(f"A rank of {min(self.local_rank, self.modulation_rank)} is negative.", hint="Pass 0 to leave a part out.")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"levels": list(self.levels)}
@@ -173,6 +175,11 @@ class MediatorSettings:
 def default_local_rank(width: int) -> int:
     """A quarter of the width up to 64, where the branch costs a few per cent of softmax attention."""
     return min(64, width // 4)
+
+
+def default_modulation_rank(width: int) -> int:
+    """A quarter of the width up to 32: one product per sample, not per token, so that it costs next to nothing."""
+    return min(32, width // 4)
 
 
 def coarse_grid(grid: tuple[int, int]) -> tuple[int, int]:

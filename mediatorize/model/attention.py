@@ -138,7 +138,9 @@ class MediatorAttention(nn.Module):
         queries = by_sample(torch.bmm(t * query_scale, wq))  # (b, h*m, c)
         scores = torch.baddbmm(query_bias, queries, x.mT).add_(by_sample(offset))  # (b, h*m, n)
         assigned = scores.unflatten(1, (h, m)).softmax(2).flatten(1, 2).mT  # (b, n, h*m)
-        return torch.bmm(assigned, values) if onto is None else onto.baddbmm_(assigned, values)
+        if onto is None:
+            return torch.bmm(assigned, values)
+        return onto.baddbmm_(assigned.to(onto.dtype), values.to(onto.dtype))  # autocast leaves products in place alone
 
     def plain(self, x: Tensor, mediators: int) -> Tensor:
         """The published order of operations: q, k and v for every token first."""

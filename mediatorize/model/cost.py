@@ -31,6 +31,11 @@ def local_flops(tokens: int, width: int, rank: int) -> int:
     return 4 * tokens * width * rank + 18 * tokens * rank
 
 
+def modulation_update_flops(width: int, rank: int) -> int:
+    """The low-rank change of a block's six modulation vectors; once per sample."""
+    return 14 * width * rank
+
+
 def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
     return absorbed_flops(tokens, width, heads, mediators) <= plain_flops(tokens, width, heads, mediators)
 
@@ -49,13 +54,16 @@ def forward_flops_by_part(
 ) -> dict[str, int]:
     """FLOPs of one forward on one sample, by part."""
     tokens, width, depth = arch.tokens, arch.width, arch.depth
-    attention = [attention_flops(arch, level, settings) for level in levels_per_layer(levels, depth)]
+    per_layer = levels_per_layer(levels, depth)
+    attention = [attention_flops(arch, level, settings) for level in per_layer]
+    updated = sum(level != SOFTMAX for level in per_layer)
+    update = modulation_update_flops(width, settings.modulation_rank if settings else 0)
     return {
         "patch embedding": 2 * tokens * width * arch.channels * arch.patch**2,
         "timestep embedding": 2 * FREQUENCIES * width + 2 * width**2,
         "attention": sum(attention),
         "mlp": depth * 4 * tokens * width * arch.mlp_width,
-        "modulation": depth * 12 * width**2 + 4 * width**2,
+        "modulation": depth * 12 * width**2 + 4 * width**2 + updated * update,
         "last layer": 2 * tokens * width * arch.last_rows,
     }
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
 from mediatorize.model.attention import SwitchableAttention
@@ -50,6 +51,26 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+class ModulationUpdate(nn.Module):
+    """A low-rank change of a block's modulation at mediator levels (LoRA, arXiv 2106.09685). Starts as zero."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, 6 * width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws `down` anew, uniform in +-1/sqrt(inputs); `up` stays zero."""
+        bound = self.down.in_features**-0.5
+        nn.init.uniform_(self.down.weight, -bound, bound, generator=generator)
+
+    def forward(self, conditioning: Tensor) -> Tensor:
+        """(b, c), as the pretrained modulation gets it -> (b, 6c)"""
+        return self.up(self.down(F.silu(conditioning)))
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
 
@@ -60,10 +81,28 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
         self.mlp = Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
+        self.mediator: ModulationUpdate | None = None
+
+    def add_mediators(self, settings: MediatorSettings, seed: int) -> None:
+        """Adds the attention's mediator path, which starts from its own projections; all else depends on the seed."""
+        self.attn.add_mediators(settings, seed)
+        if settings.modulation_rank:
+            weight = self.attn.qkv.weight
+            update = ModulationUpdate(self.attn.qkv.in_features, settings.modulation_rank)
+            if not weight.is_meta:
+                update.reset(torch.Generator().manual_seed(seed))
+            self.mediator = update.to(device=weight.device, dtype=weight.dtype)
+
+    def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
+        """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
+        vectors = self.adaLN_modulation(conditioning)
+        if self.mediator is not None and level != SOFTMAX:
+            vectors = vectors + self.mediator(conditioning)
+        return vectors.chunk(6, dim=1)
 
     def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
         """(b, n, c), (b, c) -> (b, n, c)"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, level)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), level)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -109,9 +148,9 @@ class DiffusionTransformer(nn.Module):
         return [block.attn for block in self.layers()]
 
     def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
-        """Gives every attention layer a mediator path that starts from its own projections; all else depends on (seed, layer)."""
-        for index, layer in enumerate(self.attention_layers()):
-            layer.add_mediators(settings, seed * 1_000_003 + index)
+        """Gives every block a mediator path that starts from its own projections; all else depends on (seed, layer)."""
+        for index, block in enumerate(self.layers()):
+            block.add_mediators(settings, seed * 1_000_003 + index)
         self.settings = settings
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
@@ -141,12 +180,21 @@ class DiffusionTransformer(nn.Module):
             tokens = block(tokens, conditioning, level)
         return self.unpatchify(self.final_layer(tokens, conditioning))
 
+    def mediator_parameters(self) -> dict[str, nn.Parameter]:
+        """What conversion added to the pretrained weights, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if is_mediator(name)}
+
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(b, n, p * p * rows) -> (b, output channels, height, width)"""
         arch = self.arch
         image = patches.unflatten(1, arch.grid).unflatten(3, (arch.patch, arch.patch, -1))
         image = image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (b, channels, rows * p, columns * p)
         return image[:, : arch.output_channels]
+
+
+def is_mediator(name: str) -> bool:
+    """Whether a parameter of that name was added by conversion; all others are the pretrained ones."""
+    return ".mediator." in name
 
 
 def count_parameters(arch: Architecture, settings: MediatorSettings | None = None) -> int:

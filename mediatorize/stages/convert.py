@@ -17,7 +17,16 @@ from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.model import cost
-from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, Space, coarse_grid, default_local_rank, preset
+from mediatorize.model.architecture import (
+    SOFTMAX,
+    Architecture,
+    MediatorSettings,
+    Space,
+    coarse_grid,
+    default_local_rank,
+    default_modulation_rank,
+    preset,
+)
 from mediatorize.model.transformer import DiffusionTransformer, count_parameters
 from mediatorize.report.card import model_card
 from mediatorize.stages.options import (
@@ -179,6 +188,10 @@ def convert(
     init: Annotated[str, Option("where pooling starts", choices=INITIALISERS)] = "cluster-queries",
     mediators_from: Annotated[Space, Option("which projection makes mediators: queries or keys")] = "queries",
     local_rank: Annotated[int | None, Option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64")] = None,
+    modulation_rank: Annotated[
+        int | None,
+        Option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32"),
+    ] = None,
     states: Annotated[int, Option("states of the model's own trajectories to fit on")] = 1024,
     trajectories: Annotated[int, Option("samples drawn at a time to get them")] = 32,
     fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = FitSettings.steps,
@@ -205,8 +218,9 @@ def convert(
     published = dry_run and "@" in checkpoint and not source.exists()
     opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), weights)
     arch = preset(checkpoint) if opened is None else opened.arch
-    rank = default_local_rank(arch.width) if local_rank is None else local_rank
-    settings = MediatorSettings(tuple(sorted(set(levels))), mediators_from, rank)
+    local = default_local_rank(arch.width) if local_rank is None else local_rank
+    modulation = default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank
+    settings = MediatorSettings(tuple(sorted(set(levels))), mediators_from, local, modulation)
     name = solver or DEFAULT_SOLVER[arch.family]
     chosen = find_solver(arch, name)
     if chosen.adaptive:

@@ -12,7 +12,7 @@ from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.formats.loading import refuse_checkpoint_options
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, coarse_grid, default_local_rank, preset
-from mediatorize.model.transformer import count_parameters
+from mediatorize.model.transformer import count_parameters, is_mediator
 from mediatorize.stages.options import ClassesOption, FamilyOption, HeadsOption, Option, WeightsOption
 from mediatorize.stages.running import gmacs, text_table
 
@@ -115,7 +115,7 @@ def inspect(
     if is_bundle(path):
         refuse_checkpoint_options(path, family, num_heads, num_classes, weights)
         config, _, tensors = open_bundle(path)
-        added = sum(math.prod(weight.shape) for name, weight in tensors.items() if ".mediator." in name)
+        added = sum(math.prod(weight.shape) for name, weight in tensors.items() if is_mediator(name))
         total = sum(math.prod(weight.shape) for weight in tensors.values())
         notes = (f"levels {', '.join(map(str, config.settings.levels))}, {SOFTMAX}; mediators add {added / 1e6:.1f}M parameters",)
         return Inspection(checkpoint, "bundle", "", config.arch, total, config.settings, notes)

@@ -15,13 +15,20 @@ from mediatorize.errors import UserError
 from mediatorize.formats.bundle import write_json, write_text
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
+from mediatorize.stages.finetune import finetune
 from mediatorize.stages.inspect import inspect
 from mediatorize.stages.options import DryRunOption, Option, check_arguments, parameters
 from mediatorize.stages.running import seconds_in_words
 from mediatorize.stages.sample import sample
 from mediatorize.version import VERSION
 
-STAGES: dict[str, Callable[..., Any]] = {"inspect": inspect, "convert": convert, "sample": sample, "evaluate": evaluate}
+STAGES: dict[str, Callable[..., Any]] = {
+    "inspect": inspect,
+    "convert": convert,
+    "finetune": finetune,
+    "sample": sample,
+    "evaluate": evaluate,
+}
 """Stages that a recipe can have, in the order in which they run."""
 
 TOP_KEYS = ("description", "out", "preset")
@@ -91,7 +98,7 @@ def run(
     finished: dict[str, str] = json.loads(state_file.read_text()) if state_file.exists() else {}
     chain = ""
     for name, arguments in loaded.stages.items():
-        what = [VERSION, chain, name, arguments, _state_of_inputs(arguments)]
+        what = [VERSION, chain, name, arguments, _state_of_inputs(arguments, loaded.out)]
         chain = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
         result = arguments.get("out")
         if finished.get(name) == chain and (result is None or result.exists()):
@@ -105,10 +112,13 @@ def run(
     return RunReport(loaded, reports, tuple(skipped), time.monotonic() - start, dry_run)
 
 
-def _state_of_inputs(arguments: dict[str, Any]) -> list[tuple[int, int]]:
-    """Size and time of the checkpoint or bundle that a stage reads: another file under the same name is another input."""
+def _state_of_inputs(arguments: dict[str, Any], own: Path) -> list[tuple[int, int]]:
+    """Size and time of the checkpoint or bundle that a stage reads: another file under the same name is another input.
+
+    What lies in the recipe's `own` folder is the work of its earlier stages.
+    """
     paths = [Path(arguments[key]) for key in ("checkpoint", "model") if key in arguments]
-    files = [path / "model.safetensors" if path.is_dir() else path for path in paths]
+    files = [path / "model.safetensors" if path.is_dir() else path for path in paths if not path.is_relative_to(own)]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 

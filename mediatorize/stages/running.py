@@ -27,9 +27,9 @@ def pick_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def progress_bar(total: int, description: str, unit: str = "step") -> tqdm[Any]:
+def progress_bar(total: int, description: str, unit: str = "step", initial: int = 0) -> tqdm[Any]:
     """On stderr; silent where that is no terminal."""
-    return tqdm(total=total, desc=description, unit=unit, disable=None, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=None, file=sys.stderr, dynamic_ncols=True)
 
 
 def measured_flops_per_second(device: torch.device, width: int, tokens: int) -> float:

@@ -1,0 +1,240 @@
+"""Distillation: the model at mediator levels learns from itself at level softmax (design 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.optim import Muon
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mediatorize.compression.trajectories import Targets
+from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
+from mediatorize.model.transformer import DiffusionTransformer
+
+Trained = Literal["mediators", "all"]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a model is distilled; with the weights and the states, all that the result depends on."""
+
+    steps: int = 2000
+    batch: int = 16
+    """States per step, of all processes together."""
+    learning_rate: float = 2e-3
+    """Peak, for weights of width 128; a wider model takes it in proportion to 128 / width."""
+    warmup: int = 50
+    ema: float = 0.0
+    """Decay of the averaged weights, which are then what is kept; 0 keeps the last ones."""
+    feature_weight: float = 0.0
+    """Weight of matching every block's output, beside the model's."""
+    train: Trained = "mediators"
+    accumulate: int = 1
+    """Parts that every process takes its share of a batch in."""
+    checkpointing: bool = False
+    """Recompute a block's activations in the backward pass."""
+    clip: float = 1.0
+    seed: int = 0
+
+
+def levels_of_step(levels: Sequence[int], depth: int, seed: int, step: int) -> list[Level]:
+    """The level of every layer in one step: all at the smallest, all at the largest, all at a drawn one, each at a drawn one, in turn.
+
+    ("Sandwich", arXiv 1903.05134: the ends are always among the steps, and every mixture can be.)
+    """
+    turn = step % 4
+    if turn < 2:
+        return [levels[-turn]] * depth
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    drawn = torch.randint(0, len(levels), (depth if turn == 3 else 1,), generator=generator)
+    chosen: list[Level] = [levels[int(index)] for index in drawn]
+    return chosen if turn == 3 else chosen * depth
+
+
+def forward_with_features(
+    model: DiffusionTransformer, x: Tensor, t: Tensor, y: Tensor, levels: Sequence[Level], checkpointing: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The model's output, and every block's (b, n, c)."""
+    conditioning = model.condition(t, y)
+    tokens = model.embed(x)
+    features = []
+    for block, level in zip(model.layers(), levels, strict=True):
+        if checkpointing:
+            tokens = checkpoint(block, tokens, conditioning, level, use_reentrant=False)
+        else:
+            tokens = block(tokens, conditioning, level)
+        features.append(tokens)
+    return model.unpatchify(model.final_layer(tokens, conditioning)), features
+
+
+def output_loss(output: Tensor, target: Tensor, channels: int, size: Tensor) -> Tensor:
+    """Squared error of the prediction over its mean square `size[0]`, and of a DiT's variance rows over theirs, `size[1]`."""
+    parts = [(a - b).square().mean() for a, b in zip(output.split(channels, 1), target.split(channels, 1), strict=True)]
+    return torch.stack([part / whole for part, whole in zip(parts, size, strict=False)]).sum()
+
+
+def mean_squares(target: Tensor, channels: int) -> Tensor:
+    """The mean square of the prediction and, for a DiT, of the variance rows."""
+    return torch.stack([part.square().mean() for part in target.split(channels, 1)]).clamp(min=1e-12)
+
+
+def distillation_loss(
+    model: DiffusionTransformer,
+    teacher: DiffusionTransformer,
+    states: Targets,
+    sizes: Tensor,
+    levels: Sequence[Level],
+    settings: DistillSettings,
+) -> Tensor:
+    """How far the model at `levels` is from the teacher on a batch of states."""
+    features = settings.feature_weight > 0
+    output, own = forward_with_features(model, states.x, states.t, states.y, levels, settings.checkpointing)
+    loss = output_loss(output.float(), states.output, model.arch.channels, sizes)
+    if features:
+        with torch.no_grad():
+            _, theirs = forward_with_features(teacher, states.x, states.t, states.y, [SOFTMAX] * model.arch.depth)
+        gaps = [(a - b).square().mean() / b.square().mean() for a, b in zip(own, theirs, strict=True)]
+        loss = loss + settings.feature_weight * torch.stack(gaps).mean()
+    return loss
+
+
+@torch.no_grad()
+def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> dict[int, float]:
+    """|student - teacher| / |teacher| of the prediction over all `states`, every layer at one level, by level."""
+    assert model.settings is not None
+    channels = model.arch.channels
+    device = next(model.parameters()).device
+    errors = {}
+    for level in model.settings.levels:
+        gap, size = torch.zeros((), device=device), torch.zeros((), device=device)
+        for rows in torch.arange(len(states)).split(batch):
+            part = states.at(rows).to(device)
+            output = model(part.x, part.t, part.y, levels=level)
+            gap += (output - part.output)[:, :channels].square().sum()
+            size += part.output[:, :channels].square().sum()
+        errors[level] = float((gap / size).sqrt())
+    return errors
+
+
+def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: DistillSettings, batch: int) -> int:
+    """Bytes that a step on `batch` states at the largest level keeps for its backward pass, by running it on the meta device."""
+    with torch.device("meta"):
+        model = DiffusionTransformer(arch, settings)
+        states = Targets(
+            torch.empty(batch, arch.channels, *arch.input_size),
+            torch.empty(batch),
+            torch.empty(batch, dtype=torch.long),
+            torch.empty(batch, arch.output_channels, *arch.input_size),
+        )
+        sizes = torch.empty(arch.output_channels // arch.channels)
+    model.requires_grad_(distill.train == "all")
+    for parameter in model.mediator_parameters().values():
+        parameter.requires_grad_(True)
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = distillation_loss(model, model, states, sizes, [settings.levels[-1]] * arch.depth, distill)
+    del loss
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Distiller:
+    """A model in training: its weights, optimiser and average, from which training goes on bit for bit.
+
+    Matrices are trained by Muon (orthogonalised momentum, arXiv 2502.16982), everything else by AdamW, both in timm's optimiser; the rate
+    warms up and falls by a cosine to zero. What a step does depends on those, the batch and (seed, step) alone.
+    """
+
+    def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:
+        self.model, self.teacher, self.settings = model, teacher, settings
+        assert model.settings is not None
+        self.levels = model.settings.levels
+        trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
+        trained.pop("pos_embed", None)  # fixed in the originals
+        self.parameters = trained
+        matrices = [p for p in trained.values() if p.ndim == 2]
+        others = [p for p in trained.values() if p.ndim != 2]
+        shrink = min(1.0, 128 / model.arch.width)
+        self.optimizer = Muon(
+            [{"params": matrices, "lr": settings.learning_rate * shrink}, {"params": others, "use_fallback": True}],
+            lr=settings.learning_rate,
+            nesterov=True,
+            betas=(0.9, 0.95),
+        )
+        warmup = min(settings.warmup, settings.steps // 10)
+        self.schedule = CosineLRScheduler(self.optimizer, t_initial=settings.steps, warmup_t=warmup, t_in_epochs=False)
+        self.average: Any = None
+        if settings.ema:
+            from diffusers.training_utils import EMAModel
+
+            self.average = EMAModel(list(trained.values()), decay=settings.ema)
+        self.step_count = 0
+
+    def step(self, states: Targets, sizes: Tensor, share: float = 1.0, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor:
+        """One step on this process's part of a batch, which is `share` of the whole; the part's loss, not yet waited for.
+
+        Args:
+            sizes: `mean_squares` of the targets that the states were drawn from.
+            reduce: adds up gradients over processes, in place.
+        """
+        levels = levels_of_step(self.levels, self.model.arch.depth, self.settings.seed, self.step_count)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=sizes.device)
+        for part in torch.arange(len(states)).tensor_split(self.settings.accumulate):
+            if len(part):
+                rows = states.at(part).to(sizes.device)
+                loss = distillation_loss(self.model, self.teacher, rows, sizes, levels, self.settings) * (len(part) / len(states))
+                (loss * share).backward()
+                total += loss.detach()
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        if reduce is not None:
+            reduce(gradients)
+        nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        self.step_count += 1
+        self.schedule.step_update(self.step_count)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.step(list(self.parameters.values()))
+        return total
+
+    @property
+    def rate(self) -> float:
+        """The rate of the last step."""
+        return self.optimizer.param_groups[-1]["lr"]
+
+    def finish(self) -> None:
+        """Puts the averaged weights, where there are any, in place of the last ones."""
+        if self.average is not None:
+            self.average.copy_to(list(self.parameters.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step_count,
+            "weights": {name: parameter.data for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_count = state["step"]
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
