@@ -164,6 +164,8 @@ class Distiller:
         trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
         trained.pop("pos_embed", None)  # fixed in the originals
         self.parameters = trained
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
         matrices = [p for p in trained.values() if p.ndim == 2]
         others = [p for p in trained.values() if p.ndim != 2]
         shrink = min(1.0, 128 / model.arch.width)
@@ -190,8 +192,6 @@ class Distiller:
             reduce: adds up gradients over processes, in place.
         """
         levels = levels_of_step(self.levels, self.model.arch.depth, self.settings.seed, self.step_count)
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=sizes.device)
         for part in torch.arange(len(states)).tensor_split(self.settings.accumulate):
@@ -200,8 +200,6 @@ class Distiller:
                 loss = distillation_loss(self.model, self.teacher, rows, sizes, levels, self.settings) * (len(part) / len(states))
                 (loss * share).backward()
                 total += loss.detach()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         if reduce is not None:
             reduce(gradients)
@@ -219,7 +217,9 @@ class Distiller:
         return self.optimizer.param_groups[-1]["lr"]
 
     def finish(self) -> None:
-        """Puts the averaged weights, where there are any, in place of the last ones."""
+        """Ends training; the averaged weights, where there are any, take the place of the last ones."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
         if self.average is not None:
             self.average.copy_to(list(self.parameters.values()))
 

@@ -16,13 +16,23 @@ def model_card(config: BundleConfig) -> str:
         before, after = (sum(layer[when][m] for layer in config.layer_errors) / arch.depth for when in ("before", "after"))
         rows.append(f"| {m} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before:.3f} | {after:.3f} |")
     table = "\n".join(rows)
+    training, kept = "", "Level `softmax` is that model, bit for bit."
+    if config.finetuned is not None:
+        plan, before, after = (config.finetuned[key] for key in ("plan", "before", "after"))
+        errors = ", ".join(f"{after[m]:.3f} at {m} (before: {before[m]:.3f})" for m in after)
+        training = (
+            f"Then distilled by `mediatorize finetune`: {plan['distill']['steps']} steps of {plan['distill']['batch']} states. Relative error of "
+            f"the model's output on held-out trajectories of the teacher, all layers at one level: {errors}.\n\n"
+        )
+        if plan["distill"]["train"] == "all":
+            kept = "All weights were trained: level `softmax` is no longer that model."
     weights = f", its {source['weights']} weights" if source["weights"] else ""
     return f"""# {arch.name} in mediator form
 
 Made by `mediatorize convert` from `{source["file"]}` ({source["format"]}{weights}).
 SHA-256 of those weights: `{source["sha256"]}`.
 
-Level `softmax` is that model, bit for bit. Every other level runs each attention layer through a few mediator tokens (arXiv 2408.05710,
+{kept} Every other level runs each attention layer through a few mediator tokens (arXiv 2408.05710,
 with absorbed projections).
 
 | mediators | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
@@ -33,7 +43,7 @@ with absorbed projections).
 A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states of the model's own sampling trajectories, all other
 layers at softmax. It is not picture quality: judge that by sampling.
 
-```
+{training}```
 mediatorize sample FOLDER --level {settings.levels[-1]} --out grid.png
 ```
 

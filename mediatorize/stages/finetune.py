@@ -289,7 +289,8 @@ def _train(
                         write_beside(state_file, lambda file, state=state: torch.save(state, file))
     distiller.finish()
     after = output_errors(model, held_out, distill.batch)
-    result = Finetuning(path, plan, arch, trained, (), before, after, time.monotonic() - start, resumed_at)
+    notes = ("its schedule was made for the weights before; calibrate again",) if (path / "schedule.json").exists() else ()
+    result = Finetuning(path, plan, arch, trained, notes, before, after, time.monotonic() - start, resumed_at)
     if world.is_first:
         summary = {"plan": fingerprint, "before": before, "after": after}
         finished = replace(config, finetuned=summary)
