@@ -34,7 +34,7 @@ from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.stages.convert import convert
 from mediatorize.stages.finetune import Plan, batch_rows, finetune
 
-SETTINGS = MediatorSettings((1, 4), local_rank=4, modulation_rank=4)
+SETTINGS = MediatorSettings((1, 4), local_rank=12, modulation_rank=12)
 QUICK: dict[str, Any] = {
     "train_steps": 80,
     "batch": 6,
@@ -283,20 +283,20 @@ def test_two_processes_train_as_one_does(converted: Path, tmp_path: Path) -> Non
     alone = tmp_path / "alone"
     shutil.copytree(converted, alone)
     quick = {**QUICK, "train_steps": 8}
+    start = tiny_model(SETTINGS)
+    start.load_state_dict(state_of(converted))
     finetune(alone, **quick)
-    given = [
-        f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in quick.items()
-    ]
     script = tmp_path / "train.py"
     script.write_text("from mediatorize.cli import main\nmain()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "finetune", str(converted)]
-    done = subprocess.run(
-        [*command, *as_options(quick)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *as_options(quick)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert_same_state(state_of(alone), state_of(converted), atol=2e-3)
-    moved = max(float((a - b).abs().max()) for a, b in zip(state_of(converted).values(), state_of(alone).values(), strict=True))
-    assert moved < 2e-3
+    first, second = load_model(alone), load_model(converted)
+    states = targets(first)
+    for level in (1, 4):  # weights may differ more where outputs do not depend on them
+        was, one, two = (model(states.x, states.t, states.y, levels=level) for model in (start, first, second))
+        assert float((one - two).norm()) < 0.002 * float((one - was).norm())
 
 
 def test_training_all_moves_softmax_and_says_so(converted: Path) -> None:

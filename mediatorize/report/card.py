@@ -21,8 +21,8 @@ def model_card(config: BundleConfig) -> str:
         plan, before, after = (config.finetuned[key] for key in ("plan", "before", "after"))
         errors = ", ".join(f"{after[m]:.3f} at {m} (before: {before[m]:.3f})" for m in after)
         training = (
-            f"Then distilled by `mediatorize finetune`: {plan['distill']['steps']} steps of {plan['distill']['batch']} states. Relative error of "
-            f"the model's output on held-out trajectories of the teacher, all layers at one level: {errors}.\n\n"
+            f"Then distilled by `mediatorize finetune`: {plan['distill']['steps']} steps of {plan['distill']['batch']} states. Relative "
+            f"error of the model's output on held-out trajectories of the teacher, all layers at one level: {errors}.\n\n"
         )
         if plan["distill"]["train"] == "all":
             kept = "All weights were trained: level `softmax` is no longer that model."

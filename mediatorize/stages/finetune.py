@@ -253,7 +253,7 @@ def _train(
         distiller.load_state_dict(state["distiller"])
         first_loss = state["first_loss"]
     resumed_at = saved_at = distiller.step_count
-    metrics = Metrics(folder, resumed_at)
+    metrics = Metrics(folder, resumed_at) if world.is_first else None  # one process writes
     losses: list[torch.Tensor] = []
     with progress_bar(distill.steps, "distilling", initial=resumed_at) as bar:
         for index, span in enumerate(plan.rounds(arch)):
@@ -281,7 +281,7 @@ def _train(
                         hint=f"Pass a smaller --learning-rate than {distill.learning_rate:g}, and --force to begin anew.",
                     )
                 bar.set_postfix(loss=f"{float(loss):.4f}", rate=f"{distiller.rate:.1e}")
-                if world.is_first:
+                if metrics is not None:
                     metrics.write(step + 1, float(loss), distiller.rate)
                     if step + 1 - saved_at >= save_every:
                         saved_at = step + 1
