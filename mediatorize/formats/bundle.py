@@ -31,6 +31,10 @@ STATES_FILE = "states.safetensors"
 LOG_FILE = "log.jsonl"
 
 
+OWN_TRAJECTORIES = "the model's own sampling trajectories"
+"""What layers are fitted on where no data are given."""
+
+
 @dataclass(frozen=True)
 class BundleConfig:
     """`config.json`: what is needed to build the model, and where it came from."""
@@ -41,6 +45,8 @@ class BundleConfig:
     """File name, format, chosen weights and hash of the pretrained checkpoint."""
     layer_errors: list[dict[str, Any]] = field(default_factory=list)
     """Relative error of every layer and level, before and after fitting."""
+    fitted_on: str = OWN_TRAJECTORIES
+    """Where the states came from that layers were fitted and judged on."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +56,7 @@ class BundleConfig:
             "mediators": self.settings.to_json(),
             "source": self.source,
             "layer_errors": self.layer_errors,
+            "fitted_on": self.fitted_on,
         }
 
 
@@ -73,6 +80,7 @@ def read_config(path: Path) -> BundleConfig:
                 MediatorSettings.from_json(content["mediators"]),
                 content["source"],
                 [_with_level_keys(errors) for errors in content["layer_errors"]],
+                str(content.get("fitted_on", OWN_TRAJECTORIES)),
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole bundle config ({error}).", hint="Convert again, or copy the bundle again.") from error

@@ -106,8 +106,8 @@ def run(
 
 
 def _state_of_inputs(arguments: dict[str, Any]) -> list[tuple[int, int]]:
-    """Size and time of the checkpoint or bundle that a stage reads: another file under the same name is another input."""
-    paths = [Path(arguments[key]) for key in ("checkpoint", "model") if key in arguments]
+    """Size and time of the checkpoint, bundle or data that a stage reads: another file under the same name is another input."""
+    paths = [Path(arguments[key]) for key in ("checkpoint", "model", "data") if arguments.get(key)]
     files = [path / "model.safetensors" if path.is_dir() else path for path in paths]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
