@@ -529,7 +529,7 @@ def test_progress_comes_back_and_is_cleared_away(tmp_path: Path) -> None:
     found = bundle.saved_layers(tmp_path)
     assert found.keys() == layers.keys()
     for index, (weights, errors) in found.items():
-        assert errors == {"before": {"1": index / 2}}
+        assert errors == {"before": {1: index / 2}}
         assert weights.keys() == layers[index].keys()
         assert all(torch.equal(weights[name], value) for name, value in layers[index].items())
     states = {"x": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), "t": torch.ones(2)}

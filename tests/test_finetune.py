@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import official_state, tiny_model
@@ -27,8 +28,9 @@ from mediatorize.compression.distill import (
     output_errors,
     saved_bytes,
 )
-from mediatorize.compression.trajectories import Targets, teacher_targets
+from mediatorize.compression.trajectories import Targets, data_targets, teacher_targets
 from mediatorize.formats import bundle
+from mediatorize.formats.latents import open_data
 from mediatorize.model.architecture import SOFTMAX, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.stages.convert import convert
@@ -297,6 +299,30 @@ def test_two_processes_train_as_one_does(converted: Path, tmp_path: Path) -> Non
     for level in (1, 4):  # weights may differ more where outputs do not depend on them
         was, one, two = (model(states.x, states.t, states.y, levels=level) for model in (start, first, second))
         assert float((one - two).norm()) < 0.002 * float((one - was).norm())
+
+
+def test_data_are_what_is_trained_on(converted: Path, tmp_path: Path) -> None:
+    folders = tmp_path / "imagenet256_features", tmp_path / "imagenet256_labels"
+    for folder in folders:
+        folder.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(12):
+        np.save(folders[0] / f"{index}.npy", random.normal(size=(1, 4, 8, 8)).astype(np.float32))
+        np.save(folders[1] / f"{index}.npy", np.array([index % 10]))
+    model = load_model(converted)
+    states = data_targets(model, open_data(tmp_path, model.arch), 20, cfg_scale=1.5, batch=7)
+    torch.testing.assert_close(model(states.x, states.t, states.y), states.output, rtol=1e-5, atol=1e-5)
+    assert states.truth is not None
+    sizes = mean_squares(states.output, 4)
+    plain, with_data = (distillation_loss(model, model, states, sizes, [4] * 3, DistillSettings(data_weight=w)) for w in (0.0, 2.0))
+    gap = (model(states.x, states.t, states.y, levels=4) - states.truth).square().mean() / sizes[0]
+    torch.testing.assert_close(with_data - plain, 2 * gap, rtol=1e-4, atol=1e-6)
+    report = finetune(converted, **{**QUICK, "train_steps": 40}, data=tmp_path, data_weight=0.5)
+    assert "12 items, fast-DiT" in str(report)
+    losses = [json.loads(line)["loss"] for line in (converted / "finetune.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    with pytest.raises(UserError, match="there are none"):
+        finetune(converted, **QUICK, data_weight=0.5)
 
 
 def test_training_all_moves_softmax_and_says_so(converted: Path) -> None:

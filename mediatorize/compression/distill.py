@@ -33,6 +33,8 @@ class DistillSettings:
     """Decay of the averaged weights, which are then what is kept; 0 keeps the last ones."""
     feature_weight: float = 0.0
     """Weight of matching every block's output, beside the model's."""
+    data_weight: float = 0.0
+    """Weight of the error against what the data say was to be predicted, where there are data."""
     train: Trained = "mediators"
     accumulate: int = 1
     """Parts that every process takes its share of a batch in."""
@@ -95,6 +97,9 @@ def distillation_loss(
     features = settings.feature_weight > 0
     output, own = forward_with_features(model, states.x, states.t, states.y, levels, settings.checkpointing)
     loss = output_loss(output.float(), states.output, model.arch.channels, sizes)
+    if settings.data_weight and states.truth is not None:
+        gap = (output.float()[:, : model.arch.channels] - states.truth).square().mean()
+        loss = loss + settings.data_weight * gap / sizes[0]
     if features:
         with torch.no_grad():
             _, theirs = forward_with_features(teacher, states.x, states.t, states.y, [SOFTMAX] * model.arch.depth)

@@ -1,15 +1,17 @@
-"""Data-free calibration: the states that the teacher meets along its own sampling trajectories."""
+"""Calibration states: what the teacher meets along its own sampling trajectories, or noised data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mediatorize.diffusion.process import TRAIN_STEPS, noised, own_time, target
 from mediatorize.diffusion.solvers import Channels, call_times, find_solver, rows_per_sample, sample
-from mediatorize.model.architecture import SOFTMAX
+from mediatorize.model.architecture import SOFTMAX, Architecture
 from mediatorize.model.transformer import DiffusionTransformer
 
 
@@ -83,22 +85,29 @@ def teacher_states(
 
 @dataclass(frozen=True)
 class Targets:
-    """Inputs of model calls and what the teacher answered: x (s, c, h, w), t (s,), y (s,), output (s, rows, h, w), on the CPU."""
+    """Inputs of model calls and what the teacher answered: x (s, c, h, w), t (s,), y (s,), output (s, rows, h, w)."""
 
     x: Tensor
     t: Tensor
     y: Tensor
     output: Tensor
+    truth: Tensor | None = None
+    """What the data say was to be predicted (s, c, h, w), where there are data."""
 
     def __len__(self) -> int:
         return len(self.t)
 
     def at(self, index: Tensor) -> Targets:
         """The states at `index` (b,)."""
-        return Targets(*(values[index] for values in vars(self).values()))
+        return self.map(lambda values: values[index])
 
     def to(self, device: torch.device) -> Targets:
-        return Targets(*(values.to(device) for values in vars(self).values()))
+        return self.map(lambda values: values.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """`change` of every tensor that is there."""
+        truth = None if self.truth is None else change(self.truth)
+        return Targets(change(self.x), change(self.t), change(self.y), change(self.output), truth)
 
 
 def teacher_targets(
@@ -143,3 +152,72 @@ def teacher_targets(
 def batches_for(count: int, calls: int, trajectories: int, cfg_scale: float) -> int:
     """How many times `trajectories` samples are drawn, so that no state is used twice."""
     return -(-count // (calls * trajectories * rows_per_sample(cfg_scale)))
+
+
+class DataSet(Protocol):
+    """Clean data of a model, wherever they come from."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+        """Data (b, c, h, w) in the model's scale and labels (b,)."""
+
+
+def data_states(
+    arch: Architecture,
+    data: DataSet,
+    count: int,
+    *,
+    cfg_scale: float = 1.5,
+    seed: int = 0,
+    read_at_once: int = 64,
+    on_read: Callable[[int], None] | None = None,
+) -> tuple[States, Tensor]:
+    """`count` states of noised data at times drawn evenly, in random order, and what a model is trained to predict at them (s, c, h, w).
+
+    No item is used twice before all are used once.
+
+    Times are DiT's whole timesteps 0..999, or a SiT's noise levels in [0, 1], as each is trained. The same seed gives the same states.
+
+    Args:
+        cfg_scale: guidance that will be sampled with: unless it is 1, or there is no null class, half of the labels are null.
+        on_read: called with the number of items read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-count // len(data))
+    indices = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(rounds)])[:count]
+    clean, labels = [], []
+    for part in indices.split(read_at_once):
+        x, y = data.read(part.tolist(), seed)
+        clean.append(x)
+        labels.append(y)
+        if on_read is not None:
+            on_read(len(part))
+    x, y = torch.cat(clean), torch.cat(labels)
+    if arch.family == "dit":
+        t = torch.randint(0, TRAIN_STEPS, (count,), generator=generator).float()
+    else:
+        t = own_time(arch, torch.rand(count, generator=generator))
+    if cfg_scale != 1 and arch.null_class:
+        y[torch.randperm(count, generator=generator)[: count // 2]] = arch.classes
+    noise = torch.randn(x.shape, generator=generator)
+    return States(noised(arch, x, noise, t), t, y), target(arch, x, noise)
+
+
+@torch.no_grad()
+def data_targets(
+    teacher: DiffusionTransformer,
+    data: DataSet,
+    count: int,
+    *,
+    cfg_scale: float = 1.5,
+    seed: int = 0,
+    batch: int = 64,
+    part: slice = slice(None),
+) -> Targets:
+    """What the teacher answers, and the data say, at `count` states of noised data (`data_states`), or at a part of them."""
+    states, truth = data_states(teacher.arch, data, count, cfg_scale=cfg_scale, seed=seed)
+    own = Targets(states.x[part], states.t[part], states.y[part], truth[part], truth[part])
+    device = next(teacher.parameters()).device
+    rows = (own.at(index).to(device) for index in torch.arange(len(own)).split(batch))
+    return replace(own, output=torch.cat([teacher(row.x, row.t, row.y).float().cpu() for row in rows]))

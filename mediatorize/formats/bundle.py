@@ -33,6 +33,10 @@ TRAINING_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
 
 
+OWN_TRAJECTORIES = "the model's own sampling trajectories"
+"""What layers are fitted on where no data are given."""
+
+
 @dataclass(frozen=True)
 class BundleConfig:
     """`config.json`: what is needed to build the model, and where it came from."""
@@ -45,6 +49,8 @@ class BundleConfig:
     """Relative error of every layer and level, before and after fitting."""
     finetuned: dict[str, Any] | None = None
     """How it was distilled last, and the relative error of the model's output by level, before and after."""
+    fitted_on: str = OWN_TRAJECTORIES
+    """Where the states came from that layers were fitted and judged on."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,6 +61,7 @@ class BundleConfig:
             "source": self.source,
             "layer_errors": self.layer_errors,
             "finetuned": self.finetuned,
+            "fitted_on": self.fitted_on,
         }
 
 
@@ -79,6 +86,7 @@ def read_config(path: Path) -> BundleConfig:
                 content["source"],
                 [_with_level_keys(errors) for errors in content["layer_errors"]],
                 content.get("finetuned"),
+                str(content.get("fitted_on", OWN_TRAJECTORIES)),
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole bundle config ({error}).", hint="Convert again, or copy the bundle again.") from error

@@ -47,6 +47,13 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents / VAE_SCALE).sample
 
 
+@torch.no_grad()
+def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
+    """(b, 3, 8h, 8w) in [-1, 1] -> (b, 4, h, w): drawn from the VAE's posterior with `noise` (b, 4, h, w)"""
+    posterior = vae.encode(pixels).latent_dist
+    return (posterior.mean + posterior.std * noise) * VAE_SCALE
+
+
 def write_grid(path: Path, pixels: Pixels, columns: int, scale: int = 1) -> None:
     """A PNG of pictures in rows of `columns`, a thin white line between them."""
     count, height, width, channels = pixels.shape

@@ -40,8 +40,8 @@ with absorbed projections).
 | softmax | {softmax / 2e9:.4g} | 100% | 0 | 0 |
 {table}
 
-A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states of the model's own sampling trajectories, all other
-layers at softmax. It is not picture quality: judge that by sampling.
+A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax. Those it was
+fitted on came from {config.fitted_on}. It is not picture quality: judge that by sampling.
 
 {training}```
 mediatorize sample FOLDER --level {settings.levels[-1]} --out grid.png

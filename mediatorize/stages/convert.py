@@ -1,21 +1,22 @@
-"""`mediatorize convert`: softmax attention -> switchable mediator attention, fitted layer by layer, without data."""
+"""`mediatorize convert`: softmax attention -> switchable mediator attention, fitted layer by layer, with or without data."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
 from mediatorize.compression.initialise import INITIALISERS
-from mediatorize.compression.trajectories import States, batches_for, teacher_states
+from mediatorize.compression.trajectories import States, batches_for, data_states, teacher_states
 from mediatorize.diffusion.solvers import DEFAULT_SOLVER, Channels, call_times, find_solver, refuse_steps, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.formats.latents import DataFacts, Latents, open_data
 from mediatorize.model import cost
 from mediatorize.model.architecture import (
     SOFTMAX,
@@ -32,6 +33,7 @@ from mediatorize.report.card import model_card
 from mediatorize.stages.options import (
     ChannelsOption,
     ClassesOption,
+    DataOption,
     DeviceOption,
     DryRunOption,
     FamilyOption,
@@ -41,6 +43,7 @@ from mediatorize.stages.options import (
     SeedOption,
     SolverOption,
     StepsOption,
+    VaeOption,
     WeightsOption,
 )
 from mediatorize.stages.running import (
@@ -69,6 +72,8 @@ class Plan:
     steps: int
     cfg_scale: float
     cfg_channels: Channels
+    data: DataFacts | None = None
+    """What states are made of; None is the model's own trajectories."""
 
     def fingerprint(self, weights_hash: str) -> dict[str, Any]:
         """Everything that the result depends on, as JSON keeps it."""
@@ -79,6 +84,7 @@ class Plan:
             "fit": vars(self.fit),
             "states": [self.states, self.trajectories],
             "solver": [self.solver, self.steps, self.cfg_scale, self.cfg_channels],
+            "data": vars(self.data) if self.data else None,
             "weights": weights_hash,
             "version": VERSION,
         }
@@ -92,11 +98,19 @@ class Plan:
         """FLOPs of the conversion: states, the teacher's pass over them, and fitting (a backward counts as two forwards)."""
         arch = self.arch
         forward = cost.forward_flops(arch)
-        calls = len(call_times(find_solver(arch, self.solver), self.steps))
-        batches = batches_for(self.states, calls, self.trajectories, self.cfg_scale)
-        sampled = batches * calls * self.trajectories * rows_per_sample(self.cfg_scale)
         levels = sum(cost.attention_flops(arch, level, self.settings) for level in self.settings.levels)
-        return (sampled + 2 * self.states) * forward + arch.depth * self.fit.steps * self.fit.batch * 3 * levels
+        return self.states_flops() + 2 * self.states * forward + arch.depth * self.fit.steps * self.fit.batch * 3 * levels
+
+    def states_flops(self) -> int:
+        """FLOPs of sampling the teacher, or of encoding pictures; latents and pixels on disk cost none."""
+        if self.data:
+            return self.states * self.data.encode_flops
+        calls = len(call_times(find_solver(self.arch, self.solver), self.steps))
+        batches = batches_for(self.states, calls, self.trajectories, self.cfg_scale)
+        return batches * calls * self.trajectories * rows_per_sample(self.cfg_scale) * cost.forward_flops(self.arch)
+
+    def fitted_on(self) -> str:
+        return f"noised data: {self.data}" if self.data else bundle.OWN_TRAJECTORIES
 
     def peak_bytes(self) -> int:
         """The model with its mediators, all states at one layer, and one step of fitting."""
@@ -130,6 +144,7 @@ class Conversion:
             "init": self.plan.init,
             "fit": vars(self.plan.fit),
             "states": self.plan.states,
+            "data": vars(self.plan.data) if self.plan.data else None,
             "added_parameters": self.plan.added_parameters(),
             "flops_of_conversion": self.plan.flops(),
             "peak_bytes": self.plan.peak_bytes(),
@@ -158,14 +173,17 @@ class Conversion:
             "",
         ]
         if self.estimated_seconds is not None:
+            how = f"guidance {plan.cfg_scale}" if plan.data else f"{plan.solver}, {plan.steps} steps, guidance {plan.cfg_scale}"
             lines += [
-                f"Would take {plan.states} states of the model's own trajectories ({plan.solver}, {plan.steps} steps, guidance "
-                f"{plan.cfg_scale}) and fit {plan.fit.steps} steps of {plan.fit.batch} states per layer:",
+                f"Would take {plan.states} states of {plan.fitted_on()} ({how})",
+                f"and fit {plan.fit.steps} steps of {plan.fit.batch} states per layer:",
                 f"  {plan.flops() / 1e12:.1f} TFLOPs, about {seconds_in_words(self.estimated_seconds)} at this device's rate; "
                 f"memory up to {plan.peak_bytes() / 2**30:.1f} GiB",
                 f"  {self.out} would be written.",
             ]
             return "\n".join(lines)
+        if plan.data:
+            lines.append(f"States were of {plan.fitted_on()}.")
         if plan.fit.steps == 0:
             lines.append("Not fitted (--fit-steps 0): mediators are as initialised. Relative error of each layer's output:")
         else:
@@ -192,14 +210,21 @@ def convert(
         int | None,
         Option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32"),
     ] = None,
-    states: Annotated[int, Option("states of the model's own trajectories to fit on")] = 1024,
+    data: DataOption = None,
+    vae: VaeOption = None,
+    states: Annotated[int, Option("states to fit on: of the model's own trajectories, or of --data")] = 1024,
     trajectories: Annotated[int, Option("samples drawn at a time to get them")] = 32,
     fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = FitSettings.steps,
     batch: Annotated[int, Option("states per step of fitting")] = FitSettings.batch,
     learning_rate: Annotated[float, Option("peak rate of fitting")] = FitSettings.learning_rate,
     solver: SolverOption = None,
     steps: StepsOption = None,
-    cfg_scale: Annotated[float, Option("guidance of the trajectories, best what will be sampled with; 1 is none")] = 1.5,
+    cfg_scale: Annotated[
+        float,
+        Option(
+            "guidance of the trajectories, best what will be sampled with; 1 is none. With --data: half of the labels are null unless 1"
+        ),
+    ] = 1.5,
     cfg_channels: ChannelsOption = 3,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -212,6 +237,8 @@ def convert(
 ) -> Conversion:
     """Gives every attention layer a mediator path beside its softmax one, and fits it to the layer's own outputs. Resumes after a kill."""
     start = time.monotonic()
+    if vae and not data:
+        raise UserError(f"{vae}: without --data there is nothing for a VAE to encode.", hint="Pass --data, or leave --vae out.")
     source = Path(checkpoint)
     if bundle.is_bundle(source):
         raise UserError(f"{source}: is a bundle already; nothing was converted.", hint="Convert the checkpoint it was made from.")
@@ -232,6 +259,8 @@ def convert(
     plan = Plan(arch, settings, init, fit, states, trajectories, name, taken, guidance, cfg_channels)
     relative, notes = _check_plan(plan)
     notes += list(opened.notes) if opened else []
+    dataset = open_data(data, arch, vae, pick_device(device)) if data else None
+    plan = replace(plan, data=dataset.facts() if dataset else None)
     if dry_run:
         rate = measured_flops_per_second(pick_device(device), arch.width, arch.tokens)
         return Conversion(out, plan, tuple(notes), estimated_seconds=plan.flops() / rate, relative_flops=relative)
@@ -245,9 +274,10 @@ def convert(
     model = model.to(pick_device(device))
 
     saved = bundle.saved_states(partial)
-    collected = States(**saved) if saved else _collect(model, plan)
+    collected = States(**saved) if saved else _collect(model, plan, dataset)
     if not saved:
         bundle.save_states(partial, vars(collected))
+    del dataset  # and the VAE with it
     model.add_mediators(settings, seed)
     model.requires_grad_(False)
     restored = {
@@ -264,7 +294,7 @@ def convert(
 
     result = Conversion(out, plan, tuple(notes), tuple(done), time.monotonic() - start, None, len(restored), relative)
     provenance = {"file": source.name, "format": opened.format, "weights": opened.part, "sha256": weights_hash}
-    config = bundle.BundleConfig(arch, settings, provenance, [vars(errors) for errors in done])
+    config = bundle.BundleConfig(arch, settings, provenance, [vars(errors) for errors in done], fitted_on=plan.fitted_on())
     bundle.write_bundle(partial, model.cpu(), config, model_card(config))
     arguments = {"checkpoint": checkpoint, "out": str(out), **plan.fingerprint(weights_hash)}
     (partial / bundle.LOG_FILE).unlink(missing_ok=True)  # of a try that was killed at the very end
@@ -273,7 +303,12 @@ def convert(
     return result
 
 
-def _collect(model: DiffusionTransformer, plan: Plan) -> States:
+def _collect(model: DiffusionTransformer, plan: Plan, dataset: Latents | None) -> States:
+    if dataset is not None:
+        with progress_bar(plan.states, "reading data", "item") as bar:
+            return data_states(
+                plan.arch, dataset, plan.states, cfg_scale=plan.cfg_scale, seed=plan.fit.seed, on_read=lambda count: bar.update(count)
+            )[0]
     calls = len(call_times(find_solver(plan.arch, plan.solver), plan.steps))
     total = calls * batches_for(plan.states, calls, plan.trajectories, plan.cfg_scale)
     with progress_bar(total, "sampling the teacher", "call") as bar:
@@ -321,7 +356,7 @@ def _open_partial(out: Path, fingerprint: dict[str, Any], force: bool) -> Path:
             return partial
         if not force:
             raise UserError(
-                f"{partial}: an unfinished conversion with other settings or weights.",
+                f"{partial}: an unfinished conversion with other settings, data or weights.",
                 hint="Repeat its command, or pass --force to drop it.",
             )
     if partial.exists():

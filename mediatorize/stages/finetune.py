@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +21,11 @@ from mediatorize.compression.distill import (
     output_errors,
     saved_bytes,
 )
-from mediatorize.compression.trajectories import Targets, teacher_targets
+from mediatorize.compression.trajectories import Targets, data_targets, teacher_targets
 from mediatorize.diffusion.solvers import DEFAULT_SOLVER, Channels, call_times, find_solver, refuse_steps, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
+from mediatorize.formats.latents import DataFacts, Latents, open_data
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, MediatorSettings
@@ -33,6 +34,7 @@ from mediatorize.report.card import model_card
 from mediatorize.stages.distributed import World, processes
 from mediatorize.stages.options import (
     ChannelsOption,
+    DataOption,
     DeviceOption,
     DryRunOption,
     ForceOption,
@@ -40,6 +42,7 @@ from mediatorize.stages.options import (
     SeedOption,
     SolverOption,
     StepsOption,
+    VaeOption,
 )
 from mediatorize.stages.running import (
     measured_flops_per_second,
@@ -79,10 +82,12 @@ class Plan:
     """A round's guidance is one of these, in turn."""
     cfg_channels: Channels
     dtype: str
+    data: DataFacts | None = None
+    """What states are made of; None is the teacher's own trajectories."""
 
     def fingerprint(self, start: str) -> dict[str, Any]:
         """Everything that the result depends on, as JSON keeps it."""
-        return json.loads(json.dumps({**vars(self), "distill": vars(self.distill), "start": start}))
+        return json.loads(json.dumps({**asdict(self), "start": start}))
 
     def cfg_scale(self, round_index: int) -> float:
         return self.cfg_scales[round_index % len(self.cfg_scales)]
@@ -134,7 +139,7 @@ class Finetuning:
             "bundle": str(self.path),
             "dry_run": self.estimated_seconds is not None,
             "trained_parameters": self.trained_parameters,
-            "plan": {**vars(self.plan), "distill": vars(self.plan.distill)},
+            "plan": asdict(self.plan),
             "before": self.before,
             "after": self.after,
             "seconds": round(self.seconds, 1),
@@ -147,9 +152,10 @@ class Finetuning:
     def __str__(self) -> str:
         plan, distill = self.plan, self.plan.distill
         guidance = ", ".join(f"{scale:g}" for scale in plan.cfg_scales)
+        source = plan.data or f"its own trajectories ({plan.solver}, {plan.steps} steps, guidance {guidance})"
         lines = [
-            f"{self.path}: {distill.steps} steps of {distill.batch} states from the model's own trajectories "
-            f"({plan.solver}, {plan.steps} steps, guidance {guidance}); {self.trained_parameters / 1e6:.2f}M parameters train",
+            f"{self.path}: {distill.steps} steps of {distill.batch} states of {source}; "
+            f"{self.trained_parameters / 1e6:.2f}M parameters train",
             *(f"  {note}" for note in self.notes),
         ]
         if self.estimated_seconds is not None and self.peak_bytes is not None:
@@ -178,6 +184,9 @@ def finetune(
     warmup: Annotated[int, Option("steps until the peak rate, at most a tenth of all")] = DistillSettings.warmup,
     ema: Annotated[float, Option("decay of averaged weights, such as 0.999; 0 keeps the last weights")] = DistillSettings.ema,
     feature_weight: Annotated[float, Option("weight of matching every block's output")] = DistillSettings.feature_weight,
+    data: DataOption = None,
+    vae: VaeOption = None,
+    data_weight: Annotated[float, Option("with --data: weight of the error against the data themselves, beside the teacher")] = 0.0,
     train: Annotated[Trained, Option("mediators, or all: then level softmax moves too")] = "mediators",
     accumulate: Annotated[int, Option("parts to take a batch in, where memory is short")] = DistillSettings.accumulate,
     checkpointing: Annotated[bool, Option("recompute activations in the backward pass, where memory is short")] = False,
@@ -204,12 +213,18 @@ def finetune(
     arch = config.arch
     where = pick_device(device)
     precision = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
-    distill = DistillSettings(train_steps, batch, learning_rate, warmup, ema, feature_weight, train, accumulate, checkpointing, seed=seed)
+    distill = DistillSettings(
+        train_steps, batch, learning_rate, warmup, ema, feature_weight, data_weight, train, accumulate, checkpointing, seed=seed
+    )
     name = solver or DEFAULT_SOLVER[arch.family]
     chosen = find_solver(arch, name)
     scales = tuple(dict.fromkeys(cfg_scales if arch.null_class else (1.0,)))
     plan = Plan(distill, trajectories, reuse, name, chosen.default_steps if steps is None else steps, scales, cfg_channels, precision)
     _check_plan(plan, arch, save_every)
+    if (vae or data_weight) and not data:
+        raise UserError("--vae and --data-weight are for data, and there are none.", hint="Pass --data, or leave them out.")
+    dataset = open_data(data, arch, vae, where) if data else None
+    plan = replace(plan, data=dataset.facts() if dataset else None)
 
     loaded = bundle.load_bundle(model)
     trained = sum(p.numel() for p in (loaded.mediator_parameters().values() if train == "mediators" else loaded.parameters()))
@@ -224,7 +239,7 @@ def finetune(
         if config.finetuned is not None and {**config.finetuned["plan"], "start": fingerprint["start"]} == fingerprint and not force:
             raise UserError(f"{model}: was trained with these very settings.", hint="Pass --force to go on from there.")
         folder = _open_working_folder(model, fingerprint, force, world)
-        return _train(model, folder, loaded, config, plan, fingerprint, world, save_every, trained, start)
+        return _train(model, folder, loaded, config, plan, dataset, fingerprint, world, save_every, trained, start)
 
 
 def _train(
@@ -233,6 +248,7 @@ def _train(
     model: DiffusionTransformer,
     config: bundle.BundleConfig,
     plan: Plan,
+    dataset: Latents | None,
     fingerprint: dict[str, Any],
     world: World,
     save_every: int,
@@ -260,7 +276,12 @@ def _train(
             todo = range(max(span.start, resumed_at), span.stop)
             if not todo:
                 continue
-            states = _targets(teacher, plan, plan.trajectories, distill.seed + 1 + index, plan.cfg_scale(index), world)
+            seed, scale = distill.seed + 1 + index, plan.cfg_scale(index)
+            if dataset is None:
+                states = _targets(teacher, plan, plan.trajectories, seed, scale, world)
+            else:
+                count = plan.rows(arch, index)
+                states = data_targets(teacher, dataset, count, cfg_scale=scale, seed=seed, part=world.share(count)).map(world.gather)
             sizes = mean_squares(states.output, arch.channels).to(world.device)
             for step in todo:
                 rows = batch_rows(len(states), distill.batch, distill.seed, index, step - span.start)[world.share(distill.batch)]
@@ -327,7 +348,7 @@ def _targets(teacher: DiffusionTransformer, plan: Plan, samples: int, seed: int,
         seed=seed,
         first_index=mine.start,
     )
-    return Targets(*(world.gather(values) for values in vars(own).values()))
+    return own.map(world.gather)
 
 
 class Metrics:

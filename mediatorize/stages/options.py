@@ -125,5 +125,9 @@ SolverOption = Annotated[str | None, Option("sampler; default: ddim (DiT), euler
 StepsOption = Annotated[int | None, Option("its steps; default: the solver's own")]
 GuidanceOption = Annotated[float, Option("guidance; 1 is none and costs half")]
 BatchOption = Annotated[int, Option("samples at a time")]
+DataOption = Annotated[
+    Path | None, Option("data on disk: latents as of fast-DiT, REPA or LightningDiT, an .npz of pixels, or a folder of images per class")
+]
+VaeOption = Annotated[Path | None, Option("a diffusers AutoencoderKL folder: between pixels and the latents of a latent model")]
 ForceOption = Annotated[bool, Option("overwrite what is there")]
 DryRunOption = Annotated[bool, Option("say what would be done, and do nothing")]

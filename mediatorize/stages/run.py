@@ -113,11 +113,11 @@ def run(
 
 
 def _state_of_inputs(arguments: dict[str, Any], own: Path) -> list[tuple[int, int]]:
-    """Size and time of the checkpoint or bundle that a stage reads: another file under the same name is another input.
+    """Size and time of the checkpoint, bundle or data that a stage reads: another file under the same name is another input.
 
     What lies in the recipe's `own` folder is the work of its earlier stages.
     """
-    paths = [Path(arguments[key]) for key in ("checkpoint", "model") if key in arguments]
+    paths = [Path(arguments[key]) for key in ("checkpoint", "model", "data") if arguments.get(key)]
     files = [path / "model.safetensors" if path.is_dir() else path for path in paths if not path.is_relative_to(own)]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 

@@ -35,6 +35,7 @@ from mediatorize.stages.options import (
     SeedOption,
     SolverOption,
     StepsOption,
+    VaeOption,
     WeightsOption,
 )
 from mediatorize.stages.running import pick_device, pick_dtype, progress_bar, refuse_below
@@ -88,7 +89,7 @@ def sample(
     cfg_channels: ChannelsOption = 3,
     seed: SeedOption = 0,
     batch: BatchOption = 64,
-    vae: Annotated[Path | None, Option("a diffusers AutoencoderKL folder that decodes latents")] = None,
+    vae: VaeOption = None,
     family: FamilyOption = None,
     num_heads: HeadsOption = None,
     num_classes: ClassesOption = None,
