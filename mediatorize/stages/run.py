@@ -15,13 +15,14 @@ from mediatorize.errors import UserError
 from mediatorize.formats.bundle import write_json, write_text
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
+from mediatorize.stages.export import export
 from mediatorize.stages.inspect import inspect
 from mediatorize.stages.options import DryRunOption, Option, check_arguments, parameters
 from mediatorize.stages.running import seconds_in_words
 from mediatorize.stages.sample import sample
 from mediatorize.version import VERSION
 
-STAGES: dict[str, Callable[..., Any]] = {"inspect": inspect, "convert": convert, "sample": sample, "evaluate": evaluate}
+STAGES: dict[str, Callable[..., Any]] = {"inspect": inspect, "convert": convert, "sample": sample, "evaluate": evaluate, "export": export}
 """Stages that a recipe can have, in the order in which they run."""
 
 TOP_KEYS = ("description", "out", "preset")
