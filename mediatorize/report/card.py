@@ -104,7 +104,7 @@ layers at softmax. It is not picture quality: judge that by sampling."""
 
 def _scheduled(config: BundleConfig, schedule: Schedule | None) -> str:
     if schedule is None:
-        return "It has no schedule: without a level of your choice it runs at softmax, the pretrained model."
+        return "It has no schedule: one level serves all layers and times, softmax where none is chosen."
     softmax = cost.forward_flops(config.arch)
     widths = [high - low for low, high in pairwise((0.0, *schedule.edges, 1.0))]
     shares = [cost.forward_flops(config.arch, levels, config.settings) / softmax for levels in schedule.levels]

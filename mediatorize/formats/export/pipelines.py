@@ -21,6 +21,7 @@ from mediatorize.formats.bundle import save_tensors, write_json, write_text
 from mediatorize.formats.export.contract import Choices, Probe, Subject
 from mediatorize.formats.export.standalone import standalone
 from mediatorize.formats.images import load_vae
+from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
 from mediatorize.version import VERSION
 
@@ -61,7 +62,8 @@ def write_pipeline(folder: Path, subject: Subject, choices: Choices) -> None:
     }
     write_json(transformer / "config.json", config)
     state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    save_tensors(state, transformer / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    file = transformer / "diffusion_pytorch_model.safetensors"
+    write_beside(file, lambda path: save_tensors(state, path, {"format": "pt"}))
 
     if arch.family == "dit":
         scheduler: Any = diffusers.DDIMScheduler(
@@ -116,7 +118,7 @@ with torch.no_grad():
     for name, t, level in json.loads(cases):
         transformer.level = level
         times = torch.full((len(inputs["x"]),), t)
-        outputs[name] = transformer(inputs["x"], timestep=times, class_labels=inputs["y"]).sample
+        outputs[name] = transformer(inputs["x"], timestep=times, class_labels=inputs["y"]).sample.contiguous()
 save_file(outputs, found)
 """
 """Loads a folder in a process that has neither mediatorize nor timm, and calls its transformer."""

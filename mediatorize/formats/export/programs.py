@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,11 +62,18 @@ def _program(model: DiffusionTransformer, pattern: Sequence[Level]) -> torch.exp
     batch = 3  # any but 1, which would be taken for a constant
     example = (torch.zeros(batch, arch.channels, *arch.input_size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
     any_batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(AtLevels(model, pattern), example, dynamic_shapes=(any_batch, any_batch, any_batch))
-    used = set(program.graph_signature.inputs_to_parameters.values())
-    for name in set(program.state_dict) - used:  # what other levels need
-        del program.state_dict[name]
-    return program
+
+    def exported(model: DiffusionTransformer) -> torch.export.ExportedProgram:
+        return torch.export.export(AtLevels(model, pattern), example, dynamic_shapes=(any_batch, any_batch, any_batch))
+
+    program = exported(model)
+    idle = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    light = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights, other modules
+    for node, name in program.graph_signature.inputs_to_parameters.items():
+        if node in idle:  # another level's
+            owner, _, leaf = name.removeprefix("model.").rpartition(".")
+            light.get_submodule(owner).register_parameter(leaf, None)
+    return exported(light)
 
 
 def programs_outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:

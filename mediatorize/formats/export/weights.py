@@ -22,7 +22,7 @@ from mediatorize.formats.bundle import (
 )
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.formats.export.contract import Choices, Probe, Subject
-from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite
+from mediatorize.formats.tensors import Weight, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
 
@@ -71,7 +71,7 @@ def write_safetensors(folder: Path, subject: Subject, choices: Choices) -> None:
     config = subject.config.to_json()
     if choices.adapter:
         config |= {"format": ADAPTER_FORMAT}
-    save_tensors(kept, folder / (ADAPTER_FILE if choices.adapter else MODEL_FILE), {"format": "pt"})
+    write_beside(folder / (ADAPTER_FILE if choices.adapter else MODEL_FILE), lambda path: save_tensors(kept, path, {"format": "pt"}))
     write_json(folder / "config.json", config)
     _schedule_beside(folder, subject.model)
 
