@@ -192,13 +192,16 @@ def test_only_exports_are_replaced_and_only_by_force(sit: Path, tmp_path: Path) 
     assert files(sit) == before
 
 
-def test_an_unfinished_conversion_is_not_dropped(sit: Path, tmp_path: Path) -> None:
+def test_an_unfinished_export_is_begun_again_and_nothing_else_is_dropped(sit: Path, tmp_path: Path) -> None:
     partial = bundle.partial_folder(tmp_path / "out")
     partial.mkdir()
     (partial / bundle.PLAN_FILE).write_text("{}")
-    with pytest.raises(UserError, match="unfinished conversion"):
+    with pytest.raises(UserError, match="no unfinished export"):
         export(sit, tmp_path / "out", to="official")
     assert (partial / bundle.PLAN_FILE).exists()
+    (partial / "export.json").write_text("{}")
+    export(sit, tmp_path / "out", to="official")
+    assert set(files(tmp_path / "out")) == {"README.md", "export.json", "model.pt"}
 
 
 @pytest.fixture

@@ -50,10 +50,8 @@ class ExportReport:
 
     def checks(self) -> str:
         model = "the bundle's model" if self.dtype == "float32" else f"the bundle's model with its weights rounded to {self.dtype}"
-        text = (
-            f"Loaded back and compared with {model} at {', '.join(self.differences)}: "
-            f"outputs differ by at most {self.largest:.1e} of their largest value."
-        )
+        apart = f"differ by at most {self.largest:.1e} of their largest value" if self.largest else "are the same, bit for bit"
+        text = f"Loaded back and compared with {model} at {', '.join(self.differences)}: outputs {apart}."
         return text if self.dtype == "float32" else f"{text} Rounding itself changes them by up to {self.rounding:.1e}."
 
     def __str__(self) -> str:
@@ -93,6 +91,7 @@ def export(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    bundle.write_json(partial / RECORD_FILE, {})
     try:
         with progress_bar(3, f"exporting to {to}", "part") as bar:
             target.write(partial, subject, choices)
@@ -108,12 +107,12 @@ def export(
                 subject.config,
                 schedule,
                 target=shown,
-                usage=target.usage(subject, choices),
+                usage=target.usage(subject, choices).replace("DEST", out.name),
                 checks=report.checks(),
                 history=bundle.read_log(model),
                 evaluation=judged,
             )
-            bundle.write_text(partial / "README.md", card.replace("DEST", out.name))
+            bundle.write_text(partial / "README.md", card)
             bundle.write_json(partial / RECORD_FILE, {"version": VERSION, "bundle": model.name, **report.to_json(), "out": out.name})
             bundle.commit(partial, out)
             bar.update()
@@ -153,8 +152,9 @@ def refuse_idle_choices(to: str, target: Export, choices: Choices) -> None:
 def refuse_foreign_folder(out: Path, force: bool) -> None:
     """Only an export or an empty folder is ever replaced, and an export only by force."""
     bundle.recover(out)
-    if (bundle.partial_folder(out) / bundle.PLAN_FILE).exists():
-        raise UserError(f"{out}: an unfinished conversion stands in its way.", hint="Finish it, or name another folder.")
+    partial = bundle.partial_folder(out)
+    if partial.exists() and not (partial / RECORD_FILE).exists():
+        raise UserError(f"{partial}: stands in the way and is no unfinished export.", hint="Name another folder.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / RECORD_FILE).exists():

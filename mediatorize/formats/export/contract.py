@@ -94,7 +94,7 @@ class Export:
 
     help: str
     write: Callable[[Path, Subject, Choices], None]
-    """Writes its files into an empty folder."""
+    """Writes its files into a folder."""
     outputs: Callable[[Path, Subject, Choices, Probe], Mapping[str, Tensor]]
     """Loads them as their user would, and gives the outputs of the probe's cases that they have."""
     usage: Callable[[Subject, Choices], str]

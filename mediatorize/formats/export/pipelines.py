@@ -150,6 +150,7 @@ def pipeline_usage(subject: Subject, choices: Choices) -> str:
     ready = (
         "follows the schedule" if subject.model.schedule else "is at softmax" if choices.level is None else f"is at level {choices.level}"
     )
+    beside = "" if choices.vae is None else f"\n\n`vae` is a copy of `{choices.vae.name}`, under its own licence."
     return f"""```python
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("DEST", trust_remote_code=True)
@@ -157,4 +158,4 @@ pipe = DiffusionPipeline.from_pretrained("DEST", trust_remote_code=True)
 pipe.transformer.level = {level}  # one level for all layers and times, or "softmax"; as loaded it {ready}
 ```
 
-The Python files in this folder are all that it needs beside torch and diffusers."""
+The Python files in this folder are all that it needs beside torch and diffusers.{beside}"""
