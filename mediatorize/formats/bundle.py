@@ -85,7 +85,7 @@ def read_config(path: Path) -> BundleConfig:
                 MediatorSettings.from_json(content["mediators"]),
                 content["source"],
                 [_with_level_keys(errors) for errors in content["layer_errors"]],
-                content.get("finetuned"),
+                _with_level_keys(finetuned) if (finetuned := content.get("finetuned")) else None,
                 str(content.get("fitted_on", OWN_TRAJECTORIES)),
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,10 +93,8 @@ def read_config(path: Path) -> BundleConfig:
 
 
 def _with_level_keys(errors: dict[str, Any]) -> dict[str, Any]:
-    """A layer's errors with levels as numbers, which JSON turns into text."""
-    return {
-        key: {int(level): error for level, error in value.items()} if isinstance(value, dict) else value for key, value in errors.items()
-    }
+    """Errors before and after something with levels as numbers, which JSON turns into text."""
+    return {key: {int(level): e for level, e in value.items()} if key in ("before", "after") else value for key, value in errors.items()}
 
 
 def open_bundle(path: Path) -> tuple[BundleConfig, DiffusionTransformer, dict[str, Weight]]:
@@ -186,12 +184,12 @@ def commit(partial: Path, path: Path) -> None:
 def write_bundle(folder: Path, model: DiffusionTransformer, config: BundleConfig, card: str) -> None:
     """Writes the files of a bundle into `folder`."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_beside(folder / "model.safetensors", lambda path: _save(state, path, {"format": "pt"}))
+    write_beside(folder / "model.safetensors", lambda path: save_tensors(state, path, {"format": "pt"}))
     write_json(folder / "config.json", config.to_json())
     write_text(folder / "README.md", card)
 
 
-def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     try:
         save_file(state, path, metadata)
     except SafetensorError as error:
@@ -210,6 +208,12 @@ def append_log(folder: Path, command: str, arguments: Mapping[str, Any], result:
     }
     before = file.read_text() if file.exists() else ""
     write_text(file, before + json.dumps(entry, default=str) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What was done to a bundle, first to last."""
+    file = folder / LOG_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -243,7 +247,7 @@ def save_layer(partial: Path, index: int, weights: dict[str, Tensor], errors: Ma
     """Keeps one fitted layer, so that a conversion can go on where it was killed."""
     metadata = {"errors": json.dumps(errors)}
     state = {name: value.contiguous() for name, value in weights.items()}
-    write_beside(partial / f"layer-{index:03d}.safetensors", lambda path: _save(state, path, metadata))
+    write_beside(partial / f"layer-{index:03d}.safetensors", lambda path: save_tensors(state, path, metadata))
 
 
 def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
@@ -260,7 +264,7 @@ def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, 
 
 def save_states(partial: Path, states: Mapping[str, Tensor]) -> None:
     """Keeps the calibration states of an unfinished conversion."""
-    write_beside(partial / STATES_FILE, lambda path: _save(dict(states), path))
+    write_beside(partial / STATES_FILE, lambda path: save_tensors(dict(states), path))
 
 
 def saved_states(partial: Path) -> dict[str, Tensor] | None:

@@ -1,14 +1,88 @@
-"""The model card that travels with a bundle."""
+"""The model cards that travel with a bundle and with what is exported from it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
 from mediatorize.formats.bundle import BundleConfig
 from mediatorize.model import cost
+from mediatorize.model.schedule import Schedule
 
 
 def model_card(config: BundleConfig) -> str:
     """Markdown: what it is, from which file, at what cost, how to use it."""
-    arch, settings, source = config.arch, config.settings, config.source
+    return f"""# {config.arch.name} in mediator form
+
+Made by `mediatorize convert` from {_origin(config)}
+
+{_levels(config)}
+
+```
+mediatorize sample FOLDER --level {config.settings.levels[-1]} --out grid.png
+```
+
+{_licence(config)}
+"""
+
+
+def export_card(
+    config: BundleConfig,
+    schedule: Schedule | None,
+    *,
+    target: str,
+    usage: str,
+    checks: str,
+    history: Sequence[Mapping[str, Any]],
+    evaluation: str,
+) -> str:
+    """Markdown: what it is, how to use it, from which file, how made and checked, at what cost and quality.
+
+    Args:
+        target: what was exported to.
+        usage: a few lines of use.
+        checks: what the written files were compared by.
+        history: the bundle's log.
+        evaluation: Markdown of `mediatorize evaluate`, or nothing.
+    """
+    steps = "\n".join(f"- `mediatorize {entry['command']}` ({_versions(entry)}), {entry['time']}" for entry in history)
+    return f"""# {config.arch.name} in mediator form, exported to {target}
+
+{usage}
+
+## What it is
+
+Made with `mediatorize` from {_origin(config)}
+
+{steps}
+
+{checks}
+
+## Cost and quality
+
+{_levels(config)}
+
+{_scheduled(config, schedule)}
+
+{_quoted(evaluation)}
+
+## Licence
+
+{_licence(config)}
+"""
+
+
+def _origin(config: BundleConfig) -> str:
+    source = config.source
+    weights = f", its {source['weights']} weights" if source["weights"] else ""
+    return f"""`{source["file"]}` ({source["format"]}{weights}).
+SHA-256 of those weights: `{source["sha256"]}`."""
+
+
+def _levels(config: BundleConfig) -> str:
+    """The cost and the layers' errors at every level."""
+    arch, settings = config.arch, config.settings
     softmax = cost.forward_flops(arch)
     rows = []
     for m in settings.levels:
@@ -21,32 +95,48 @@ def model_card(config: BundleConfig) -> str:
         plan, before, after = (config.finetuned[key] for key in ("plan", "before", "after"))
         errors = ", ".join(f"{after[m]:.3f} at {m} (before: {before[m]:.3f})" for m in after)
         training = (
-            f"Then distilled by `mediatorize finetune`: {plan['distill']['steps']} steps of {plan['distill']['batch']} states. Relative "
-            f"error of the model's output on held-out trajectories of the teacher, all layers at one level: {errors}.\n\n"
+            f" Then distilled by `mediatorize finetune`, {plan['distill']['steps']} steps of {plan['distill']['batch']} states: relative "
+            f"error of the model's output on held-out trajectories of the teacher, all layers at one level, {errors}."
         )
         if plan["distill"]["train"] == "all":
             kept = "All weights were trained: level `softmax` is no longer that model."
-    weights = f", its {source['weights']} weights" if source["weights"] else ""
-    return f"""# {arch.name} in mediator form
-
-Made by `mediatorize convert` from `{source["file"]}` ({source["format"]}{weights}).
-SHA-256 of those weights: `{source["sha256"]}`.
-
-{kept} Every other level runs each attention layer through a few mediator tokens (arXiv 2408.05710,
-with absorbed projections).
+    return f"""{kept} Every other level runs each attention layer through a few mediator tokens
+(arXiv 2408.05710, with absorbed projections).
 
 | mediators | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
 |---|---|---|---|---|
 | softmax | {softmax / 2e9:.4g} | 100% | 0 | 0 |
 {table}
 
-A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax. Those it was
-fitted on came from {config.fitted_on}. It is not picture quality: judge that by sampling.
+A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax. Those it was fitted
+on came from {config.fitted_on}.{training} None of these errors is picture quality: judge that by sampling."""
 
-{training}```
-mediatorize sample FOLDER --level {settings.levels[-1]} --out grid.png
-```
 
-Licence: this bundle contains the weights of `{source["file"]}` and carries their licence on. (Official DiT weights are CC BY-NC 4.0,
-official SiT weights MIT.)
-"""
+def _scheduled(config: BundleConfig, schedule: Schedule | None) -> str:
+    if schedule is None:
+        return "It has no schedule: one level serves all layers and times, softmax where none is chosen."
+    softmax = cost.forward_flops(config.arch)
+    widths = [high - low for low, high in pairwise((0.0, *schedule.edges, 1.0))]
+    shares = [cost.forward_flops(config.arch, levels, config.settings) / softmax for levels in schedule.levels]
+    mean = sum(width * share for width, share in zip(widths, shares, strict=True))
+    return (
+        f"Its schedule chooses a level for every layer by noise level, in {len(shares)} piece{'s' * (len(shares) > 1)}: "
+        f"{min(shares):.1%} to {max(shares):.1%} of softmax's FLOPs per forward, {mean:.1%} on steps even in noise level."
+    )
+
+
+def _quoted(evaluation: str) -> str:
+    """An evaluation's Markdown a heading lower, without its pictures."""
+    if not evaluation:
+        return "Its samples were not judged when it was exported."
+    lines = [f"##{line}" if line.startswith("#") else line for line in evaluation.strip().splitlines() if not line.startswith("![")]
+    return "\n".join(lines).strip()
+
+
+def _versions(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+
+
+def _licence(config: BundleConfig) -> str:
+    return f"""Licence: this contains the weights of `{config.source["file"]}` and carries their licence on. (Official DiT
+weights are CC BY-NC 4.0, official SiT weights MIT.)"""

@@ -15,6 +15,7 @@ from mediatorize.errors import UserError
 from mediatorize.formats.bundle import write_json, write_text
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
+from mediatorize.stages.export import export
 from mediatorize.stages.finetune import finetune
 from mediatorize.stages.inspect import inspect
 from mediatorize.stages.options import DryRunOption, Option, check_arguments, parameters
@@ -28,6 +29,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "finetune": finetune,
     "sample": sample,
     "evaluate": evaluate,
+    "export": export,
 }
 """Stages that a recipe can have, in the order in which they run."""
 

@@ -1,0 +1,1 @@
+"""Exports: a bundle as files that other tools load."""

@@ -1,0 +1,161 @@
+"""Export as a folder for `diffusers.DiffusionPipeline.from_pretrained(DEST, trust_remote_code=True)`; its code travels with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mediatorize.diffusion import process
+from mediatorize.errors import UserError
+from mediatorize.formats.bundle import save_tensors, write_json, write_text
+from mediatorize.formats.export.contract import Choices, Probe, Subject
+from mediatorize.formats.export.standalone import standalone
+from mediatorize.formats.images import load_vae
+from mediatorize.formats.tensors import write_beside
+from mediatorize.model.architecture import Architecture
+from mediatorize.version import VERSION
+
+TRANSFORMER_FILE, TRANSFORMER_CLASS = "mediator_transformer", "MediatorTransformer2DModel"
+PIPELINE_FILE, PIPELINE_CLASS = "mediator_pipeline", "MediatorPipeline"
+TRAVELLING = "mediatorize.formats.export.travelling"
+
+STOCK_NULL_CLASS = 1000
+"""What DiTPipeline sends as the null class; the transformer reads it as its own where it has fewer classes."""
+
+
+def suits_stock_pipeline(arch: Architecture, vae: Path | None) -> bool:
+    """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents."""
+    square = arch.input_size[0] == arch.input_size[1]
+    return arch.family == "dit" and vae is not None and arch.null_class and arch.classes <= STOCK_NULL_CLASS and square
+
+
+def write_pipeline(folder: Path, subject: Subject, choices: Choices) -> None:
+    import diffusers
+
+    arch, model = subject.arch, subject.model
+    vae = None if choices.vae is None else _copy_vae(choices.vae, folder / "vae", arch)
+
+    transformer = folder / "transformer"
+    transformer.mkdir()
+    write_text(transformer / f"{TRANSFORMER_FILE}.py", standalone(f"{TRAVELLING}.transformer", _title("Mediator-attention DiT and SiT")))
+    size = arch.input_size
+    config = {
+        "_class_name": TRANSFORMER_CLASS,
+        "_diffusers_version": diffusers.__version__,
+        "architecture": arch.to_json(),
+        "mediators": subject.config.settings.to_json(),
+        "schedule": None if model.schedule is None else model.schedule.to_json(),
+        "level": choices.level,
+        "sample_size": size[0] if size[0] == size[1] else list(size),
+        "in_channels": arch.channels,
+        "out_channels": arch.output_channels,
+    }
+    write_json(transformer / "config.json", config)
+    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    file = transformer / "diffusion_pytorch_model.safetensors"
+    write_beside(file, lambda path: save_tensors(state, path, {"format": "pt"}))
+
+    if arch.family == "dit":
+        scheduler: Any = diffusers.DDIMScheduler(
+            num_train_timesteps=process.TRAIN_STEPS,
+            beta_start=float(process.BETAS[0]),
+            beta_end=float(process.BETAS[-1]),
+            beta_schedule="linear",
+            clip_sample=False,
+        )
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+
+    index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
+    if not suits_stock_pipeline(arch, choices.vae):
+        index["_class_name"] = [PIPELINE_FILE, PIPELINE_CLASS]
+        write_text(folder / f"{PIPELINE_FILE}.py", standalone(f"{TRAVELLING}.pipeline", _title("A pipeline for DiT and SiT")))
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["transformer"] = [TRANSFORMER_FILE, TRANSFORMER_CLASS]
+    index["vae"] = ["diffusers", vae] if vae else [None, None]
+    write_json(folder / "model_index.json", index)
+
+
+def _title(what: str) -> str:
+    return f"{what}, for diffusers. Put together by mediatorize {VERSION} from its own modules; it needs torch and diffusers alone."
+
+
+def _copy_vae(path: Path, folder: Path, arch: Architecture) -> str:
+    """Copies a VAE that loads and fits; gives its class."""
+    vae = load_vae(path, torch.device("cpu"))
+    if vae.config.latent_channels != arch.channels:
+        raise UserError(
+            f"{path}: a VAE of {vae.config.latent_channels} channels, where the model has {arch.channels}.",
+            hint="Pass the one it was made with.",
+        )
+    vae.save_pretrained(folder)
+    return type(vae).__name__
+
+
+RELOAD = f"""
+import json, sys
+sys.modules.update(mediatorize=None, timm=None)
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+folder, probe, found, cases = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+pipeline.set_progress_bar_config(disable=True)
+inputs, outputs, transformer = load_file(probe), {{}}, pipeline.transformer
+assert type(transformer).__name__ == "{TRANSFORMER_CLASS}"
+with torch.no_grad():
+    for name, t, level in json.loads(cases):
+        transformer.level = level
+        times = torch.full((len(inputs["x"]),), t)
+        outputs[name] = transformer(inputs["x"], timestep=times, class_labels=inputs["y"]).sample.contiguous()
+save_file(outputs, found)
+"""
+"""Loads a folder in a process that has neither mediatorize nor timm, and calls its transformer."""
+
+
+def pipeline_outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
+    """The transformer's outputs in another process, where mediatorize and timm cannot be imported."""
+    cases = json.dumps([(case.name, case.t, None if case.scheduled else case.levels) for case in probe.cases])
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, found = Path(scratch) / "probe.safetensors", Path(scratch) / "found.safetensors"
+        save_file({"x": probe.x, "y": probe.y}, inputs)
+        environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(found), cases]
+        done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"The export does not load back in diffusers: {last}.", hint="Check the installed diffusers, or report it.")
+        return load_file(found)
+
+
+def pipeline_usage(subject: Subject, choices: Choices) -> str:
+    arch = subject.arch
+    stock = suits_stock_pipeline(arch, choices.vae)
+    pictures = choices.vae is not None or arch.channels in (1, 3)
+    labels = f"class_labels=[0, {min(1, arch.classes - 1)}]"
+    steps = "" if stock else ", guidance_scale=1.5" if arch.null_class else ""
+    result = f'pipe({labels}{steps}).images[0].save("sample.png")' if pictures else f"latents = pipe({labels}{steps}).images"
+    level = subject.config.settings.levels[-1]
+    ready = (
+        "follows the schedule" if subject.model.schedule else "is at softmax" if choices.level is None else f"is at level {choices.level}"
+    )
+    beside = "" if choices.vae is None else f"\n\n`vae` is a copy of `{choices.vae.name}`, under its own licence."
+    return f"""```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("DEST", trust_remote_code=True)
+{result}
+pipe.transformer.level = {level}  # one level for all layers and times, or "softmax"; as loaded it {ready}
+```
+
+The Python files in this folder are all that it needs beside torch and diffusers.{beside}"""

@@ -1,0 +1,107 @@
+"""Exports of compiled graphs: `torch.export` programs, one per pattern of levels, for any batch size."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mediatorize.diffusion import process
+from mediatorize.formats.bundle import write_json
+from mediatorize.formats.export.contract import Choices, Probe, Subject
+from mediatorize.model.architecture import Level, levels_per_layer
+from mediatorize.model.transformer import DiffusionTransformer
+
+INDEX_FILE = "index.json"
+INDEX_FORMAT = "mediatorize-torch-export"
+
+
+class AtLevels(nn.Module):
+    """A model at fixed levels: (x, t, y) -> output."""
+
+    def __init__(self, model: DiffusionTransformer, levels: Level | Sequence[Level]) -> None:
+        super().__init__()
+        self.model, self.levels = model, levels
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, t, y, levels=self.levels)
+
+
+def write_programs(folder: Path, subject: Subject, choices: Choices) -> None:
+    """A program per distinct pattern of the schedule, or per level where there is none, and an index of noise levels to programs."""
+    model, schedule = subject.model, subject.model.schedule
+    uniform: list[tuple[Level, ...]] = [tuple(levels_per_layer(level, subject.arch.depth)) for level in subject.levels]
+    patterns = uniform if schedule is None else list(dict.fromkeys(schedule.levels))
+    names = {pattern: f"program-{number:03d}.pt2" for number, pattern in enumerate(patterns)}
+    for pattern, name in names.items():
+        torch.export.save(_program(model, pattern), folder / name)
+    pieces = [] if schedule is None else schedule.to_json()["pieces"]
+    arch = subject.arch
+    index: dict[str, Any] = {
+        "format": INDEX_FORMAT,
+        "inputs": {
+            "x": ["batch", arch.channels, *arch.input_size],
+            "t": ["batch"],
+            "y": ["batch"],
+        },
+        "time": "0 to 999, 999 is noise" if arch.family == "dit" else "0 to 1, 1 is " + ("noise" if arch.reversed_time else "data"),
+        "noise_level": "t / 999" if arch.family == "dit" else "t" if arch.reversed_time else "1 - t",
+        "programs": {name: list(pattern) for pattern, name in names.items()},
+        "pieces": [{**piece, "program": names[tuple(piece["levels"])]} for piece in pieces],
+    }
+    write_json(folder / INDEX_FILE, index)
+
+
+def _program(model: DiffusionTransformer, pattern: Sequence[Level]) -> torch.export.ExportedProgram:
+    arch = model.arch
+    batch = 3  # any but 1, which would be taken for a constant
+    example = (torch.zeros(batch, arch.channels, *arch.input_size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
+    any_batch = {0: torch.export.Dim("batch", min=1)}
+
+    def exported(model: DiffusionTransformer) -> torch.export.ExportedProgram:
+        return torch.export.export(AtLevels(model, pattern), example, dynamic_shapes=(any_batch, any_batch, any_batch))
+
+    program = exported(model)
+    idle = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    light = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights, other modules
+    for node, name in program.graph_signature.inputs_to_parameters.items():
+        if node in idle:  # another level's
+            owner, _, leaf = name.removeprefix("model.").rpartition(".")
+            light.get_submodule(owner).register_parameter(leaf, None)
+    return exported(light)
+
+
+def programs_outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
+    index = json.loads((folder / INDEX_FILE).read_text())
+    outputs = {}
+    for case in probe.cases:
+        if index["pieces"]:
+            noise = float(process.noise_level(subject.arch, torch.tensor(case.t)))
+            name = [piece["program"] for piece in index["pieces"] if piece["noise_from"] <= noise][-1] if case.scheduled else None
+        else:
+            pattern = levels_per_layer(case.levels, subject.arch.depth)
+            name = next(name for name, levels in index["programs"].items() if levels == pattern)
+        if name is not None:
+            outputs[case.name] = torch.export.load(folder / name).module()(probe.x, probe.times(case), probe.y)
+    return outputs
+
+
+def programs_usage(subject: Subject, choices: Choices) -> str:
+    if subject.model.schedule is None:
+        pick = 'name = next(iter(index["programs"]))  # its values are the levels of every layer'
+    else:
+        pick = 'name = [piece["program"] for piece in index["pieces"] if piece["noise_from"] <= noise_level][-1]  # 0 data, 1 noise'
+    return f"""```python
+import json, torch
+index = json.load(open("DEST/{INDEX_FILE}"))
+{pick}
+program = torch.export.load(f"DEST/{{name}}").module()
+output = program(x, t, y)  # x (b, c, h, w), t (b,), y (b,); any b. index.json says what t means
+```
+
+Programs are for the CPU in float32; `torch.export.passes.move_to_device_pass` moves a loaded one to a GPU."""

@@ -1,0 +1,125 @@
+"""A diffusers pipeline for class-conditional DiT and SiT: with a VAE or without, any number of classes, any of the family's schedulers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+PIXEL_CHANNELS = (1, 3)
+"""Models of these many channels make pictures themselves; others make latents."""
+
+
+class MediatorPipeline(DiffusionPipeline):
+    """Samples pictures or latents.
+
+    Args:
+        transformer: a `MediatorTransformer2DModel`.
+        scheduler: DiT: one of noise prediction, such as DDIM, DDPM or DPM-Solver++. SiT: one of flow matching, which has `sigmas`.
+        vae: an `AutoencoderKL`, for a model of latents; without one its latents are the result.
+    """
+
+    _optional_components = ["vae"]  # noqa: RUF012
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment, unused-ignore]
+
+    def __init__(self, transformer: Any, scheduler: Any, vae: Any = None) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int],
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        guided_channels: int | None = 3,
+        output_type: str | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Samples a batch.
+
+        Args:
+            class_labels: one class per sample.
+            guidance_scale: classifier-free guidance; 1 is none, and costs half.
+            num_inference_steps: of the scheduler.
+            generator: of the noise.
+            latents: the initial noise (b, channels, height, width); drawn where it is not given.
+            guided_channels: how many channels are guided: DiT and SiT guide the first 3, `None` all.
+            output_type: "pil", "np" (b, height, width, channels), "pt" (b, channels, height, width), each in [0, 1], or "latent": the
+                model's own values. Default: pil where pictures can be made, else latent.
+        """
+        arch = self.transformer.model.arch
+        device, dtype = self._execution_device, self.transformer.dtype
+        pictures = self.vae is not None or arch.channels in PIXEL_CHANNELS
+        output_type = output_type or ("pil" if pictures else "latent")
+        if output_type != "latent" and not pictures:
+            raise ValueError(
+                f"This model makes latents of {arch.channels} channels and has no VAE: pass output_type='latent', or load a vae."
+            )
+        labels = torch.tensor([class_labels] if isinstance(class_labels, int) else list(class_labels), device=device)
+        count, guided = len(labels), guidance_scale != 1
+        if guided:
+            if not arch.null_class:
+                raise ValueError("This model has no null class, which guidance needs: pass guidance_scale=1.")
+            labels = torch.cat([labels, torch.full_like(labels, arch.classes)])
+        shape = (count, arch.channels, *arch.input_size)
+        x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
+
+        times = self._set_steps(num_inference_steps, device)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        for own_time, t in self.progress_bar(list(zip(times, self.scheduler.timesteps, strict=False))):
+            scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
+            batch = torch.cat([scaled, scaled]) if guided else scaled
+            output = self.transformer(batch.to(dtype), own_time.expand(len(batch)), labels).sample.float()
+            if guided:
+                channels = arch.channels if guided_channels is None else guided_channels
+                conditional, unconditional = output.chunk(2)
+                change = guidance_scale * (conditional[:, :channels] - unconditional[:, :channels])
+                output = torch.cat([unconditional[:, :channels] + change, conditional[:, channels:]], dim=1)
+            x = self.scheduler.step(self._for_scheduler(output), t, x, **extra, return_dict=False)[0]
+
+        images = self._pictures(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _set_steps(self, steps: int, device: torch.device) -> Tensor:
+        """Sets the scheduler's steps; the model's own time at each of them, float32."""
+        arch, scheduler = self.transformer.model.arch, self.scheduler
+        if arch.family == "dit":
+            scheduler.set_timesteps(steps, device=device)
+            return scheduler.timesteps.float()
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:  # an even grid from noise to data, as SiT's own sampler takes
+            even = (1 - torch.linspace(0, 1, steps + 1))[:-1].numpy()
+            scheduler.set_timesteps(sigmas=np.asarray(even), device=device)
+        else:
+            scheduler.set_timesteps(steps, device=device)
+        sigmas = scheduler.sigmas.to(device=device, dtype=torch.float32)
+        return sigmas if arch.reversed_time else 1 - sigmas
+
+    def _for_scheduler(self, output: Tensor) -> Tensor:
+        """A DiT's noise, with the variance where the scheduler takes it; a SiT's velocity as noise - data."""
+        arch = self.transformer.model.arch
+        if arch.family == "sit":
+            return output if arch.reversed_time else -output
+        learned = str(getattr(self.scheduler.config, "variance_type", "")).startswith("learned")
+        return output if learned else output[:, : arch.channels]
+
+    def _pictures(self, x: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            x = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        images = (x.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays

@@ -1,0 +1,81 @@
+"""A mediator-attention DiT or SiT as diffusers loads it, its schedule inside, keyed by the timestep it is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from mediatorize.diffusion.process import noise_level
+from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+
+DIFFUSERS_NULL_CLASS = 1000
+"""The null class that diffusers' DiTPipeline sends, whatever the number of classes."""
+
+
+class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
+    """Called as diffusers' DiTTransformer2DModel is.
+
+    Args:
+        architecture: sizes and conventions of the model.
+        mediators: what was added to its attention layers.
+        schedule: pieces of noise level (0 data, 1 noise), each with a level per layer.
+        level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or a count of mediators.
+            Without a schedule, `None` is softmax. It can be set at any time: `pipe.transformer.level = 4`.
+        sample_size, in_channels, out_channels: as diffusers' pipelines read them; they follow from the architecture.
+    """
+
+    _no_split_modules = ["Block"]  # type: ignore[assignment, unused-ignore]  # noqa: RUF012
+
+    @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        mediators: dict[str, Any] | None = None,
+        schedule: dict[str, Any] | None = None,
+        level: Level | None = None,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        arch = Architecture.from_json(dict(architecture))
+        self.model = DiffusionTransformer(arch, None if mediators is None else MediatorSettings.from_json(dict(mediators)))
+        self.schedule = None if schedule is None else Schedule.from_json(dict(schedule))
+        self.level = level
+        height, width = arch.input_size
+        size = height if height == width else (height, width)
+        self.register_to_config(sample_size=size, in_channels=arch.channels, out_channels=arch.output_channels)
+
+    def levels_at(self, timestep: Tensor) -> Level | tuple[Level, ...]:
+        """The level of every layer at a batch of equal timesteps, or of timesteps within one piece of the schedule."""
+        if self.level is not None or self.schedule is None:
+            return SOFTMAX if self.level is None else self.level
+        chosen = {self.schedule.at(noise) for noise in noise_level(self.model.arch, timestep).tolist()}
+        if len(chosen) > 1:
+            raise ValueError("One call cannot mix timesteps at which the schedule differs: call once for each, or set `level`.")
+        return chosen.pop()
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The checkpoint's own prediction.
+
+        Args:
+            hidden_states: noisy latents (b, channels, height, width).
+            timestep: (b,) or one for all. DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
+            class_labels: (b,); the number of classes is the null class. 1000, which diffusers' pipelines send, is read as that.
+        """
+        arch = self.model.arch
+        times = torch.as_tensor(timestep, device=hidden_states.device).float().expand(len(hidden_states))
+        labels = class_labels
+        if arch.null_class and arch.classes < DIFFUSERS_NULL_CLASS:
+            labels = torch.where(labels == DIFFUSERS_NULL_CLASS, arch.classes, labels)
+        sample = self.model(hidden_states, times, labels, levels=self.levels_at(times))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

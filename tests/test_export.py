@@ -1,0 +1,614 @@
+"""Exports: what is written loads in other tools, where mediatorize is not, and computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import model_inputs, official_state, randomise, tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mediatorize import UserError, load_model, sample
+from mediatorize.formats import bundle
+from mediatorize.formats.export import targets
+from mediatorize.formats.export.standalone import standalone
+from mediatorize.formats.export.targets import EXPORTS
+from mediatorize.formats.tensors import read_safetensors
+from mediatorize.model.architecture import SOFTMAX, MediatorSettings
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.report.card import model_card
+from mediatorize.stages.export import export
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+"""Of diffusers' schedulers under numpy 2."""
+
+SETTINGS = MediatorSettings((1, 4), local_rank=3)
+SMALL = {"depth": 2, "width": 16, "heads": 2, "mlp_width": 32}
+SCHEDULE = Schedule((0.25, 0.5), ((SOFTMAX, 4), (4, SOFTMAX), (1, 1)))
+"""Its edges lie on the steps of the samplers below."""
+
+DIFFUSERS_CONVENTIONS = {"frequency_shift": 1, "mlp_norm_eps": 1e-5}
+
+
+def small_model(schedule: Schedule | None = SCHEDULE, **changes: Any) -> DiffusionTransformer:
+    model = tiny_model(SETTINGS, **SMALL | changes)
+    for layer in model.attention_layers():
+        assert layer.mediator is not None
+        randomise(layer.mediator, seed=9)
+    model.schedule = schedule
+    return model.requires_grad_(False)
+
+
+def make_bundle(path: Path, model: DiffusionTransformer) -> Path:
+    """A bundle as conversion and calibration leave it."""
+    errors = [{"layer": i, "before": {1: 0.7, 4: 0.4}, "after": {1: 0.3, 4: 0.1}} for i in range(model.arch.depth)]
+    source = {"file": "source.pt", "format": "official", "weights": "ema", "sha256": bundle.hash_of_weights(model)}
+    config = bundle.BundleConfig(model.arch, SETTINGS, source, errors)
+    path.mkdir()
+    bundle.write_bundle(path, model, config, model_card(config))
+    bundle.append_log(path, "convert", {}, {})
+    if model.schedule:
+        bundle.write_json(path / "schedule.json", model.schedule.to_json())
+    return path
+
+
+@pytest.fixture
+def sit(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "sit", small_model())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def tiny_vae(path: Path) -> Any:
+    """A VAE of diffusers that halves the sides, random weights, on disk at `path`."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 8),
+            latent_channels=4,
+            norm_num_groups=2,
+            scaling_factor=0.18215,
+        )
+    vae.save_pretrained(path)
+    return vae.eval()
+
+
+BLOCKED = """
+import sys
+sys.modules.update(mediatorize=None, timm=None)  # importing them, or anything in them, raises
+for name in ("mediatorize", "timm"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(f"{name} can be imported")
+import torch
+from safetensors.torch import load_file, save_file
+import diffusers
+from diffusers import DiffusionPipeline
+folder, given, found = sys.argv[1:]
+given, results = load_file(given), {}
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+"""
+
+
+def elsewhere(folder: Path, script: str, tmp_path: Path, **given: Tensor) -> dict[str, Tensor]:
+    """Runs `script` on a loaded pipeline `pipe` in a process that cannot import mediatorize or timm; gives its `results`."""
+    scratch = tmp_path / "elsewhere"
+    scratch.mkdir(exist_ok=True)
+    save_file({"nothing": torch.zeros(1), **given}, scratch / "given.safetensors")
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    code = f"{BLOCKED}\n{script}\nsave_file({{name: value.contiguous() for name, value in results.items()}}, found)"
+    command = [sys.executable, "-c", code, str(folder), str(scratch / "given.safetensors"), str(scratch / "found.safetensors")]
+    done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return load_file(scratch / "found.safetensors")
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert expected.std() > 0.05
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# --- every target --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, None], ids=["scheduled", "unscheduled"])
+@pytest.mark.parametrize("target", EXPORTS)
+def test_every_export_is_checked_and_says_what_it_is(target: str, schedule: Schedule | None, tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", small_model(schedule))
+    before = files(source)
+    report = export(source, tmp_path / "out", to=target)
+    assert files(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "out"]
+    levels = {"level softmax", "level 1", "level 4"}
+    pieces = {f"schedule at noise level {middle}" for middle in ("0.125", "0.375", "0.75")} if schedule else set()
+    expected = {"official": {"level softmax"}, "torch-export": pieces or levels}.get(target, levels | pieces)
+    assert set(report.differences) == expected
+    assert report.largest <= 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "source.pt",
+        "ema",
+        bundle.read_config(source).source["sha256"],
+        "mediatorize convert",
+        "Licence",
+        "GMACs",
+        "Loaded back",
+        '"out',
+    ):
+        assert part in card, part
+    assert "DEST" not in card
+    assert ("schedule chooses" in card) == (schedule is not None)
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["differences"] == report.differences
+    assert str(tmp_path) not in card + json.dumps(record)
+
+
+def test_an_evaluation_goes_into_the_card(sit: Path, tmp_path: Path) -> None:
+    judged = tmp_path / "judged"
+    judged.mkdir()
+    with pytest.raises(UserError, match=r"has no evaluation\.md"):
+        export(sit, tmp_path / "out", to="official", evaluation=judged)
+    (judged / "evaluation.md").write_text("# Title\n\n| level | distance |\n![grid](comparison.png)\n")
+    export(sit, tmp_path / "out", to="official", evaluation=judged)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "### Title" in card
+    assert "| level | distance |" in card
+    assert "comparison.png" not in card
+
+
+def test_only_exports_are_replaced_and_only_by_force(sit: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(sit, out, to="official")
+    before = files(out)
+    with pytest.raises(UserError, match="exists"):
+        export(sit, out, to="safetensors")
+    assert files(out) == before
+    export(sit, out, to="safetensors", force=True)
+    assert "model.safetensors" in files(out)
+    assert "model.pt" not in files(out)
+    before = files(sit)
+    with pytest.raises(UserError, match="is no export"):
+        export(sit, sit, to="official", force=True)
+    assert files(sit) == before
+
+
+def test_an_unfinished_export_is_begun_again_and_nothing_else_is_dropped(sit: Path, tmp_path: Path) -> None:
+    partial = bundle.partial_folder(tmp_path / "out")
+    partial.mkdir()
+    (partial / bundle.PLAN_FILE).write_text("{}")
+    with pytest.raises(UserError, match="no unfinished export"):
+        export(sit, tmp_path / "out", to="official")
+    assert (partial / bundle.PLAN_FILE).exists()
+    (partial / "export.json").write_text("{}")
+    export(sit, tmp_path / "out", to="official")
+    assert set(files(tmp_path / "out")) == {"README.md", "export.json", "model.pt"}
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The official export, writing what the next load finds wrong."""
+    target = EXPORTS["safetensors"]
+
+    def outputs(*arguments: Any) -> dict[str, Tensor]:
+        return {name: value + 2e-4 * value.abs().max() for name, value in target.outputs(*arguments).items()}
+
+    monkeypatch.setitem(targets.EXPORTS, "safetensors", replace(target, outputs=outputs))
+    yield
+
+
+@pytest.mark.usefixtures("broken")
+def test_an_export_that_is_not_the_model_is_refused_and_leaves_nothing(sit: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"outputs at level softmax differ by 2\.0e-04"):
+        export(sit, out, to="safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sit"]
+    export(sit, out, to="official")
+    before = files(out)
+    with pytest.raises(UserError, match="not the model"):
+        export(sit, out, to="safetensors", force=True)
+    assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "option", "fitting"),
+    [
+        ("official", {"dtype": "bfloat16"}, "safetensors"),
+        ("diffusers", {"adapter": True}, "safetensors"),
+        ("torch-export", {"vae": Path("vae")}, "diffusers"),
+        ("safetensors", {"level": 4}, "diffusers"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    target: str, option: dict[str, Any], fitting: str, sit: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"--to {fitting}"):
+        export(sit, tmp_path / "out", to=target, **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_refused(sit: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no bundle"):
+        export(tmp_path / "nothing", tmp_path / "out", to="official")
+    with pytest.raises(UserError, match="no level 16"):
+        export(sit, tmp_path / "out", to="diffusers", level=16)
+    with pytest.raises(UserError, match="no VAE"):
+        export(sit, tmp_path / "out", to="diffusers", vae=sit.parent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sit"]
+
+
+# --- diffusers -----------------------------------------------------------------------------------------------------------------
+
+SIT_SCRIPT = """
+assert type(pipe).__name__ == "MediatorPipeline"
+how = dict(num_inference_steps=8, guidance_scale=1.5, latents=given["noise"], output_type="latent")
+results["scheduled"] = pipe([1, 7], **how).images
+pipe.transformer.level = 4
+results["level 4"] = pipe([1, 7], **how).images
+results["all channels"] = pipe([1, 7], **how, guided_channels=None).images
+results["drawn"] = pipe(3, num_inference_steps=2, generator=torch.Generator().manual_seed(5)).images
+try:
+    pipe(3, output_type="pil")
+    raise SystemExit("latents became pictures")
+except ValueError as error:
+    assert "no VAE" in str(error)
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, {"reversed_time": True, "grid": (2, 4)}], ids=["sit", "wide repa"])
+def test_a_sit_samples_in_diffusers_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", small_model(**changes))
+    export(source, tmp_path / "out", to="diffusers")
+    model = load_model(source)
+    noise, _, _ = model_inputs(model, batch=2)
+    found = elsewhere(tmp_path / "out", SIT_SCRIPT, tmp_path, noise=noise)
+    how: dict[str, Any] = {"solver": "euler", "steps": 8, "cfg_scale": 1.5, "noise": noise}
+    assert_close(found["scheduled"], sample(model, [1, 7], **how))
+    assert_close(found["level 4"], sample(model, [1, 7], **how, schedule=4))
+    assert_close(found["all channels"], sample(model, [1, 7], **how, schedule=4, cfg_channels="all"))
+    drawn = torch.randn(noise[:1].shape, generator=torch.Generator().manual_seed(5))
+    assert_close(found["drawn"], sample(model, [3], solver="euler", steps=2, noise=drawn, schedule=4))
+
+
+def test_a_sit_with_a_vae_makes_pictures_in_diffusers(sit: Path, tmp_path: Path) -> None:
+    vae = tiny_vae(tmp_path / "vae")
+    export(sit, tmp_path / "out", to="diffusers", vae=tmp_path / "vae", level=1)
+    model = load_model(sit)
+    noise, _, _ = model_inputs(model, batch=2)
+    script = """
+results["pt"] = pipe([1, 7], num_inference_steps=4, latents=given["noise"], output_type="pt").images
+assert pipe.transformer.config.level == 1
+assert pipe([1, 7], num_inference_steps=4).images[0].size == (16, 16)
+"""
+    found = elsewhere(tmp_path / "out", script, tmp_path, noise=noise)
+    latents = sample(model, [1, 7], solver="euler", steps=4, noise=noise, schedule=1)
+    with torch.no_grad():
+        pictures = (vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    assert_close(found["pt"], pictures)
+
+
+DIT_SCRIPT = """
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+assert type(pipe) is diffusers.DiTPipeline
+decoded = []
+def decode(latents):
+    decoded.append(latents)
+    return original(latents)
+original, pipe.vae.decode = pipe.vae.decode, decode
+how = dict(class_labels=[1, 7], guidance_scale=4.0, output_type="pt")
+def sampled(name, steps):
+    results[name + ", pictures"] = pipe(**how, num_inference_steps=steps, generator=torch.Generator().manual_seed(5)).images
+    results[name] = decoded.pop() * pipe.vae.config.scaling_factor
+sampled("ddim", 5)
+betas = given["betas"].double().numpy()
+pipe.scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1000, trained_betas=betas, timestep_spacing="linspace")
+sampled("dpm", 6)
+pipe.transformer.level = "softmax"
+sampled("dpm at softmax", 6)
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, DIFFUSERS_CONVENTIONS | {"learn_sigma": False}], ids=["official", "from diffusers"])
+def test_a_dit_with_a_vae_samples_in_the_stock_pipeline_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    from mediatorize.diffusion import process
+    from mediatorize.diffusion.solvers import guide
+
+    vae = tiny_vae(tmp_path / "vae")
+    source = make_bundle(tmp_path / "bundle", small_model(family="dit", **changes))
+    export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
+    assert not list((tmp_path / "out").glob("*.py"))
+    found = elsewhere(tmp_path / "out", DIT_SCRIPT, tmp_path, betas=torch.from_numpy(process.BETAS))
+
+    model = load_model(source)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    how: dict[str, Any] = {"solver": "dpm-solver++", "steps": 6, "cfg_scale": 4.0, "cfg_channels": "all", "noise": noise}
+    assert_close(found["dpm"], sample(model, [1, 7], **how))
+    assert_close(found["dpm at softmax"], sample(model, [1, 7], **how, schedule=SOFTMAX))
+    assert not torch.allclose(found["dpm"], found["dpm at softmax"], atol=1e-2)
+    with torch.no_grad():
+        assert_close(found["dpm, pictures"], (vae.decode(found["dpm"] / 0.18215).sample / 2 + 0.5).clamp(0, 1))
+
+    scheduler: Any = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    scheduler.set_timesteps(5)
+    x = noise
+    for t in scheduler.timesteps:
+        times = torch.full((4,), float(t))
+        levels = SCHEDULE.at(float(process.noise_level(model.arch, times)[0]))
+        with torch.no_grad():
+            output = guide(model(torch.cat([x, x]), times, torch.tensor([1, 7, 10, 10]), levels=levels), 4.0, 4)
+        x = scheduler.step(output[:2, :4], t, x).prev_sample
+    assert_close(found["ddim"], x)
+
+
+BARE_DIT_SCRIPT = """
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+assert type(pipe).__name__ == "MediatorPipeline"
+betas = given["betas"].double().numpy()
+how = dict(class_labels=[1, 7], latents=given["noise"], output_type="latent")
+pipe.scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1000, trained_betas=betas, timestep_spacing="linspace")
+results["dpm"] = pipe(**how, guidance_scale=1.5, num_inference_steps=6).images
+pipe.scheduler = DDPMScheduler(trained_betas=betas, variance_type="learned_range", timestep_spacing="linspace", clip_sample=False)
+results["ddpm"] = pipe(**how, num_inference_steps=5, generator=torch.Generator().manual_seed(5)).images
+picture = pipe([1], num_inference_steps=2).images[0]
+assert picture.size == (8, 8) and picture.mode == "RGB", picture
+"""
+
+
+def test_a_dit_of_pixels_samples_in_diffusers_without_a_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mediatorize.diffusion import process, solvers
+
+    source = make_bundle(tmp_path / "bundle", small_model(family="dit", channels=3))
+    export(source, tmp_path / "out", to="diffusers")
+    model = load_model(source)
+    noise, _, _ = model_inputs(model, batch=2)
+    found = elsewhere(tmp_path / "out", BARE_DIT_SCRIPT, tmp_path, noise=noise, betas=torch.from_numpy(process.BETAS))
+    assert_close(found["dpm"], sample(model, [1, 7], solver="dpm-solver++", steps=6, cfg_scale=1.5, noise=noise))
+
+    generator = torch.Generator().manual_seed(5)  # the scheduler draws from it once a step
+
+    def drawn(seed: int, indices: Any, count: int, shape: Any) -> Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    monkeypatch.setattr(solvers, "noise_for", drawn)
+    assert_close(found["ddpm"], sample(model, [1, 7], solver="ddpm", steps=5, noise=noise))
+
+
+def test_a_vae_of_other_channels_is_refused(tmp_path: Path) -> None:
+    tiny_vae(tmp_path / "vae")
+    source = make_bundle(tmp_path / "bundle", small_model(channels=3))
+    with pytest.raises(UserError, match="a VAE of 4 channels, where the model has 3"):
+        export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "vae"]
+
+
+TRANSFORMER_SCRIPT = """
+x, y = given["x"], given["y"]
+transformer = pipe.transformer
+assert (transformer.config.sample_size, transformer.config.in_channels, transformer.config.out_channels) == (8, 4, 8)
+for t in (0, 249, 250, 999):
+    results[str(t)] = transformer(x, timestep=torch.tensor(t), class_labels=y, return_dict=False)[0]
+results["null"] = transformer(x, timestep=torch.tensor([700]), class_labels=torch.full_like(y, 1000)).sample
+try:
+    transformer(x, timestep=torch.tensor([0, 999, 0]), class_labels=y)
+    raise SystemExit("two pieces in one call")
+except ValueError as error:
+    assert "cannot mix" in str(error)
+half = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+assert half.transformer.dtype == torch.bfloat16
+results["half"] = half.transformer(x.bfloat16(), timestep=torch.tensor([700]), class_labels=y).sample.float()
+results["latents"] = half(class_labels=[1], num_inference_steps=2).images
+"""
+
+
+def test_the_transformer_takes_its_level_from_the_timestep(tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", small_model(family="dit"))
+    export(source, tmp_path / "out", to="diffusers")
+    model = load_model(source)
+    x, _, y = model_inputs(model)
+    found = elsewhere(tmp_path / "out", TRANSFORMER_SCRIPT, tmp_path, x=x, y=y)
+    for t, piece in ((0, 0), (249, 0), (250, 1), (999, 2)):
+        expected = model(x, torch.full((3,), float(t)), y, levels=SCHEDULE.levels[piece])
+        assert torch.equal(found[str(t)], expected)
+    at_700 = {"t": torch.full((3,), 700.0), "levels": SCHEDULE.levels[2]}
+    assert torch.equal(found["null"], model(x, y=torch.full((3,), 10), **at_700))
+    half = model(x, y=y, **at_700)
+    assert (found["half"] - half).norm() < 0.05 * half.norm()
+    assert found["latents"].isfinite().all()
+
+
+# --- the code that travels -----------------------------------------------------------------------------------------------------
+
+
+def test_the_code_that_travels_needs_neither_mediatorize_nor_timm() -> None:
+    for entry in ("transformer", "pipeline"):
+        code = standalone(f"mediatorize.formats.export.travelling.{entry}", "title")
+        compile(code, entry, "exec")
+        assert "import mediatorize" not in code
+        assert "from mediatorize" not in code
+        assert "timm.layers" not in code
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from mediatorize.model.architecture import Level\n\ndef preset():\n    pass\n", "preset comes from"),
+        ("def f():\n    from mediatorize.errors import UserError\n", "not at the top"),
+    ],
+)
+def test_code_that_cannot_travel_is_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stranger.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NotImplementedError, match=message):
+        standalone("stranger", "title")
+
+
+def test_modules_and_renamed_names_resolve_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imports = "from mediatorize.model import cost\nfrom mediatorize.model.architecture import coarse_grid as cells\n"
+    text = imports + "\nVALUE = (cost.local_flops(4, 2, 1), cells((3, 40)))\n"
+    (tmp_path / "stranger.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(standalone("stranger", "title"), names)
+    assert names["VALUE"] == (4 * 4 * 2 + 18 * 4, (3, 16))
+
+
+# --- safetensors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_safetensors_load_again_as_they_were_rounded(dtype: str, sit: Path, tmp_path: Path) -> None:
+    report = export(sit, tmp_path / "out", to="safetensors", dtype=dtype)
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    assert {tensor.dtype for tensor in read_safetensors(tmp_path / "out" / "model.safetensors")[0].values()} == {kind}
+    assert (report.rounding == 0) == (dtype == "float32")
+    assert report.rounding < 0.1
+    found, model = load_model(tmp_path / "out"), load_model(sit)
+    assert found.schedule == model.schedule
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value.to(kind).float()), name
+
+
+def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = small_model()
+    model.final_layer.linear.weight[0, 0] = 1e6
+    source = make_bundle(tmp_path / "bundle", model)
+    with pytest.raises(UserError, match=r"final_layer\.linear\.weight does not fit float16"):
+        export(source, tmp_path / "out", to="safetensors", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_what_was_added_and_fits_its_base_alone(dtype: str, sit: Path, tmp_path: Path) -> None:
+    export(sit, tmp_path / "out", to="safetensors", adapter=True, dtype=dtype)
+    model = load_model(sit)
+    stored = read_safetensors(tmp_path / "out" / "adapter.safetensors")[0]
+    assert set(stored) == {name for name in model.state_dict() if ".mediator." in name}
+
+    torch.save(official_state(model), tmp_path / "base.pt")
+    hints: dict[str, Any] = {"family": "sit", "num_heads": 2, "adapter": tmp_path / "out"}
+    found = load_model(tmp_path / "base.pt", **hints)
+    assert found.schedule == SCHEDULE
+    assert found.settings == SETTINGS
+    for name, value in model.state_dict().items():
+        expected = value.bfloat16().float() if dtype == "bfloat16" and ".mediator." in name else value
+        assert torch.equal(found.state_dict()[name], expected), name
+
+    other = official_state(model)
+    other["blocks.0.attn.qkv.bias"][0] += 1e-6
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"belongs to another base .* Load it on source\.pt") as caught:
+        load_model(tmp_path / "other.pt", **hints)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="another architecture"):
+        load_model(tmp_path / "base.pt", **hints | {"num_heads": 4})
+    with pytest.raises(UserError, match="has mediators already"):
+        load_model(sit, adapter=tmp_path / "out")
+    with pytest.raises(UserError, match="is no adapter"):
+        load_model(tmp_path / "base.pt", **hints | {"adapter": sit})
+
+
+def test_a_damaged_adapter_is_refused(sit: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(sit, out, to="safetensors", adapter=True)
+    torch.save(official_state(load_model(sit)), tmp_path / "base.pt")
+    file = out / "adapter.safetensors"
+    whole = file.read_bytes()
+
+    def refusal() -> str:
+        with pytest.raises(UserError) as caught:
+            load_model(tmp_path / "base.pt", family="sit", num_heads=2, adapter=out)
+        assert str(out) in caught.value.message
+        return caught.value.message
+
+    file.write_bytes(whole[:-10])
+    assert "not a whole safetensors file" in refusal()
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    assert f"{name} is missing" in refusal()
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
+    assert "NaN" in refusal()
+
+
+# --- torch-export --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sit", "dit"])
+def test_programs_repeat_the_model_for_any_batch(family: Any, tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", small_model(family=family))
+    export(source, tmp_path / "out", to="torch-export")
+    model = load_model(source)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert len(index["programs"]) == 3
+    for noise, piece in ((0.0, 0), (0.25, 1), (0.3, 1), (0.5, 2), (1.0, 2)):
+        name = [entry["program"] for entry in index["pieces"] if entry["noise_from"] <= noise][-1]
+        assert tuple(index["programs"][name]) == SCHEDULE.at(noise) == SCHEDULE.levels[piece]
+        program = torch.export.load(tmp_path / "out" / name)
+        assert {len(value.users) > 0 for value in program.graph.nodes if value.op == "placeholder"} == {True}
+        for batch in (1, 2, 5):
+            x, t, y = model_inputs(model, batch)
+            expected = model(x, t, y, levels=SCHEDULE.levels[piece])
+            assert_close(program.module()(x, t, y), expected)
+
+
+def test_one_program_serves_pieces_of_the_same_levels(tmp_path: Path) -> None:
+    schedule = Schedule((0.25, 0.5), ((1, 4), (4, 4), (1, 4)))
+    source = make_bundle(tmp_path / "bundle", small_model(schedule))
+    export(source, tmp_path / "out", to="torch-export")
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert [entry["program"] for entry in index["pieces"]] == ["program-000.pt2", "program-001.pt2", "program-000.pt2"]
+    assert len(list((tmp_path / "out").glob("*.pt2"))) == 2
+
+
+# --- official ------------------------------------------------------------------------------------------------------------------
+
+
+def test_official_weights_come_back_bit_for_bit(sit: Path, tmp_path: Path) -> None:
+    export(sit, tmp_path / "out", to="official")
+    found = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    expected = official_state(small_model())
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "whose"), [(DIFFUSERS_CONVENTIONS | {"family": "dit"}, "diffusers' DiT"), ({"reversed_time": True}, "REPA's SiT")]
+)
+def test_weights_that_official_code_would_misread_are_refused(changes: dict[str, Any], whose: str, tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", small_model(**changes))
+    with pytest.raises(UserError, match=whose):
+        export(source, tmp_path / "out", to="official")
+
+
+@pytest.mark.parametrize("options", [{"to": "official"}, {"to": "safetensors", "adapter": True}], ids=["official", "adapter"])
+def test_weights_that_changed_are_not_called_the_pretrained(options: dict[str, Any], sit: Path, tmp_path: Path) -> None:
+    file = sit / "model.safetensors"
+    tensors = load_file(file)
+    tensors["pos_embed"][0, 0, 0] += 1e-3
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"no longer those of source\.pt"):
+        export(sit, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
