@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +119,11 @@ def read_reference(path: Path, extractor: Extractor, batch: int) -> Reference:
     other extractor looks at the pictures.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             held = set(arrays.files)
             pictures = arrays["arr_0"] if "arr_0" in held else None
             stored = Statistics(arrays["mu"], arrays["sigma"]) if {"mu", "sigma"} <= held else None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a .npz that can be read ({error}).", hint="Copy or download it again.") from error
     if pictures is None and stored is None:
         raise UserError(f"{path}: has neither mu and sigma nor arr_0.", hint="A reference holds statistics or pictures.")

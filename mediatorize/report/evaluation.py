@@ -18,11 +18,11 @@ def _shown(value: float | None, form: str) -> str | None:
 
 COST: tuple[Column, ...] = (
     ("GMACs per sample", lambda row: gmacs(row.flops)),
-    ("GFLOPs per sample", lambda row: f"{2 * float(gmacs(row.flops)):.4g}"),
+    ("GFLOPs per sample", lambda row: gmacs(2 * row.flops)),
     ("FLOPs / softmax", lambda row: f"{row.relative_flops:.1%}"),
     ("time / softmax", lambda row: _shown(row.relative_time, ".1%")),
-    ("ms per model call", lambda row: _shown(row.latency_ms, ".4g")),
-    ("images per second", lambda row: _shown(row.images_per_second, ".4g")),
+    ("ms per model call", lambda row: _shown(row.latency_ms, ".2f")),
+    ("images per second", lambda row: _shown(row.images_per_second, ".2f")),
     ("peak memory, GiB", lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"),
 )
 QUALITY: tuple[Column, ...] = (
@@ -68,7 +68,7 @@ def lead(found: Evaluation) -> str:
             f"{name} the model spends {row.relative_flops:.1%} of softmax's FLOPs{time}; "
             f"from the same noise its samples differ from the teacher's by {row.sample_error:.1%}"
         )
-        text += "" if row.frechet_distance is None else f"; {_quality(row, found)}, the teacher {_brief(teacher)}"
+        text += "" if row.frechet_distance is None else f"; {_quality(row, found)} (the teacher: {_brief(teacher)})"
         sentences.append(f"{text}.")
     if found.distance_of_halves is not None:
         sentences.append(f"Two halves of {found.reference} are {found.distance_of_halves:.2f} apart.")
@@ -121,7 +121,7 @@ def document(found: Evaluation) -> Document:
         blocks += [Heading("Notes"), *(Text(note) for note in found.notes)]
     blocks += [Heading("Repeat it"), Code(found.command)]
     facts = [("samples", f"{found.samples}, classes in turn, sample i from noise (seed {how['seed']}, i)")]
-    facts += [(name.replace("_", " "), str(value)) for name, value in {**how, **found.hardware}.items()]
+    facts += [(name.replace("_", " "), str(value)) for name, value in {**how, **found.hardware}.items() if value is not None]
     facts += [("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))]
     blocks += [Table(("setting", "value"), facts, words=True)]
     if found.source is not None:
@@ -134,7 +134,11 @@ def document(found: Evaluation) -> Document:
 
 
 def _pictures(found: Evaluation, *files: str) -> list[Block]:
-    return [Picture(found.out / file, found.pictures[file], wide=file == "comparison.png") for file in files if file in found.pictures]
+    return [
+        Picture(found.out / file, found.pictures[file], wide=file in ("comparison.png", "error-cost.png"))
+        for file in files
+        if file in found.pictures
+    ]
 
 
 def _about_time(found: Evaluation) -> str:
@@ -146,7 +150,7 @@ def _about_time(found: Evaluation) -> str:
     memory = "" if any(row.peak_bytes for row in found.results) else " Peak memory is measured on CUDA devices only."
     return (
         f"{flops} Time: model calls on {timing.batch} samples, each beside one of softmax in turn, {timing.pairs} pairs per level; the "
-        f"ratio is the median over pairs, and milliseconds are that ratio times softmax's median ({timing.softmax_ms:.4g} ms). Softmax "
+        f"ratio is the median over pairs, and milliseconds are that ratio times softmax's median ({timing.softmax_ms:.2f} ms). Softmax "
         f"beside itself measures {timing.control:.1%} (quartiles {low:.1%} to {high:.1%}): differences within that mean nothing. A "
         f"schedule's time is the mean over its calls.{memory}"
     )

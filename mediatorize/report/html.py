@@ -35,7 +35,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem; margin-bottom:
   main { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.4rem; }
   p.lead { font-size: 1.02rem; padding: .9rem 1rem; }
-  .wide img { max-width: none; width: 56rem; }
+  .wide img { max-width: none; width: 44rem; }
 }
 @media print { details > * { display: block; } }
 """

@@ -84,7 +84,7 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
             if row.relative_time is not None and row.level != SOFTMAX:
                 axis.plot([100 * row.relative_flops, 100 * row.relative_time], [value] * 2, color=colour, linewidth=0.8, alpha=0.35)
                 axis.plot(100 * row.relative_time, value, "o", color="white", markeredgecolor=colour, markersize=5.5)
-            axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6)
+            axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6, clip_on=False)
             label = f"m = {row.level}" if row.level.isdigit() else row.level
             axis.annotate(
                 label, (100 * row.relative_flops, value), (0, 6), textcoords="offset points", fontsize=8, color=colour, ha="center"
@@ -92,8 +92,8 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
         timed = any(row.relative_time is not None for row in results[1:])
         axis.set_xlabel(f"% of softmax's FLOPs{' (filled) and time (open)' if timed else ''}", fontsize=8.5, color=SOFT)
         axis.set_title(name, fontsize=10, loc="left", color=INK)
-        axis.set_ylim(bottom=0)
-        axis.margins(x=0.12, y=0.15)
+        axis.margins(x=0.12)
+        axis.set_ylim(0, 1.15 * max(*values, 1e-6))
         _calm(axis)
     _write(path, figure)
 
@@ -153,7 +153,16 @@ def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10, loc="left", color=INK)
     patches = [Patch(color=colour, label=str(level)) for colour, level in zip(colours, order, strict=True)]
-    axis.legend(handles=patches, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8, labelcolor=INK, title_fontsize=8)
+    axis.legend(
+        handles=patches,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        title="level",
+        title_fontsize=8,
+    )
     _write(path, figure)
 
 
@@ -177,7 +186,7 @@ def write_redundancy(
         axis.set_title(name, fontsize=9.5, loc="left", color=INK)
         ticks = sorted({0, len(noise_levels) // 2, len(noise_levels) - 1})
         axis.set_xticks(ticks, [f"{noise_levels[tick]:.2f}" for tick in ticks])
-        axis.tick_params(colors=SOFT, labelsize=8)
+        axis.tick_params(colors=SOFT, labelsize=8, left=axis is axes[0])
         axis.spines[:].set_visible(False)
         axis.set_xlabel("noise level", fontsize=8.5, color=SOFT)
         bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.03)

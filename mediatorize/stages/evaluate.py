@@ -140,7 +140,7 @@ class Parts:
         for first in self.firsts():
             file = self.file(row, first)
             try:
-                with np.load(file, allow_pickle=False) as arrays:
+                with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:  # np.load leaves a broken file open
                     yield tuple(arrays[name] for name in names)
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
                 raise UserError(
