@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,26 +19,11 @@ import torch
 import typer
 from timm.layers import Attention
 
+from mediatorize.evaluation.timing import paired_time
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, MediatorSettings, default_local_rank, preset
 from mediatorize.model.attention import MediatorAttention
 from mediatorize.stages.running import text_table
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def paired_ratio(call: Callable[[], object], reference: Callable[[], object], pairs: int, device: str) -> tuple[float, float]:
-    """The median of call / reference over pairs, and the reference's median seconds."""
-    for warm_up in (call, reference, call, reference):
-        warm_up()
-    times = [(seconds(call, device), seconds(reference, device)) for _ in range(pairs)]
-    return statistics.median(a / b for a, b in times), statistics.median(b for _, b in times)
 
 
 def measure(
@@ -54,8 +36,8 @@ def measure(
     x = torch.randn(batch, arch.tokens, arch.width, device=device, dtype=dtype)
     rows = []
     for m in levels:
-        ratio, reference = paired_ratio(lambda m=m: mediator(x, m), lambda: softmax(x), pairs, device)
-        published, _ = paired_ratio(lambda m=m: mediator.plain(x, m), lambda: softmax(x), pairs, device)
+        absorbed = paired_time(lambda m=m: mediator(x, m), lambda: softmax(x), pairs, torch.device(device))
+        published = paired_time(lambda m=m: mediator.plain(x, m), lambda: softmax(x), pairs, torch.device(device))
         flops = cost.attention_flops(arch, m, mediator.settings) / cost.softmax_flops(arch.tokens, arch.width)
         rows.append(
             {
@@ -63,10 +45,10 @@ def measure(
                 "image_size": arch.image_size,
                 "mediators": m,
                 "local_rank": rank,
-                "time_ratio": ratio,
+                "time_ratio": absorbed.ratio,
                 "flops_ratio": flops,
-                "published_time_ratio": published,
-                "softmax_seconds": reference,
+                "published_time_ratio": published.ratio,
+                "softmax_seconds": absorbed.reference_seconds,
             }
         )
     return rows

@@ -167,7 +167,7 @@ def test_evaluate_judges_every_level_from_the_same_noise(tmp_path: Path) -> None
     assert [other["level"] for other in others] == ["4", "1"]
     assert all(other["sample_error"] > 0 and other["relative_flops"] < 1 for other in others)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
-    assert "| m" not in (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| m" not in (tmp_path / "out" / "report.md").read_text()
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.size[0] > 1000
 

@@ -39,10 +39,13 @@ class DigitClassifier:
         flat = images.clamp(-1, 1).flatten(1).double().numpy()
         return np.maximum(flat @ self.model.coefs_[0] + self.model.intercepts_[0], 0)
 
+    def scores(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, 64) -> (n, 10), the highest at the class that is seen."""
+        return features @ self.model.coefs_[1] + self.model.intercepts_[1]
+
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """The share of images that are recognised as what they were meant to be."""
-        scores = self.features(images) @ self.model.coefs_[1] + self.model.intercepts_[1]
-        return float((scores.argmax(1) == labels.numpy()).mean())
+        return float((self.scores(self.features(images)).argmax(1) == labels.numpy()).mean())
 
 
 @cache

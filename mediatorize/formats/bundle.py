@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,16 +130,19 @@ def load_bundle(path: Path) -> DiffusionTransformer:
 def read_schedule(path: Path, config: BundleConfig) -> Schedule | None:
     """The bundle's schedule, where it has one: for its number of layers, of levels that it has."""
     file = path / "schedule.json"
-    if not file.exists():
-        return None
+    return read_schedule_file(file, config.arch.depth, config.settings.levels) if file.exists() else None
+
+
+def read_schedule_file(file: Path, depth: int, levels: Sequence[int]) -> Schedule:
+    """The schedule in a JSON file: for `depth` layers, of softmax and `levels`."""
     try:
         with about(file):
             schedule = Schedule.from_json(json.loads(file.read_text()))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}).", hint="Calibrate again.") from error
-    if len(schedule.levels[0]) != config.arch.depth:
-        raise UserError(f"{file}: is for {len(schedule.levels[0])} layers, the model has {config.arch.depth}.", hint="Calibrate again.")
-    if unknown := {level for piece in schedule.levels for level in piece} - {SOFTMAX, *config.settings.levels}:
+    if len(schedule.levels[0]) != depth:
+        raise UserError(f"{file}: is for {len(schedule.levels[0])} layers, the model has {depth}.", hint="Calibrate again.")
+    if unknown := {level for piece in schedule.levels for level in piece} - {SOFTMAX, *levels}:
         raise UserError(f"{file}: the model has no level {unknown.pop()}.", hint="Calibrate again.")
     return schedule
 
@@ -232,11 +235,16 @@ def hash_of_file(path: Path) -> str:
 
 def hash_of_weights(model: DiffusionTransformer) -> str:
     """SHA-256 over the pretrained weights, float32, in the order of their names: the same for every format they may be stored in."""
+    return hash_of_tensors({name: value for name, value in model.state_dict().items() if not is_mediator(name)})
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors, float32, in the order of their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not is_mediator(name):
-            digest.update(name.encode())
-            digest.update(memoryview(value.detach().float().cpu().contiguous().view(-1).numpy()).cast("B"))
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        flat: Any = value.detach().float().cpu().contiguous().view(-1).numpy()
+        digest.update(memoryview(flat).cast("B"))
     return digest.hexdigest()
 
 

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mediatorize.evaluation.results import RowResult
 from mediatorize.formats.images import Pixels
 from mediatorize.formats.tensors import write_beside
+from mediatorize.model.architecture import SOFTMAX, Level
+from mediatorize.model.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, STUDENT, SCHEDULED = "#1c2228", "#5b6670", "#2f6f9f", "#c8553d"
 
 
 def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[str]) -> None:
@@ -19,10 +31,11 @@ def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(3.2 + 0.55 * count, 0.75 * len(rows)), dpi=120)
+    first = next(iter(rows.values()))
+    count, cell = len(first), min(max(first.shape[1] / 120, 0.55), 2.0)  # inches
+    figure = Figure(figsize=(3.2 + cell * count, max(0.75, cell + 0.1) * len(rows)), dpi=120)
     FigureCanvasAgg(figure)
-    widths = [5.5] + [1] * count
+    widths = [3.0 / cell] + [1] * count
     axes = figure.subplots(len(rows), count + 1, squeeze=False, gridspec_kw={"width_ratios": widths, "wspace": 0.06, "hspace": 0.12})
     for line, (name, pixels), caption in zip(axes, rows.items(), captions, strict=True):
         for axis in line:
@@ -33,3 +46,152 @@ def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[
             axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     figure.subplots_adjust(left=0.01, right=0.995, top=0.99, bottom=0.01)
     write_beside(path, lambda beside: figure.savefig(beside, format="png"))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(path: Path, figure: Figure) -> None:
+    write_beside(path, lambda beside: figure.savefig(beside, format="png"))
+
+
+def _calm(axis: Axes) -> None:
+    """No frame but the two axes, a light grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(SOFT)
+    axis.tick_params(colors=SOFT, labelsize=8)
+    axis.grid(color="0.92", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
+    """A PNG: how far samples are from the teacher's, and how far from the reference, against FLOPs and measured time."""
+    measures = [("sample error", [row.sample_error for row in results])]
+    distances = [row.frechet_distance for row in results]
+    if None not in distances:
+        measures.append(("Frechet distance", [float(distance or 0) for distance in distances]))
+    figure = _figure(4.2 * len(measures), 3.4)
+    for axis, (name, values) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        for row, value in zip(results, values, strict=True):
+            level = row.level == SOFTMAX or row.level.isdigit()
+            colour = INK if row.level == SOFTMAX else STUDENT if level else SCHEDULED
+            if row.relative_time is not None and row.level != SOFTMAX:
+                axis.plot([100 * row.relative_flops, 100 * row.relative_time], [value] * 2, color=colour, linewidth=0.8, alpha=0.35)
+                axis.plot(100 * row.relative_time, value, "o", color="white", markeredgecolor=colour, markersize=5.5)
+            axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6, clip_on=False)
+            label = f"m = {row.level}" if row.level.isdigit() else row.level
+            axis.annotate(
+                label, (100 * row.relative_flops, value), (0, 6), textcoords="offset points", fontsize=8, color=colour, ha="center"
+            )
+        timed = any(row.relative_time is not None for row in results[1:])
+        axis.set_xlabel(f"% of softmax's FLOPs{' (filled) and time (open)' if timed else ''}", fontsize=8.5, color=SOFT)
+        axis.set_title(name, fontsize=10, loc="left", color=INK)
+        axis.margins(x=0.12)
+        axis.set_ylim(0, 1.15 * max(*values, 1e-6))
+        _calm(axis)
+    _write(path, figure)
+
+
+def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_levels: Sequence[float]) -> None:
+    """A PNG: |student - teacher| / |teacher| at each model call, noise to the left."""
+    figure = _figure(6.4, 3.2)
+    axis = figure.subplots()
+    students = results[1:]
+    for index, row in enumerate(students):
+        label = f"m = {row.level}" if row.level.isdigit() else row.level
+        colour = SCHEDULED if not row.level.isdigit() else _shade(index, len(students))
+        axis.plot(
+            noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=label, linestyle="-" if row.level.isdigit() else "--"
+        )
+    axis.invert_xaxis()
+    axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
+    axis.set_title("distance from the teacher along the trajectory", fontsize=10, loc="left", color=INK)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+    _calm(axis)
+    _write(path, figure)
+
+
+def _shade(index: int, count: int) -> tuple[float, float, float, float]:
+    """One of `count` blues, from light to dark."""
+    from matplotlib import colormaps
+
+    return colormaps["Blues"](0.4 + 0.55 * (index + 0.5) / count)
+
+
+def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
+    """A PNG: the level of every layer (up) at every noise level (noise to the left); darker is dearer."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    used = {level for piece in schedule.levels for level in piece}
+    order: list[Level] = [*sorted(level for level in used if isinstance(level, int)), *([SOFTMAX] if SOFTMAX in used else [])]
+    depth = len(schedule.levels[0])
+    colours = [INK if level == SOFTMAX else _shade(index, len(order)) for index, level in enumerate(order)]
+    cells = np.array([[order.index(level) for level in piece] for piece in schedule.levels]).T  # (layers, pieces)
+    figure = _figure(6.4, 1.4 + 0.16 * max(depth, 6))
+    axis = figure.subplots()
+    mesh: dict[str, Any] = {
+        "cmap": ListedColormap(colours),
+        "vmin": -0.5,
+        "vmax": len(order) - 0.5,
+        "edgecolors": "white",
+        "linewidth": 0.4,
+    }
+    axis.pcolormesh([0.0, *schedule.edges, 1.0], np.arange(depth + 1) - 0.5, cells, **mesh)
+    axis.invert_xaxis()
+    axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
+    axis.set_ylabel("layer", fontsize=8.5, color=SOFT)
+    axis.set_yticks(range(0, depth, max(1, depth // 7)))
+    axis.tick_params(colors=SOFT, labelsize=8)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
+    patches = [Patch(color=colour, label=str(level)) for colour, level in zip(colours, order, strict=True)]
+    axis.legend(
+        handles=patches,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        title="level",
+        title_fontsize=8,
+    )
+    _write(path, figure)
+
+
+def write_redundancy(
+    path: Path, effective_rank: Sequence[Sequence[float]], errors: Mapping[int, Sequence[Sequence[float]]], noise_levels: Sequence[float]
+) -> None:
+    """A PNG of heat maps, layers (up) by noise level (noise to the left).
+
+    Args:
+        effective_rank: of attention, by layer and noise level.
+        errors: by rank, of the best approximation of attention of that rank, by layer and noise level, in [0, 1].
+        noise_levels: of the columns, descending.
+    """
+    panels: list[tuple[str, Any, float | None]] = [("effective rank", np.asarray(effective_rank), None)]
+    panels += [(f"error of best rank {rank}", np.asarray(values), 1.0) for rank, values in errors.items()]
+    depth = len(effective_rank)
+    figure = _figure(1.2 + 2.6 * len(panels), 1.5 + 0.13 * max(depth, 8))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (name, values, highest) in zip(axes, panels, strict=True):
+        image = axis.imshow(values, origin="lower", aspect="auto", cmap="viridis" if highest is None else "magma", vmin=0, vmax=highest)
+        axis.set_title(name, fontsize=9.5, loc="left", color=INK)
+        ticks = sorted({0, len(noise_levels) // 2, len(noise_levels) - 1})
+        axis.set_xticks(ticks, [f"{noise_levels[tick]:.2f}" for tick in ticks])
+        axis.tick_params(colors=SOFT, labelsize=8, left=axis is axes[0])
+        axis.spines[:].set_visible(False)
+        axis.set_xlabel("noise level", fontsize=8.5, color=SOFT)
+        bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.03)
+        bar.ax.tick_params(labelsize=7, colors=SOFT)
+        bar.outline.set_visible(False)
+    axes[0].set_ylabel("layer", fontsize=8.5, color=SOFT)
+    axes[0].set_yticks(range(0, depth, max(1, depth // 7)))
+    _write(path, figure)

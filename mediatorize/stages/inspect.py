@@ -7,16 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from mediatorize.compression.redundancy import Redundancy, attention_redundancy
+from mediatorize.errors import UserError
 from mediatorize.formats.bundle import is_bundle, open_bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
-from mediatorize.formats.loading import refuse_checkpoint_options
+from mediatorize.formats.loading import load_model, refuse_checkpoint_options
 from mediatorize.model import cost
-from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings, coarse_grid, default_local_rank, preset
+from mediatorize.model.architecture import SOFTMAX, Architecture, Family, MediatorSettings, coarse_grid, default_local_rank, preset
 from mediatorize.model.transformer import count_parameters, is_mediator
-from mediatorize.stages.options import ClassesOption, FamilyOption, HeadsOption, Option, WeightsOption
-from mediatorize.stages.running import gmacs, text_table
+from mediatorize.report.pictures import write_redundancy
+from mediatorize.stages.options import ClassesOption, DeviceOption, FamilyOption, HeadsOption, Option, WeightsOption
+from mediatorize.stages.running import gmacs, pick_device, progress_bar, text_table
 
 SHOWN_LEVELS = (1, 4, 16, 64)
+REDUNDANCY_CALLS = 10
+"""Model calls of the trajectories that redundancy is measured along."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Inspection:
     parameters: int
     settings: MediatorSettings
     notes: tuple[str, ...]
+    redundancy: Redundancy | None = None
+    redundancy_picture: Path | None = None
 
     def reachable(self) -> list[dict[str, Any]]:
         """Cost of the whole model with all layers at a level, relative to softmax, at this resolution, half and twice it."""
@@ -65,6 +72,7 @@ class Inspection:
             "reachable": self.reachable(),
             "local_rank": self.settings.local_rank,
             "notes": list(self.notes),
+            "redundancy": self.redundancy.to_json() if self.redundancy else None,
         }
 
     def __str__(self) -> str:
@@ -96,7 +104,27 @@ class Inspection:
             relative = [f"{row['relative'][level]:.1%}" if level in row["relative"] else "-" for level in self.settings.levels]
             table.append((name, gmacs(row["flops"]), *relative))
         lines.append(text_table(("resolution", "GMACs softmax", *(f"m={level}" for level in self.settings.levels)), table))
+        if self.redundancy is not None:
+            lines += ["", *_redundancy_lines(self.redundancy, arch.tokens), f"Wrote {self.redundancy_picture}."]
         return "\n".join(lines)
+
+
+def _redundancy_lines(found: Redundancy, tokens: int) -> list[str]:
+    def cell(values: tuple[float, ...]) -> float:
+        return sum(values) / len(values)
+
+    header = ("layer", *(f"rank at {level:.2f}" for level in found.noise_levels), *(f"error at m={m}" for m in found.errors))
+    rows = []
+    for layer, ranks in enumerate(found.effective_rank):
+        errors = (f"{cell(values[layer]):.3f}" for values in found.errors.values())
+        rows.append((f"{layer}", *(f"{rank:.1f}" for rank in ranks), *errors))
+    return [
+        f"How redundant attention is, over {found.states} states of the model's own trajectories: effective rank of its {tokens}x{tokens} "
+        "matrices (exp of the entropy of their singular values, mean over heads and states) at noise levels from 1 (noise) to 0 (data); "
+        "and |A - A_m| / |A| of the best matrix A_m of rank m (Frobenius norm, mean over noise levels too), below which no attention "
+        "through m mediators can come:",
+        text_table(header, rows),
+    ]
 
 
 def inspect(
@@ -106,10 +134,37 @@ def inspect(
     num_heads: HeadsOption = None,
     num_classes: ClassesOption = None,
     weights: WeightsOption = None,
+    redundancy: Annotated[
+        Path | None, Option("a .png to write: how redundant attention is, per layer and noise level; samples a little")
+    ] = None,
+    device: DeviceOption = "auto",
 ) -> Inspection:
     """What a checkpoint is, where its FLOPs go, what reduction is reachable. Reads every weight once, to be sure that all are finite."""
     path = Path(checkpoint)
+    if redundancy is not None and (redundancy.suffix != ".png" or not redundancy.absolute().parent.is_dir()):
+        raise UserError(f"{redundancy}: not a .png in a folder that is there.", hint="Pass --redundancy OUT.png.")
+    found = _inspect(checkpoint, path, family, num_heads, num_classes, weights, redundancy is not None)
+    if redundancy is None:
+        return found
+    model = load_model(path, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights).to(pick_device(device))
+    with progress_bar(REDUNDANCY_CALLS + model.arch.depth, "attention", "call") as bar:
+        measured = attention_redundancy(model, found.settings.levels, calls=REDUNDANCY_CALLS, on_step=lambda: bar.update())
+    write_redundancy(redundancy, measured.effective_rank, measured.errors, measured.noise_levels)
+    return replace(found, redundancy=measured, redundancy_picture=redundancy)
+
+
+def _inspect(
+    checkpoint: str,
+    path: Path,
+    family: Family | None,
+    num_heads: int | None,
+    num_classes: int | None,
+    weights: str | None,
+    needs_weights: bool,
+) -> Inspection:
     if "@" in checkpoint and not path.exists():
+        if needs_weights:
+            raise UserError(f"{checkpoint}: a published size has no weights.", hint="Pass a checkpoint to --redundancy.")
         arch = preset(checkpoint)
         return Inspection(checkpoint, "published size, no file", "", arch, count_parameters(arch), shown_settings(arch), ())
     if is_bundle(path):

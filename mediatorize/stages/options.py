@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,20 @@ def check_arguments(stage_name: str, stage: Callable[..., Any], given: Mapping[s
     return arguments
 
 
+def as_command(name: str, stage: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The shell command that calls a stage so; what has its default value is left out."""
+    words = ["mediatorize", name]
+    for key, parameter in parameters(stage).items():
+        value = arguments.get(key, parameter.default)
+        if value == parameter.default or value is None:
+            continue
+        if not parameter.positional:
+            words.append(f"--{key.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join(words)
+
+
 # --- options that several stages share -----------------------------------------------------------------------------------------
 
 FamilyOption = Annotated[Family | None, Option("dit or sit, where the file cannot tell")]
@@ -119,6 +134,7 @@ HeadsOption = Annotated[int | None, Option("attention heads, where the width is 
 ClassesOption = Annotated[int | None, Option("classes, where the last label row is not the null class")]
 WeightsOption = Annotated[str | None, Option("which weights of a training checkpoint: ema or model")]
 DeviceOption = Annotated[str, Option("where to compute", choices=("auto", "cpu", "cuda", "mps"))]
+DtypeOption = Annotated[str, Option("precision of the model", choices=("float32", "bfloat16", "float16"))]
 SeedOption = Annotated[int, Option("of everything random")]
 ChannelsOption = Annotated[int | Literal["all"], Option("channels that guidance acts on: 3 as DiT and SiT do, or all")]
 SolverOption = Annotated[str | None, Option("sampler; default: ddim (DiT), euler (SiT)", choices=SOLVERS)]

@@ -1,16 +1,24 @@
-"""What stages share at run time: a device, a progress bar, a table in text."""
+"""What stages share at run time: a device, a progress bar, a table in text, what the machine is."""
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from mediatorize.errors import UserError
+from mediatorize.evaluation.timing import wait_for
+from mediatorize.report.tables import gmacs as gmacs
+from mediatorize.report.tables import text_table as text_table
+from mediatorize.version import VERSION
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,41 +44,44 @@ def measured_flops_per_second(device: torch.device, width: int, tokens: int) -> 
     """How fast this device multiplies matrices of a model's sizes, measured for about a fifth of a second."""
     x, weight = torch.randn(4 * tokens, width, device=device), torch.randn(width, 3 * width, device=device)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        elif device.type == "mps":
-            torch.mps.synchronize()
-
     for seconds in (0.1, 0.2):  # the first is a warm-up
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
             x @ weight
-            wait()
+            wait_for(device)
             count += 1
     return count * 2 * x.numel() * weight.shape[1] / (time.perf_counter() - start)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What this machine computes with."""
+    described = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    return described | {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of what its figures depend on."""
+    found = {name: version(name) for name in ("torch", "timm", "diffusers", "numpy", "scipy", "scikit-learn")}
+    return {"mediatorize": VERSION, "python": platform.python_version(), **found}
 
 
 def refuse_below(values: Mapping[str, int], least: int) -> None:
     for name, value in values.items():
         if value < least:
             raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = []
-    for row in cells:
-        first, *others = zip(row, widths, strict=True)
-        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip())
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def gmacs(flops: float) -> str:
-    """Billions of multiply-adds, two decimals or, of a small number, three digits."""
-    return f"{flops / 2e9:.2f}" if flops >= 2e9 else f"{flops / 2e9:.3g}"
 
 
 def seconds_in_words(seconds: float) -> str:

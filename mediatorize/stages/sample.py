@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from mediatorize.diffusion.process import noise_level
-from mediatorize.diffusion.solvers import Channels, call_times, find_solver, rows_per_sample
+from mediatorize.diffusion.solvers import Channels, Solver, call_times, find_solver, rows_per_sample
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
 from mediatorize.formats.images import Pixels, decode, load_vae, to_pixels, write_arrays, write_grid
 from mediatorize.formats.loading import load_model
 from mediatorize.model import cost
-from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
+from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.stages.options import (
@@ -27,6 +28,7 @@ from mediatorize.stages.options import (
     ChannelsOption,
     ClassesOption,
     DeviceOption,
+    DtypeOption,
     FamilyOption,
     ForceOption,
     GuidanceOption,
@@ -95,7 +97,7 @@ def sample(
     num_classes: ClassesOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, Option("precision of the model", choices=("float32", "bfloat16", "float16"))] = "float32",
+    dtype: DtypeOption = "float32",
     force: ForceOption = False,
 ) -> SampleReport:
     """Samples pictures. The same seed gives the same pictures, in batches of any size (dopri5 alone chooses its steps by batch)."""
@@ -159,22 +161,35 @@ def sample_many(
     with progress_bar(len(labels), description, "sample") as bar:
         for first in range(0, len(labels), sampling.batch):
             part = labels[first : first + sampling.batch]
-            latents = sample_batch(
-                model,
-                part,
-                solver=sampling.solver,
-                steps=sampling.steps,
-                cfg_scale=sampling.cfg_scale,
-                cfg_channels=sampling.cfg_channels,
-                seed=sampling.seed,
-                schedule=level,
-                first_index=first,
-            )
-            if not latents.isfinite().all():
-                raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
-            parts.append(latents.float().cpu())
+            parts.append(sample_part(model, part, first, sampling, level))
             bar.update(len(part))
     return torch.cat(parts)
+
+
+def sample_part(
+    model: DiffusionTransformer,
+    labels: Tensor,
+    first: int,
+    sampling: Sampling,
+    level: Schedule | Level | None,
+    observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+) -> Tensor:
+    """One batch, whose samples have indices from `first`, on the CPU in float32; refuses what is not finite."""
+    latents = sample_batch(
+        model,
+        labels,
+        solver=sampling.solver,
+        steps=sampling.steps,
+        cfg_scale=sampling.cfg_scale,
+        cfg_channels=sampling.cfg_channels,
+        seed=sampling.seed,
+        schedule=level,
+        first_index=first,
+        observe=observe,
+    )
+    if not latents.isfinite().all():
+        raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
+    return latents.float().cpu()
 
 
 def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:
@@ -187,15 +202,25 @@ def sampling_flops(
     arch: Architecture, sampling: Sampling, level: Schedule | Level | None, settings: MediatorSettings | None
 ) -> float | None:
     """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
-    solver = find_solver(arch, sampling.solver)
-    if solver.adaptive:
+    if find_solver(arch, sampling.solver).adaptive:
         return None
-    total = 0.0
-    for t in call_times(solver, sampling.steps or solver.default_steps):
-        at = float(noise_level(arch, torch.tensor(1 - t if arch.reversed_time else t)))
-        levels = level.at(at) if isinstance(level, Schedule) else SOFTMAX if level is None else level
-        total += cost.forward_flops(arch, levels, settings)
+    total = sum(float(cost.forward_flops(arch, levels, settings)) for levels in levels_of_calls(arch, sampling, level))
     return total * rows_per_sample(sampling.cfg_scale)
+
+
+def levels_of_calls(arch: Architecture, sampling: Sampling, level: Schedule | Level | None) -> list[tuple[Level, ...]]:
+    """The level of every layer, for each model call of a sampler with fixed steps."""
+    solver = find_solver(arch, sampling.solver)
+    found = []
+    for at in noise_levels_of_calls(arch, solver, sampling.steps or solver.default_steps):
+        levels = level.at(at) if isinstance(level, Schedule) else SOFTMAX if level is None else level
+        found.append(tuple(levels_per_layer(levels, arch.depth)))
+    return found
+
+
+def noise_levels_of_calls(arch: Architecture, solver: Solver, steps: int) -> list[float]:
+    """The noise level, 0 data to 1 noise, of each model call."""
+    return [float(noise_level(arch, torch.tensor(1 - t if arch.reversed_time else t))) for t in call_times(solver, steps)]
 
 
 def refuse_bad_output(out: Path, force: bool) -> None:

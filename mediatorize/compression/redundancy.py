@@ -1,0 +1,101 @@
+"""How redundant the interactions of queries and keys are: the observation that mediator attention rests on (arXiv 2408.05710)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mediatorize.compression.trajectories import teacher_states
+from mediatorize.diffusion.process import noise_level
+from mediatorize.diffusion.solvers import call_times, find_solver
+from mediatorize.model.architecture import SOFTMAX
+from mediatorize.model.attention import SwitchableAttention
+from mediatorize.model.transformer import DiffusionTransformer, modulate
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """Of every layer at every noise level, means over heads and states."""
+
+    noise_levels: tuple[float, ...]
+    """Of the columns, from noise (1) to data (0)."""
+    states: int
+    effective_rank: tuple[tuple[float, ...], ...]
+    """exp of the entropy of a matrix's normalised singular values (Roy and Vetterli, EUSIPCO 2007): 1 to tokens; layers x noise levels."""
+    errors: dict[int, tuple[tuple[float, ...], ...]]
+    """By rank m: |A - A_m| / |A|, where A_m is the best approximation of rank m in the Frobenius norm (the truncated SVD).
+
+    Attention through m mediators is a product of an n x m and an m x n matrix: it cannot come closer to A.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def attention_redundancy(
+    model: DiffusionTransformer,
+    ranks: Sequence[int],
+    *,
+    calls: int = 10,
+    states_per_call: int = 4,
+    seed: int = 0,
+    on_step: Callable[[], None] | None = None,
+) -> Redundancy:
+    """Measures softmax attention along the model's own unguided trajectories of `calls` steps of its default sampler.
+
+    Args:
+        ranks: numbers of mediators; those of at least the number of tokens are left out, as they miss nothing.
+        on_step: called after every model call of the sampler, then after every layer.
+    """
+    arch = model.arch
+    device = next(model.parameters()).device
+    times = call_times(find_solver(arch, None), calls)
+    states = teacher_states(
+        model, states_per_call * len(times), steps=calls, cfg_scale=1.0, trajectories=states_per_call, seed=seed, on_call=on_step
+    )
+    levels, column = noise_level(arch, states.t).unique(return_inverse=True)
+    column = len(levels) - 1 - column  # noise first
+    kept = [rank for rank in ranks if rank < arch.tokens]
+    tokens = model.embed(states.x.to(device))
+    condition = model.condition(states.t.to(device), states.y.to(device))
+    effective: list[tuple[float, ...]] = []
+    errors: dict[int, list[tuple[float, ...]]] = {rank: [] for rank in kept}
+
+    def by_column(values: Tensor) -> tuple[float, ...]:  # (s,) -> its mean at each noise level
+        return tuple(float(values[column == index].mean()) for index in range(len(levels)))
+
+    for block in model.layers():
+        shift, scale = block.adaLN_modulation(condition).chunk(6, dim=1)[:2]
+        inputs = modulate(block.norm1(tokens), shift, scale)
+        singular = torch.cat([torch.linalg.svdvals(attention_matrices(block.attn, one)).cpu() for one in inputs.split(1)])  # (s, h, n)
+        effective.append(by_column(effective_rank(singular).mean(1)))
+        for rank in kept:
+            errors[rank].append(by_column(best_rank_error(singular, rank).mean(1)))
+        tokens = block(tokens, condition, SOFTMAX)
+        if on_step is not None:
+            on_step()
+    descending = tuple(levels.flip(0).tolist())
+    return Redundancy(descending, len(states), tuple(effective), {rank: tuple(values) for rank, values in errors.items()})
+
+
+def attention_matrices(layer: SwitchableAttention, x: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) of the pretrained layer, in float32: (b, n, c) -> (b, h, n, n)"""
+    q, k, _ = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4).float()
+    return (q @ k.mT * layer.scale).softmax(-1)
+
+
+def effective_rank(singular: Tensor) -> Tensor:
+    """exp of the entropy of singular values (..., n) as shares of their sum: (...,)"""
+    shares = singular / singular.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp()
+
+
+def best_rank_error(singular: Tensor, rank: int) -> Tensor:
+    """Relative Frobenius error of the best approximation of `rank`, by singular values (..., n) in descending order: (...,)"""
+    squares = singular.double().square()
+    return (squares[..., rank:].sum(-1) / squares.sum(-1)).sqrt()

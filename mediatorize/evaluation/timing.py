@@ -1,0 +1,73 @@
+"""Time and memory of calls, side by side in one process: machines drift, pairs do not."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class PairedTime:
+    """A call beside its reference."""
+
+    ratio: float
+    """The median of call / reference over pairs."""
+    quartiles: tuple[float, float]
+    """Of the ratios."""
+    reference_seconds: float
+    """The reference's median."""
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def paired_time(call: Call, reference: Call, pairs: int, device: torch.device) -> PairedTime:
+    """Runs the two in turn, first one and then the other first, after one warm-up each.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    if pairs < 2:
+        raise ValueError("a ratio needs at least two pairs")
+    for warm_up in (call, reference):
+        warm_up()
+    wait_for(device)
+    times = []
+    for pair in range(pairs):
+        if pair % 2:
+            times.append((seconds(call, device), seconds(reference, device)))
+        else:
+            behind = seconds(reference, device)
+            times.append((seconds(call, device), behind))
+    ratios = [a / b for a, b in times]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return PairedTime(middle, (low, high), statistics.median(b for _, b in times))
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """The most that torch had allocated on a CUDA device during a call, weights included; None elsewhere, where it is not known."""
+    if device.type != "cuda":
+        return None
+    wait_for(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    wait_for(device)
+    return int(torch.cuda.max_memory_allocated(device))

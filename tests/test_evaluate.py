@@ -1,0 +1,433 @@
+"""Evaluation: identities of its measures, parts that resume and divide, files that others read, a report in one file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+from mediatorize import UserError, load_model
+from mediatorize.diffusion.solvers import sample
+from mediatorize.evaluation.metrics import frechet_distance, precision_and_recall, statistics_of
+from mediatorize.evaluation.timing import paired_time
+from mediatorize.formats import bundle
+from mediatorize.formats.images import to_pixels
+from mediatorize.model.architecture import SOFTMAX, MediatorSettings
+from mediatorize.model.schedule import Schedule
+from mediatorize.report.document import Code, Document, Heading, Picture, Table, Text, markdown
+from mediatorize.report.html import html_page
+from mediatorize.stages.evaluate import Report, evaluate
+from mediatorize.stages.inspect import inspect
+from mediatorize.stages.options import as_command
+
+SETTINGS = MediatorSettings((1, 4), local_rank=4)
+ALL_SOFTMAX = Schedule((0.5,), ((SOFTMAX,) * 3, (SOFTMAX,) * 3))
+MIXED = Schedule((0.5,), ((SOFTMAX, 4, SOFTMAX), (1, 4, 1)))
+
+
+def make_bundle(path: Path, schedule: Schedule | None = None, **changes: Any) -> Path:
+    """A bundle of a tiny randomised model that makes 16x16 grey pictures of ten classes."""
+    model = tiny_model(SETTINGS, **({"channels": 1, "grid": (8, 8), "learn_sigma": False} | changes))
+    path.mkdir()
+    source = {"file": "teacher.pt", "format": "official", "weights": "", "sha256": bundle.hash_of_weights(model)}
+    bundle.write_bundle(path, model, bundle.BundleConfig(model.arch, SETTINGS, source), "card")
+    bundle.append_log(path, "convert", {"levels": [1, 4]}, {"seconds": 1})
+    if schedule is not None:
+        bundle.write_json(path / "schedule.json", schedule.to_json())
+    return path
+
+
+def judged(path: Path, out: Path, **options: Any) -> dict[str, dict[str, Any]]:
+    """Results of a small evaluation by row."""
+    report = evaluate(
+        str(path), out, **({"samples": 10, "steps": 3, "batch": 4, "features": "none", "pairs": 0, "device": "cpu"} | options)
+    )
+    assert isinstance(report, Report)
+    return {row["level"]: row for row in report.to_json()["results"]}
+
+
+def stored(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Every part on disk."""
+    parts = {}
+    for file in sorted(folder.rglob("*.npz")):
+        with np.load(file) as arrays:
+            parts[str(file.relative_to(folder))] = dict(arrays)
+    return parts
+
+
+def assert_same_parts(first: Path, second: Path) -> None:
+    one, two = stored(first), stored(second)
+    assert one.keys() == two.keys()
+    assert one
+    for name, arrays in one.items():
+        for key, values in arrays.items():
+            assert np.array_equal(values, two[name][key]), (name, key)
+
+
+# --- measures ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_no_distance_from_itself_and_wholly_among_itself() -> None:
+    features = np.random.default_rng(0).normal(size=(60, 5))
+    assert frechet_distance(features, features.copy()) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(statistics_of(features), features) == pytest.approx(0, abs=1e-9)
+    assert precision_and_recall(features, features.copy()) == (1, 1)
+
+
+def test_frechet_distance_of_shifted_and_scaled_sets_is_known() -> None:
+    features = np.random.default_rng(0).normal(size=(400, 3))
+    assert frechet_distance(features, features + np.array([3, 0, 4])) == pytest.approx(25)
+    gap = (2 - 1) ** 2 * np.trace(np.cov(features, rowvar=False)) + np.square(features.mean(0)).sum()
+    assert frechet_distance(features, 2 * features) == pytest.approx(gap)
+
+
+def test_precision_and_recall_count_points_within_the_other_sets_reach() -> None:
+    reference = np.random.default_rng(1).normal(size=(50, 2))
+    far = reference + 100
+    assert precision_and_recall(reference, far) == (0, 0)
+    assert precision_and_recall(reference, np.concatenate([reference, far])) == (0.5, 1)
+    line = np.arange(4.0)[:, None]  # radii to the nearest neighbour are 1
+    assert precision_and_recall(line, np.array([[0.5], [4.5], [3.9], [9.0]]), neighbours=1) == (0.5, 1)
+
+
+def test_paired_time_of_a_call_twice_as_long_is_two() -> None:
+    clock = {"now": 0.0}
+
+    def takes(seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            clock["now"] += seconds
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: clock["now"])
+        found = paired_time(takes(2), takes(1), 4, torch.device("cpu"))
+    assert (found.ratio, found.quartiles, found.reference_seconds) == (2, (2, 2), 1)
+    with pytest.raises(ValueError, match="two pairs"):
+        paired_time(takes(2), takes(1), 1, torch.device("cpu"))
+
+
+# --- the stage -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_of_softmax_is_the_teacher(tmp_path: Path) -> None:
+    results = judged(make_bundle(tmp_path / "b", ALL_SOFTMAX), tmp_path / "out", pairs=2, timing_batch=2)
+    assert list(results) == [SOFTMAX, "schedule", "4", "1"]
+    same = results["schedule"]
+    assert same["trajectory_error"] == same["sample_error"] == 0
+    assert same["relative_flops"] == same["relative_time"] == 1
+    assert results["1"]["sample_error"] > 0
+    assert results["1"]["relative_time"] > 0
+    assert results["1"]["peak_bytes"] is None
+
+
+def test_errors_are_those_of_the_samplers_states(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b", MIXED)
+    results = judged(path, tmp_path / "out", cfg_scale=2.0)
+    model, labels = load_model(path), torch.arange(10)
+    ends: dict[Any, torch.Tensor] = {}
+    seen: dict[Any, list[torch.Tensor]] = {}
+    for name, level in {SOFTMAX: SOFTMAX, "schedule": None, "4": 4, "1": 1}.items():
+        states: list[torch.Tensor] = []
+        ends[name] = sample(
+            model, labels, steps=3, cfg_scale=2.0, schedule=level, observe=lambda x, t, y, to=states: to.append(x[: len(labels)])
+        )
+        seen[name] = states
+    for name, row in results.items():
+        errors = [float((x - base).norm() / base.norm()) for x, base in zip(seen[name], seen[SOFTMAX], strict=True)]
+        assert row["errors_by_call"] == pytest.approx(errors, abs=1e-5)
+        assert row["trajectory_error"] == pytest.approx(sum(errors) / 3, abs=1e-5)
+        assert row["sample_error"] == pytest.approx(float((ends[name] - ends[SOFTMAX]).norm() / ends[SOFTMAX].norm()), abs=1e-5)
+    assert results["schedule"]["sample_error"] > 0
+
+
+def test_other_schedules_are_judged_by_the_name_of_their_file(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b", MIXED)
+    (tmp_path / "mine.json").write_text(json.dumps(MIXED.to_json()))
+    results = judged(path, tmp_path / "out", schedule=(tmp_path / "mine.json",), levels=())
+    assert list(results) == [SOFTMAX, "schedule", "mine"]
+    assert {**results["mine"], "level": ""} == {**results["schedule"], "level": ""}
+    (tmp_path / "short.json").write_text(json.dumps(Schedule((), ((1, 4),)).to_json()))
+    with pytest.raises(UserError, match=r"short\.json: is for 2 layers, the model has 3"):
+        judged(path, tmp_path / "other", schedule=(tmp_path / "short.json",))
+    with pytest.raises(UserError, match="no such schedule"):
+        judged(path, tmp_path / "other", schedule=(tmp_path / "none.json",))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_bundle(tmp_path / "b", MIXED)
+    unbroken = judged(path, tmp_path / "unbroken")
+    from mediatorize.stages import evaluate as stage
+
+    real, drawn = stage.sample_part, []
+
+    def dies(*arguments: Any) -> torch.Tensor:
+        drawn.append(arguments)
+        if len(drawn) == 7:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(stage, "sample_part", dies)
+    with pytest.raises(KeyboardInterrupt):
+        judged(path, tmp_path / "broken")
+    assert len(stored(tmp_path / "broken" / "samples")) == 6
+    assert not (tmp_path / "broken" / "evaluation.json").exists()
+    assert judged(path, tmp_path / "broken") == unbroken
+    assert len(drawn) == 7 + 1 + 2 + 4  # the teacher of the broken part again, what it lacked, and the last part
+    assert_same_parts(tmp_path / "unbroken" / "samples", tmp_path / "broken" / "samples")
+
+
+def test_samples_are_kept_for_the_next_judgement_and_another_plan_needs_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = make_bundle(tmp_path / "b"), tmp_path / "out"
+    first = judged(path, out)
+    with pytest.raises(UserError, match="has an evaluation"):
+        judged(path, out)
+    (out / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"samples of another plan \(sampling\)"):
+        judged(path, out, seed=1)
+    assert judged(path, out, seed=1, force=True)["4"]["sample_error"] != first["4"]["sample_error"]
+    monkeypatch.setattr("mediatorize.stages.evaluate.sample_part", None)  # nothing is to be drawn
+    assert judged(path, out, seed=1, features="digits", force=True)["4"]["accuracy"] is not None
+    damaged = next((out / "samples" / "4").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"not whole.*Delete it"):
+        judged(path, out, seed=1, force=True)
+
+
+def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    (tmp_path / "out" / "samples").mkdir(parents=True)
+    (tmp_path / "out" / "samples" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="no samples of an evaluation"):
+        judged(path, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "samples" / "mine.txt").read_text() == "mine"
+
+
+def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b", MIXED)
+    alone = judged(path, tmp_path / "alone")
+    script = tmp_path / "cli.py"
+    script.write_text("from mediatorize.cli import main\nmain()\n")
+    options = ["--samples", "10", "--steps", "3", "--batch", "4", "--features", "none", "--pairs", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "evaluate"]
+    result = subprocess.run(
+        [*command, str(path), str(tmp_path / "two"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Process 1 of 2 drew 4 samples per level" in result.stdout
+    together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert together["sampling"]["processes"] == 2
+    assert together["results"] == json.loads(json.dumps(list(alone.values())))
+    assert_same_parts(tmp_path / "alone" / "samples", tmp_path / "two" / "samples")
+
+
+# --- judges --------------------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_for_the_adm_evaluator_hold_the_samples(tmp_path: Path) -> None:
+    path, out = make_bundle(tmp_path / "b", MIXED), tmp_path / "out"
+    judged(path, out, npz=True)
+    model = load_model(path)
+    for name, level in {"teacher": SOFTMAX, "schedule": None, "level-4": 4, "level-1": 1}.items():
+        with np.load(out / f"{name}.npz", allow_pickle=False) as arrays:
+            pictures = arrays["arr_0"]
+        expected = to_pixels(sample(model, torch.arange(10), steps=3, schedule=level)).repeat(3, -1)
+        assert pictures.shape == (10, 16, 16, 3)
+        assert pictures.dtype == np.uint8
+        assert np.abs(pictures.astype(int) - expected.astype(int)).max() <= 1
+
+
+class Corner(nn.Module):
+    """Features: the mean of each quarter; scores: none or ten, the highest at the class that brightness says."""
+
+    def __init__(self, scores: bool) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, images: torch.Tensor) -> Any:
+        features = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1)
+        return (features, features.sum(1, keepdim=True).expand(-1, 10) * 0 + torch.arange(10)) if self.scores else features
+
+
+def export(path: Path, module: nn.Module, dynamic: bool = True) -> Path:
+    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=1024)}} if dynamic else None
+    torch.export.save(torch.export.export(module.eval(), (torch.zeros(2, 1, 16, 16),), dynamic_shapes=shapes), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export's own
+def test_any_exported_program_judges(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    plain, scoring = export(tmp_path / "plain.pt2", Corner(False)), export(tmp_path / "scores.pt2", Corner(True))
+    results = judged(path, tmp_path / "out", features=str(plain), npz=True)
+    assert results[SOFTMAX]["frechet_distance"] == pytest.approx(0, abs=1e-9)  # no reference: the teacher's own samples
+    assert results[SOFTMAX]["precision"] == results[SOFTMAX]["recall"] == 1
+    assert results["1"]["frechet_distance"] > 0
+    assert results["1"]["accuracy"] is None
+
+    pictures = np.load(tmp_path / "out" / "level-1.npz")["arr_0"]
+    features = Corner(False)(torch.from_numpy(pictures[..., :1]).permute(0, 3, 1, 2).float() / 127.5 - 1).double().numpy()
+    stats = tmp_path / "stats.npz"
+    np.savez(stats, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    by_statistics = judged(path, tmp_path / "s", features=str(scoring), reference=stats)
+    assert by_statistics["1"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert by_statistics["1"]["precision"] is None
+    assert by_statistics["1"]["accuracy"] == 0.1  # the last class of ten always wins
+    np.savez(tmp_path / "pictures.npz", arr_0=pictures[..., :1])
+    by_pictures = judged(path, tmp_path / "p", features=str(plain), reference=tmp_path / "pictures.npz")
+    assert by_pictures["1"]["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    assert by_pictures["1"]["precision"] == by_pictures["1"]["recall"] == 1
+    assert by_pictures[SOFTMAX]["frechet_distance"] == pytest.approx(results["1"]["frechet_distance"], rel=1e-6)
+
+    np.savez(stats, mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(UserError, match="of 7 features, samples have 4"):
+        judged(path, tmp_path / "x", features=str(plain), reference=stats)
+    fixed = export(tmp_path / "fixed.pt2", Corner(False), dynamic=False)
+    with pytest.raises(UserError, match="dynamic batch"):
+        judged(path, tmp_path / "x", features=str(fixed), force=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": "nowhere.pt2"}, "no such file"),
+        ({"features": __file__}, "not a program of torch.export"),
+        ({"inception_weights": Path("nowhere.pth")}, "Nothing is downloaded"),
+        ({"reference": Path(__file__)}, "of no use with --features none"),
+        ({"features": "digits", "reference": Path(__file__)}, r"not a \.npz"),
+        ({"vae": Path("vae")}, "no VAE decodes"),
+        ({"samples": 1}, "--samples 1 is too small"),
+        ({"pairs": 1}, "--pairs 1 is too small"),
+        ({"levels": (3,)}, "no level 3"),
+        ({"solver": "dopri5"}, "no fixed cost"),
+        ({"steps": 0}, "0 steps cannot be taken"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match=message):
+        judged(path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_latents_are_judged_through_a_vae(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    path = make_bundle(tmp_path / "b", channels=4, grid=(4, 4))
+    with pytest.raises(UserError, match=r"makes latents.*Pass --vae"):
+        judged(path, tmp_path / "out", npz=True)
+    assert judged(path, tmp_path / "none")["4"]["sample_error"] > 0
+    assert not (tmp_path / "none" / "comparison.png").exists()
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, latent_channels=4).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    judged(path, tmp_path / "out", vae=tmp_path / "vae", npz=True)
+    with torch.no_grad():
+        expected = to_pixels(vae.decode(sample(load_model(path), torch.arange(10), steps=3, schedule=4) / 0.18215).sample)
+    found = np.load(tmp_path / "out" / "level-4.npz")["arr_0"]
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_fids_inception_is_torchvisions_but_for_its_pools(tmp_path: Path) -> None:
+    from torchvision.models import inception_v3
+
+    from mediatorize.evaluation.inception import load_inception
+
+    torch.manual_seed(0)
+    theirs = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False, transform_input=False).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1)
+    state = {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
+    file = tmp_path / "pt_inception.pth"
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    ours = load_inception(file)
+    x = torch.randn(1, 192, 9, 9)
+    with torch.no_grad():
+        pooled = F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1) * 9 / F.avg_pool2d(F.pad(torch.ones_like(x), (1, 1, 1, 1)), 3, 1) / 9
+        block = theirs.Mixed_5b
+        others = block(x)[:, :-32]
+        torch.testing.assert_close(ours.Mixed_5b(x), torch.cat([others, block.branch_pool(pooled)], 1))
+        torch.testing.assert_close(ours.Mixed_5b(x)[..., 1:-1, 1:-1], block(x)[..., 1:-1, 1:-1])  # nothing padded: the same
+        last, y = theirs.Mixed_7c, torch.randn(1, 2048, 5, 5)
+        expected = torch.cat([last(y)[:, :-192], last.branch_pool(F.max_pool2d(y, 3, 1, 1))], 1)
+        torch.testing.assert_close(ours.Mixed_7c(y), expected)
+        assert ours(torch.rand(1, 3, 32, 32) * 2 - 1).shape == (1, 2048)
+    state["fc.weight"] = state["fc.weight"][:1000]
+    torch.save(state, file)
+    with pytest.raises(UserError, match=r"fc\.weight is \(1000, 2048\) where FID's Inception has \(1008, 2048\)"):
+        load_inception(file)
+    with pytest.raises(UserError, match="no weights that can be read"):
+        load_inception(Path(__file__))
+
+
+# --- the report ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None:
+    path, out = make_bundle(tmp_path / "b", MIXED), tmp_path / "out"
+    results = judged(path, out, features="digits", samples=70, pairs=2, timing_batch=2)
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    content = json.loads((out / "evaluation.json").read_text())
+    assert set(content["pictures"]) == {"comparison.png", "error-cost.png", "trajectory.png", "schedule.png"}
+    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert sorted(embedded) == sorted((out / name).read_bytes() for name in content["pictures"])
+    assert page.count("<img") == len(embedded)
+    for outside in ("http", "<link", "<script", "@import", "url("):
+        assert outside not in page
+    assert 'name="viewport"' in page
+    for name in content["pictures"]:
+        assert f"]({name})" in text
+    for row in results.values():
+        assert f"{row['frechet_distance']:.2f}" in page
+        assert f"{row['relative_flops']:.1%}" in text
+    for fact in (content["command"], content["source"]["sha256"], content["versions"]["torch"], content["hardware"]["processor"]):
+        assert fact in page
+    assert f"evaluate {path} {out} --samples 70" in content["command"]
+    assert content["log"][0]["command"] == "convert"
+    assert "At its calibrated schedule" in page
+
+
+def test_a_document_escapes_what_it_is_given(tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"png")
+    blocks = [Heading("<b>"), Text("a & b"), Table(("x", "y|z"), [("<i>", "1")]), Picture(picture, 'a "caption"'), Code("<x>", "<s>")]
+    page = html_page(Document("<t>", "<lead>", blocks))
+    for raw in ("<b>", "<i>", "<x>", "<s>", "<t>", "<lead>", "a & b"):
+        assert raw not in page
+    assert "cG5n" in page
+    assert r"y\|z" in markdown(Document("t", "lead", blocks))
+
+
+def test_the_command_that_a_report_names_repeats_it() -> None:
+    given = {"model": "a b", "out": Path("o"), "levels": (1, 4), "npz": True, "cfg_scale": 1.5, "samples": 2000}
+    assert as_command("evaluate", evaluate, given) == "mediatorize evaluate 'a b' o --levels 1,4 --npz --cfg-scale 1.5"
+    assert as_command("inspect", inspect, {"checkpoint": "x", "redundancy": Path("r.png")}) == "mediatorize inspect x --redundancy r.png"
+
+
+def test_a_checkpoint_is_judged_alone(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file(channels=1, grid=(8, 8), learn_sigma=False)
+    results = judged(source, tmp_path / "out", family="sit", num_heads=3, features="digits")
+    assert list(results) == [SOFTMAX]
+    assert "Only the pretrained model was judged" in (tmp_path / "out" / "report.html").read_text()
