@@ -21,7 +21,7 @@ COST: tuple[Column, ...] = (
     ("GFLOPs per sample", lambda row: gmacs(2 * row.flops)),
     ("FLOPs / softmax", lambda row: f"{row.relative_flops:.1%}"),
     ("time / softmax", lambda row: _shown(row.relative_time, ".1%")),
-    ("ms per model call", lambda row: _shown(row.latency_ms, ".2f")),
+    ("time per model call, ms", lambda row: _shown(row.latency_ms, ".2f")),
     ("images per second", lambda row: _shown(row.images_per_second, ".2f")),
     ("peak memory, GiB", lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"),
 )
@@ -56,7 +56,7 @@ def lead(found: Evaluation) -> str:
     """The figures that matter: of every schedule where there is one, else of the cheapest and the closest level."""
     teacher, *students = found.results
     if not students:
-        judged = "" if teacher.frechet_distance is None else f" {_quality(teacher, found)}."
+        judged = "" if teacher.frechet_distance is None else f" For the teacher, {_quality(teacher, found)}."
         return f"Only the pretrained model was judged: {gmacs(teacher.flops)} GMACs per sample.{judged}"
     scheduled = [row for row in students if not row.level.isdigit()]
     shown = scheduled or list({row.level: row for row in (min(students, key=_cost), min(students, key=_error))}.values())
@@ -89,7 +89,7 @@ def _error(row: RowResult) -> float:
 
 def _quality(row: RowResult, found: Evaluation) -> str:
     accuracy = "" if row.accuracy is None else f" and {row.accuracy:.1%} are recognised as their class"
-    return f"its Frechet distance to {found.reference} is {row.frechet_distance:.2f}{accuracy}"
+    return f"the Frechet distance to {found.reference} is {row.frechet_distance:.2f}{accuracy}"
 
 
 def _brief(row: RowResult) -> str:

@@ -7,8 +7,9 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -348,28 +349,36 @@ def _draw(model: DiffusionTransformer, rows: list[Row], sampling: Sampling, part
             if not missing:
                 continue
             labels = parts.labels_at(first)
-            samples, trajectory = _follow(model, labels, first, sampling, SOFTMAX)
+            samples, trajectory = _follow(model, labels, first, sampling, SOFTMAX, lambda x, call: x)
             for row in missing:
                 if row.levels == SOFTMAX:
                     squares = [_squares(x) for x in trajectory]
                 else:
-                    samples, states = _follow(model, labels, first, sampling, row.levels)
-                    squares = [_squares(x - expected) for x, expected in zip(states, trajectory, strict=True)]
+                    samples, squares = _follow(model, labels, first, sampling, row.levels, partial(_squares_apart, trajectory))
                 _write_part(parts.file(row, first), samples, squares, decoder)
                 bar.update(len(labels))
     return count
 
 
 def _follow(
-    model: DiffusionTransformer, labels: Tensor, first: int, sampling: Sampling, levels: Schedule | Level
+    model: DiffusionTransformer,
+    labels: Tensor,
+    first: int,
+    sampling: Sampling,
+    levels: Schedule | Level,
+    keep: Callable[[Tensor, int], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """A batch of samples, and its state at every model call, on the model's device."""
-    states: list[Tensor] = []
+    """A batch of samples, and what `keep` makes of the state at every model call, on the model's device."""
+    kept: list[Tensor] = []
 
     def observe(x: Tensor, t: Tensor, y: Tensor) -> None:
-        states.append(x[: len(labels)])
+        kept.append(keep(x[: len(labels)], len(kept)))
 
-    return sample_part(model, labels, first, sampling, levels, observe), states
+    return sample_part(model, labels, first, sampling, levels, observe), kept
+
+
+def _squares_apart(trajectory: list[Tensor], x: Tensor, call: int) -> Tensor:
+    return _squares(x - trajectory[call])
 
 
 def _squares(x: Tensor) -> Tensor:

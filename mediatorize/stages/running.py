@@ -75,7 +75,7 @@ def _processor() -> str:
 def versions() -> dict[str, str]:
     """Of this package and of what its figures depend on."""
     found = {name: version(name) for name in ("torch", "timm", "diffusers", "numpy", "scipy", "scikit-learn")}
-    return {"mediatorize": VERSION, "python": platform.python_version(), **found}
+    return {"python": platform.python_version(), "mediatorize": VERSION, **found}
 
 
 def refuse_below(values: Mapping[str, int], least: int) -> None:
