@@ -168,7 +168,7 @@ def test_an_evaluation_goes_into_the_card(sit: Path, tmp_path: Path) -> None:
     judged.mkdir()
     with pytest.raises(UserError, match=r"has no evaluation\.md"):
         export(sit, tmp_path / "out", to="official", evaluation=judged)
-    (judged / "evaluation.md").write_text("# Title\n\n| level | distance |\n![grid](comparison.png)\n")
+    (judged / "report.md").write_text("# Title\n\n| level | distance |\n![grid](comparison.png)\n")
     export(sit, tmp_path / "out", to="official", evaluation=judged)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "### Title" in card

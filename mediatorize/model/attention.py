@@ -166,10 +166,9 @@ class MediatorAttention(nn.Module):
         if coarse == self.grid:
             pool, key_bias, query_bias = (y.flatten(2).flatten(0, 1) for y in maps)
             return pool, key_bias, query_bias
-        rows, columns = (_spread(size, fine, level.pool) for size, fine in zip(coarse, self.grid, strict=True))
-        maps = (level.pool / torch.outer(rows, columns), *maps[1:])
-        stacked = torch.stack([y.flatten(0, 1) for y in maps])  # (3, h*m, gh, gw)
-        pool, key_bias, query_bias = F.interpolate(stacked, size=self.grid, mode="bilinear", align_corners=False).flatten(2)
+        rows, columns = (_interpolation(size, fine, level.pool) for size, fine in zip(coarse, self.grid, strict=True))
+        maps = (level.pool / torch.outer(rows.sum(1), columns.sum(1)), *maps[1:])
+        pool, key_bias, query_bias = (rows.mT @ torch.stack(maps) @ columns).flatten(3).flatten(1, 2)
         return pool, key_bias, query_bias
 
 
@@ -234,10 +233,10 @@ def grid_partition(mediators: int, grid: tuple[int, int]) -> Tensor:
     return (partition / partition.sum(1, keepdim=True)).float()
 
 
-def _spread(coarse: int, fine: int, like: Tensor) -> Tensor:
-    """The weight that linear interpolation from `coarse` to `fine` points gives each coarse point in all: (coarse,)."""
+def _interpolation(coarse: int, fine: int, like: Tensor) -> Tensor:
+    """Linear interpolation from `coarse` to `fine` points as a matrix (coarse, fine); bilinear is one on each side."""
     unit = torch.eye(coarse, device=like.device, dtype=like.dtype).unsqueeze(0)
-    return F.interpolate(unit, size=fine, mode="linear", align_corners=False).sum(-1)[0]
+    return F.interpolate(unit, size=fine, mode="linear", align_corners=False)[0]
 
 
 def _overlap(start: float, stop: float, length: int) -> Tensor:

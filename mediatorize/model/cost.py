@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
+from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, coarse_grid, levels_per_layer
 
 
 def softmax_flops(tokens: int, width: int) -> int:
@@ -31,6 +31,14 @@ def local_flops(tokens: int, width: int, rank: int) -> int:
     return 4 * tokens * width * rank + 18 * tokens * rank
 
 
+def interpolation_flops(grid: tuple[int, int], heads: int, mediators: int) -> int:
+    """R, B1 and B2 from their coarse grid to the tokens', where the two differ. Once per call, but counted for each sample."""
+    coarse = coarse_grid(grid)
+    if coarse == grid:
+        return 0
+    return 3 * heads * mediators * 2 * grid[0] * coarse[1] * (coarse[0] + grid[1])
+
+
 def modulation_update_flops(width: int, rank: int) -> int:
     """The low-rank change of a block's six modulation vectors; once per sample."""
     return 14 * width * rank
@@ -46,7 +54,8 @@ def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings
         return softmax_flops(arch.tokens, arch.width)
     sizes = (arch.tokens, arch.width, arch.heads, level)
     mediator = absorbed_flops(*sizes) if absorbed_is_cheaper(*sizes) else plain_flops(*sizes)
-    return mediator + local_flops(arch.tokens, arch.width, settings.local_rank if settings else 0)
+    local = local_flops(arch.tokens, arch.width, settings.local_rank if settings else 0)
+    return mediator + interpolation_flops(arch.grid, arch.heads, level) + local
 
 
 def forward_flops_by_part(

@@ -165,9 +165,9 @@ def refuse_foreign_folder(out: Path, force: bool) -> None:
 
 def read_evaluation(folder: Path, *, required: bool) -> str:
     """The Markdown of an evaluation; nothing where the bundle has none."""
-    file = folder / "evaluation.md"
+    file = folder / "report.md"
     if file.exists():
         return file.read_text()
     if required:
-        raise UserError(f"{folder}: has no evaluation.md.", hint="Pass the folder that `mediatorize evaluate` wrote.")
+        raise UserError(f"{folder}: has no report.md.", hint="Pass the folder that `mediatorize evaluate` wrote.")
     return ""
