@@ -205,6 +205,18 @@ def write_text(path: Path, text: str) -> None:
     write_beside(path, lambda beside: beside.write_text(text))
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """A safetensors file, whole or not at all; `metadata` is kept as JSON."""
+    state = {name: value.contiguous() for name, value in tensors.items()}
+    write_beside(path, lambda beside: _save(state, beside, {"json": json.dumps(metadata or {})}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote."""
+    tensors, metadata = read_safetensors(path)
+    return {name: stored.read() for name, stored in tensors.items()}, json.loads(metadata["json"])
+
+
 def hash_of_weights(model: DiffusionTransformer) -> str:
     """SHA-256 over the pretrained weights, float32, in the order of their names: the same for every format they may be stored in."""
     digest = hashlib.sha256()

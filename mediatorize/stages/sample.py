@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mediatorize.diffusion.process import noise_level
-from mediatorize.diffusion.solvers import Channels, call_times, find_solver, rows_per_sample
+from mediatorize.diffusion.solvers import Channels, call_noise_levels, find_solver, rows_per_sample
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
 from mediatorize.formats.images import Pixels, decode, load_vae, to_pixels, write_arrays, write_grid
@@ -190,9 +189,8 @@ def sampling_flops(
     if solver.adaptive:
         return None
     total = 0.0
-    for t in call_times(solver, sampling.steps or solver.default_steps):
-        at = float(noise_level(arch, torch.tensor(1 - t if arch.reversed_time else t)))
-        levels = level.at(at) if isinstance(level, Schedule) else SOFTMAX if level is None else level
+    for noise_level in call_noise_levels(arch, solver, sampling.steps or solver.default_steps):
+        levels = level.at(noise_level) if isinstance(level, Schedule) else SOFTMAX if level is None else level
         total += cost.forward_flops(arch, levels, settings)
     return total * rows_per_sample(sampling.cfg_scale)
 

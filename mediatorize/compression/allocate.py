@@ -1,0 +1,138 @@
+"""One level for every cell under a budget: the multiple-choice knapsack, solved exactly by HiGHS (design 2.5). No torch here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mediatorize.errors import UserError
+
+Choice = NDArray[np.int64]
+
+LEAST_GAIN = 1e-4
+"""`descend` goes on while a step takes this share off the error."""
+
+MOST_DAMPING = 256.0
+
+
+def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bool = False) -> Choice:
+    """The option of every cell that makes the sum of errors smallest while the sum of costs is at most `budget`.
+
+    min sum e[s, l, j] z[s, l, j]  such that  sum c z <= budget,  sum_j z[s, l, j] = 1,  z in {0, 1}
+
+    Args:
+        errors: (steps, layers, options), finite; they may be negative.
+        costs: the same shape. Whole numbers (FLOPs) are counted exactly, however large.
+        budget: in the unit of `costs`.
+        per_step: one option for all layers of a step.
+
+    Returns:
+        (steps, layers) indices of options. Never over the budget: sums are checked again in exact arithmetic.
+
+    Raises:
+        UserError: not even the cheapest options keep the budget.
+    """
+    error_table, cost_table = np.asarray(errors, dtype=np.float64), np.asarray(costs)
+    steps, layers, options = error_table.shape
+    if cost_table.shape != error_table.shape or not np.isfinite(error_table).all():
+        raise ValueError("errors and costs need one shape and finite values")
+    if per_step:
+        whole = allocate(error_table.sum(1, keepdims=True), cost_table.sum(1, keepdims=True), budget)
+        return np.repeat(whole, layers, axis=1)
+
+    cheapest = total(cost_table.min(2, keepdims=True), np.zeros((steps, layers), dtype=np.int64))
+    if cheapest > budget:
+        raise UserError(f"The cheapest levels cost {cheapest}, which is over {budget}.", hint="Allow more.")
+    limit = budget
+    while True:
+        choice = _solve(error_table, cost_table, limit)
+        spent = total(cost_table, choice)
+        if spent <= budget:
+            return choice
+        limit = min(math.nextafter(limit, -math.inf), limit - (spent - budget))  # the solver took its tolerance: allow it that much less
+
+
+def total(table: NDArray[Any], choice: Choice) -> Any:
+    """The sum of a table's chosen entries; of whole numbers a whole number."""
+    return np.take_along_axis(table, choice[..., None], 2).sum().item()
+
+
+def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float) -> Choice:
+    """The knapsack with a whole number n[g, j] for how many cells of the same costs take option j.
+
+    Only these are branched on. Where they are whole, what is left is a transportation problem, whose corners are whole; without them, the
+    many cells of equal cost are as many ways to come as close to the budget, and HiGHS tries them for minutes.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import block_array, coo_array, eye_array
+
+    options = errors.shape[2]
+    rows, group = np.unique(costs.reshape(-1, options), axis=0, return_inverse=True)
+    cells, groups = len(group), len(rows)
+    extra = (rows - rows.min(1, keepdims=True)).astype(np.float64)
+    room = float(budget - rows.min(1)[group].sum())
+    unit = extra.max() or 1.0
+    gain = errors.reshape(cells, options)
+    gain = gain - gain.min(1, keepdims=True)
+
+    cell, option = np.indices((cells, options)).reshape(2, -1)
+    each = np.arange(cells * options)
+    one_each = coo_array((np.ones(each.size), (cell, each)))
+    counted = coo_array((np.ones(each.size), (group[cell] * options + option, each)))
+    counts = groups * options
+    structure = block_array([[one_each, None], [counted, -eye_array(counts)]], format="csr")
+    sums = np.concatenate([np.ones(cells), np.zeros(counts)])
+    spent = np.concatenate([np.zeros(each.size), (extra / unit).ravel()])
+    result = milp(
+        np.concatenate([(gain / (gain.max() or 1.0)).ravel(), np.zeros(counts)]),
+        integrality=np.concatenate([np.zeros(each.size), np.ones(counts)]),
+        bounds=Bounds(0, np.concatenate([np.ones(each.size), np.full(counts, cells)])),
+        constraints=[LinearConstraint(structure, sums, sums), LinearConstraint(spent.reshape(1, -1), -np.inf, room / unit)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise RuntimeError(f"HiGHS found no choice: {result.message}")
+    chosen = result.x[: each.size].reshape(cells, options)
+    if np.abs(chosen - chosen.round()).max() > 1e-6:
+        raise RuntimeError("HiGHS found no corner of the transportation problem.")
+    return chosen.argmax(1).reshape(errors.shape[:2])
+
+
+def descend(products: NDArray[np.float64], costs: ArrayLike, budget: float, start: Choice, *, apart: bool, per_step: bool = False) -> Choice:
+    """A choice within the budget whose changes add up to less than `start`'s, where they are vectors and not numbers.
+
+    The error |sum of vectors|^2 is not a sum over cells. Around a choice with sum R it is, for changes d of single cells,
+    |R|^2 + sum (2 <d, R> + |d|^2); `allocate` minimises that, with |d|^2 weighed more until the whole error goes down.
+
+    Args:
+        products: (steps, layers, options, probes), vectors whose squares are squared errors.
+        apart: take different layers' vectors for orthogonal, and add up only each layer's over the steps. They nearly are; what few
+            probes show of their products is mostly noise.
+    """
+    choice, best, damping = start, joint_error(products, start, apart=apart), 1.0
+    while damping <= MOST_DAMPING:
+        now = chosen_vectors(products, choice)
+        changes = products - now[:, :, None]
+        sums = now.sum(0) if apart else np.broadcast_to(now.sum((0, 1)), now.shape[1:])
+        table = 2 * np.einsum("sljp,lp->slj", changes, sums) + damping * np.square(changes).sum(-1)
+        candidate = allocate(table, costs, budget, per_step=per_step)
+        error = joint_error(products, candidate, apart=apart)
+        if error < best * (1 - LEAST_GAIN):
+            choice, best, damping = candidate, error, max(1.0, damping / 2)
+        else:
+            damping *= 2
+    return choice
+
+
+def chosen_vectors(products: NDArray[np.float64], choice: Choice) -> NDArray[np.float64]:
+    """(steps, layers, probes)"""
+    return np.take_along_axis(products, choice[:, :, None, None], 2)[:, :, 0]
+
+
+def joint_error(products: NDArray[np.float64], choice: Choice, *, apart: bool = False) -> float:
+    """|sum of a choice's vectors|^2; `apart` sums each layer's alone and adds the squares."""
+    vectors = chosen_vectors(products, choice).sum(0)
+    return float(np.square(vectors if apart else vectors.sum(0)).sum())
