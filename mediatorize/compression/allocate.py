@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ LEAST_GAIN = 1e-4
 """`descend` goes on while a step takes this share off the error."""
 
 MOST_DAMPING = 256.0
+
+MOST_SWITCHES = 32
+"""Steps at which `latent_change_rule` tries to switch; of more, so many evenly spread."""
 
 
 def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bool = False) -> Choice:
@@ -36,7 +40,7 @@ def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bo
         UserError: not even the cheapest options keep the budget.
     """
     error_table, cost_table = np.asarray(errors, dtype=np.float64), np.asarray(costs)
-    steps, layers, options = error_table.shape
+    steps, layers, _ = error_table.shape
     if cost_table.shape != error_table.shape or not np.isfinite(error_table).all():
         raise ValueError("errors and costs need one shape and finite values")
     if per_step:
@@ -101,7 +105,9 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float) -> C
     return chosen.argmax(1).reshape(errors.shape[:2])
 
 
-def descend(products: NDArray[np.float64], costs: ArrayLike, budget: float, start: Choice, *, apart: bool, per_step: bool = False) -> Choice:
+def descend(
+    products: NDArray[np.float64], costs: ArrayLike, budget: float, start: Choice, *, apart: bool, per_step: bool = False
+) -> Choice:
     """A choice within the budget whose changes add up to less than `start`'s, where they are vectors and not numbers.
 
     The error |sum of vectors|^2 is not a sum over cells. Around a choice with sum R it is, for changes d of single cells,
@@ -136,3 +142,33 @@ def joint_error(products: NDArray[np.float64], choice: Choice, *, apart: bool = 
     """|sum of a choice's vectors|^2; `apart` sums each layer's alone and adds the squares."""
     vectors = chosen_vectors(products, choice).sum(0)
     return float(np.square(vectors if apart else vectors.sum(0)).sum())
+
+
+def latent_change_rule(changes: ArrayLike, errors: ArrayLike, costs: ArrayLike, budget: float) -> Choice | None:
+    """The paper's rule (arXiv 2408.05710): whole-model levels, the next larger each time the latents' change falls below a threshold.
+
+    Thresholds are free: each can fall on any step whose change is below all before it. Of what they allow within the budget this is the
+    choice of the least error, which favours the rule; None where nothing is.
+
+    Args:
+        changes: (steps,) of the latents, in the sampler's order.
+        errors, costs: (steps, layers, options), options in ascending order of size.
+    """
+    error_table, cost_table = (np.asarray(table).sum(1) for table in (errors, costs))  # (steps, options)
+    steps, options = error_table.shape
+    change = np.asarray(changes)
+    falls = [step for step in range(1, steps) if change[step] < change[:step].min()]
+    falls = [falls[place] for place in sorted({round(place) for place in np.linspace(0, len(falls) - 1, MOST_SWITCHES)})] if falls else []
+    switches = np.array(list(combinations_with_replacement([0, *falls, steps], options - 1)))  # (choices, options - 1)
+    bounds = np.concatenate([np.zeros((len(switches), 1), dtype=np.int64), switches, np.full((len(switches), 1), steps)], axis=1)
+
+    def sums(table: NDArray[Any]) -> NDArray[Any]:
+        upto = np.concatenate([np.zeros((1, options), dtype=table.dtype), table.cumsum(0)])
+        return np.diff(np.stack([upto[bounds, option] for option in range(options)], axis=2), axis=1).diagonal(axis1=1, axis2=2).sum(1)
+
+    allowed = np.flatnonzero(sums(cost_table) <= budget)
+    if not allowed.size:
+        return None
+    best = switches[allowed[sums(error_table)[allowed].argmin()]]
+    whole = np.searchsorted(best, np.arange(steps), side="right")
+    return np.repeat(whole[:, None], np.asarray(errors).shape[1], axis=1)

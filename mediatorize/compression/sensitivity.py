@@ -1,9 +1,9 @@
 """The error table: how far a sample moves when one layer of one model call runs at one level (design 2.5).
 
-A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order a change d of the k-th call's (guided) output moves the
-sample by J_k d. J_k is never built: for random directions v of unit variance, `g_k = J_k' v` comes out of one walk back through the solver,
-and the mean of <g_k, d>^2 over v is |J_k d|^2. The table keeps the products <g_k, d> themselves, so that changes which point the same way
-at several calls are seen to add up, and others to cancel.
+A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order a change d of the k-th call's guided output moves
+the sample by J_k d. J_k is never built: for random directions v of unit variance, `g_k = J_k' v` comes out of one walk back through the
+solver, and the mean of <g_k, d>^2 over v is |J_k d|^2. The table keeps the products <g_k, d> themselves, so that changes which point the
+same way at several calls are seen to add up, and others to cancel.
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ class Probes:
     samples: Tensor
     """(n, c, h, w)"""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Probes]) -> Probes:
+        return cls(
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.states for part in parts], dim=1),
+            torch.cat([part.gradients for part in parts], dim=2),
+            torch.cat([part.samples for part in parts]),
+        )
+
 
 def probe(
     model: DiffusionTransformer,
@@ -95,7 +104,7 @@ def probe(
 
 @torch.no_grad()
 def output_changes(
-    model: DiffusionTransformer, guided: GuidedModel, x: Tensor, t: float, levels: Sequence[int], around: Sequence[Level] | None = None
+    model: DiffusionTransformer, guided: GuidedModel, x: Tensor, t: float, levels: Sequence[Level], around: Sequence[Level] | None = None
 ) -> Tensor:
     """Change of the guided output when one layer runs at one level: (layers, levels, n, output channels, h, w)
 
@@ -165,7 +174,7 @@ class ErrorTable:
             levels = tuple(self.options[option] for option in choice[cell])
             noise_level = self.noise_levels[cell]
             if pieces and levels != pieces[-1]:
-                edges.append((before + noise_level) / 2)
+                edges.append(round((before + noise_level) / 2, 6))
             if not pieces or levels != pieces[-1]:
                 pieces.append(levels)
             before = noise_level
@@ -186,17 +195,36 @@ def cells_of(noise_levels: Sequence[float]) -> tuple[tuple[float, ...], list[int
     return tuple(places), [places[level] for level in noise_levels]
 
 
-def error_table(
-    products: Tensor, sample_squares: Tensor, noise_levels: Sequence[float], levels: Sequence[int], *, softmax: Tensor | None = None
-) -> ErrorTable:
-    """The table from products (calls, layers, levels, n, k) and the squared norms of the samples (n,).
-
-    `softmax` (calls, layers, n, k) are the products of option softmax where they are not zero.
-    """
+def error_table(products: Tensor, sample_squares: Tensor, noise_levels: Sequence[float], options: Sequence[Level]) -> ErrorTable:
+    """The table from products (calls, layers, options, n, k) and the squared norms of the samples (n,)."""
     cells, place = cells_of(noise_levels)
-    last = torch.zeros_like(products[:, :, 0]) if softmax is None else softmax
-    whole = torch.cat([products, last.unsqueeze(2)], dim=2).double()
-    summed = torch.zeros(len(cells), *whole.shape[1:], dtype=torch.float64).index_add_(0, torch.tensor(place), whole)
+    summed = torch.zeros(len(cells), *products.shape[1:], dtype=torch.float64).index_add_(0, torch.tensor(place), products.double())
     scaled = summed.flatten(3) / (sample_squares.double().sum() * products.shape[-1]).sqrt()
     counts = tuple(place.count(cell) for cell in range(len(cells)))
-    return ErrorTable(cells, counts, (*levels, SOFTMAX), scaled.numpy())
+    return ErrorTable(cells, counts, tuple(options), scaled.numpy())
+
+
+def products_of_call(
+    model: DiffusionTransformer,
+    sampler: Sampler,
+    probes: Probes,
+    call: int,
+    t: float,
+    options: Sequence[Level],
+    batch: int,
+    around: Sequence[Level] | None = None,
+) -> Tensor:
+    """Products of one call's output changes with its gradients: (layers, options, n, k), on the CPU. `batch` trajectories at a time."""
+    device = next(model.parameters()).device
+    parts = []
+    for rows in torch.arange(len(probes.labels)).split(batch):
+        guided = GuidedModel(model, probes.labels[rows].to(device), sampler.cfg_scale, sampler.cfg_channels)
+        changes = output_changes(model, guided, probes.states[call, rows].to(device), t, options, around)
+        parts.append(torch.einsum("ljnchw,knchw->ljnk", changes, probes.gradients[call][:, rows].to(device)).cpu())
+    return torch.cat(parts, dim=2)
+
+
+def latent_changes(states: Tensor) -> list[float]:
+    """Mean absolute change of the latents (calls, n, c, h, w) from each call to the next; of the last as of the one before."""
+    changes = (states[1:] - states[:-1]).abs().flatten(1).mean(1).tolist()
+    return [*changes, changes[-1] if changes else 0.0]

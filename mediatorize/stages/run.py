@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from mediatorize.errors import UserError
 from mediatorize.formats.bundle import write_json, write_text
+from mediatorize.stages.calibrate import calibrate
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.inspect import inspect
@@ -21,7 +22,13 @@ from mediatorize.stages.running import seconds_in_words
 from mediatorize.stages.sample import sample
 from mediatorize.version import VERSION
 
-STAGES: dict[str, Callable[..., Any]] = {"inspect": inspect, "convert": convert, "sample": sample, "evaluate": evaluate}
+STAGES: dict[str, Callable[..., Any]] = {
+    "inspect": inspect,
+    "convert": convert,
+    "calibrate": calibrate,
+    "sample": sample,
+    "evaluate": evaluate,
+}
 """Stages that a recipe can have, in the order in which they run."""
 
 TOP_KEYS = ("description", "out", "preset")
@@ -93,7 +100,7 @@ def run(
     for name, arguments in loaded.stages.items():
         what = [VERSION, chain, name, arguments, _state_of_inputs(arguments)]
         chain = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-        result = arguments.get("out")
+        result = arguments.get("out", arguments.get("bundle"))
         if finished.get(name) == chain and (result is None or result.exists()):
             skipped.append(name)
             continue
@@ -107,7 +114,7 @@ def run(
 
 def _state_of_inputs(arguments: dict[str, Any]) -> list[tuple[int, int]]:
     """Size and time of the checkpoint or bundle that a stage reads: another file under the same name is another input."""
-    paths = [Path(arguments[key]) for key in ("checkpoint", "model") if key in arguments]
+    paths = [Path(arguments[key]) for key in ("checkpoint", "bundle", "model") if key in arguments]
     files = [path / "model.safetensors" if path.is_dir() else path for path in paths]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
