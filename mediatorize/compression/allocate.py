@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -12,6 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from mediatorize.errors import UserError
 
 Choice = NDArray[np.int64]
+
+TOLERANCE = 2e-6
+"""HiGHS takes a row for kept when it is broken by no more than half of this."""
+
+MOST_UNITS = 10**7
+"""Costs that are whole multiples of one unit, and no more of them than this, are compared exactly."""
 
 LEAST_GAIN = 1e-4
 """`descend` goes on while a step takes this share off the error."""
@@ -50,13 +55,12 @@ def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bo
     cheapest = total(cost_table.min(2, keepdims=True), np.zeros((steps, layers), dtype=np.int64))
     if cheapest > budget:
         raise UserError(f"The cheapest levels cost {cheapest}, which is over {budget}.", hint="Allow more.")
-    limit = budget
+    slack = 0.0
     while True:
-        choice = _solve(error_table, cost_table, limit)
-        spent = total(cost_table, choice)
-        if spent <= budget:
+        choice = _solve(error_table, cost_table, budget, slack)
+        if total(cost_table, choice) <= budget:
             return choice
-        limit = min(math.nextafter(limit, -math.inf), limit - (spent - budget))  # the solver took its tolerance: allow it that much less
+        slack = max(2 * slack, TOLERANCE)  # HiGHS took its tolerance: leave it that much
 
 
 def total(table: NDArray[Any], choice: Choice) -> Any:
@@ -64,7 +68,7 @@ def total(table: NDArray[Any], choice: Choice) -> Any:
     return np.take_along_axis(table, choice[..., None], 2).sum().item()
 
 
-def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float) -> Choice:
+def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slack: float) -> Choice:
     """The knapsack with a whole number n[g, j] for how many cells of the same costs take option j.
 
     Only these are branched on. Where they are whole, what is left is a transportation problem, whose corners are whole; without them, the
@@ -76,9 +80,15 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float) -> C
     options = errors.shape[2]
     rows, group = np.unique(costs.reshape(-1, options), axis=0, return_inverse=True)
     cells, groups = len(group), len(rows)
-    extra = (rows - rows.min(1, keepdims=True)).astype(np.float64)
-    room = float(budget - rows.min(1)[group].sum())
-    unit = extra.max() or 1.0
+    extra = rows - rows.min(1, keepdims=True)
+    room = budget - rows.min(1)[group].sum().item()
+    whole = np.issubdtype(extra.dtype, np.integer)
+    unit = int(np.gcd.reduce(extra, axis=None)) or 1 if whole else 0
+    if whole and extra.max() // unit <= MOST_UNITS:
+        extra, limit = extra // unit, room // unit + 0.5  # sums are whole: nothing is near the limit
+    else:
+        scale = float(extra.max()) or 1.0
+        extra, limit = extra / scale, room / scale - slack
     gain = errors.reshape(cells, options)
     gain = gain - gain.min(1, keepdims=True)
 
@@ -89,12 +99,12 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float) -> C
     counts = groups * options
     structure = block_array([[one_each, None], [counted, -eye_array(counts)]], format="csr")
     sums = np.concatenate([np.ones(cells), np.zeros(counts)])
-    spent = np.concatenate([np.zeros(each.size), (extra / unit).ravel()])
+    spent = np.concatenate([np.zeros(each.size), extra.ravel()])
     result = milp(
         np.concatenate([(gain / (gain.max() or 1.0)).ravel(), np.zeros(counts)]),
         integrality=np.concatenate([np.zeros(each.size), np.ones(counts)]),
         bounds=Bounds(0, np.concatenate([np.ones(each.size), np.full(counts, cells)])),
-        constraints=[LinearConstraint(structure, sums, sums), LinearConstraint(spent.reshape(1, -1), -np.inf, room / unit)],
+        constraints=[LinearConstraint(structure, sums, sums), LinearConstraint(spent.reshape(1, -1), -np.inf, limit)],
         options={"mip_rel_gap": 0.0},
     )
     if result.x is None:

@@ -522,8 +522,8 @@ class Judge:
             self.measured = stored["measured"] if stored["samples"] == samples else {}
 
     def add(self, name: str, kind: str, choice: Choice) -> None:
-        """Judges a choice of levels, unless one like it is there."""
-        if any(np.array_equal(choice, candidate.choice) for candidate in self.candidates):
+        """Judges a choice of levels, unless one like it of that kind is there."""
+        if any(kind == candidate.kind and np.array_equal(choice, candidate.choice) for candidate in self.candidates):
             return
         share = float(self.costs.of(choice) / self.costs.softmax)
         per_step = bool((choice == choice[:, :1]).all())
