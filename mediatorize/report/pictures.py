@@ -131,7 +131,7 @@ class Point:
 
 def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error_label: str) -> None:
     """A PNG of error against cost, kinds of candidates in their own colours, what was kept ringed."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     figure = _figure(8.0, 5.0)
     axis = figure.subplots()
@@ -147,6 +147,9 @@ def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error
     axis.plot([p.cost for p in kept], [p.error for p in kept], "-", color="0.4", linewidth=1, zorder=0)
     axis.plot([p.cost for p in kept], [p.error for p in kept], "o", color="black", fillstyle="none", markersize=14, label="kept")
     axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.margins(x=0.1, y=0.08)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(which="both", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)

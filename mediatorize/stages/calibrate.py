@@ -169,7 +169,7 @@ class Calibration:
             "schedules": [
                 {
                     "budget": outcome.budget,
-                    "file": str(outcome.file),
+                    "file": outcome.file.name,
                     "candidate": outcome.chosen.name,
                     "relative_cost": outcome.chosen.share,
                     "predicted_error": outcome.chosen.predicted["vectors"],
@@ -280,10 +280,13 @@ def calibrate(
     for share in shares:
         refuse_out_of_reach(bundle, share, costs, settings)
     files = {share: bundle / SCHEDULES / schedule_name(share, cost) for share in shares}
-    if not (force or dry_run) and (there := [file for file in files.values() if file.exists()]):
+    log = read_log(bundle)
+    finished = {item["file"] for line in log if line["command"] == "calibrate" for item in line["result"]["schedules"]}
+    there = [file for file in files.values() if file.exists() and file.name in finished]  # others are of a run killed at the very end
+    if there and not (force or dry_run):
         raise UserError(f"{there[0]}: exists.", hint="Pass --force to replace it, or another budget.")
     notes = []
-    if not was_finetuned(bundle):
+    if not any(line["command"] == "finetune" for line in log):
         notes.append("warning: never finetuned; at the same budget a finetuned bundle loses less")
     sizes = (len(cells), arch.depth)
     report = Calibration(bundle, arch.name, sampler, cost, *sizes, settings.levels, costs.least, trajectories, verify, tuple(notes))
@@ -319,11 +322,11 @@ def calibrate(
         outcomes.append(Outcome(share, best, files[share], solved[share], took))
 
     report = replace(report, outcomes=tuple(outcomes), candidates=tuple(judge.candidates), table_seconds=table_seconds)
+    _write_pictures(work.folder, table, report)
     (bundle / SCHEDULES).mkdir(exist_ok=True)
     for outcome in outcomes:
         facts = _facts(outcome, report, work.plan["weights"])
         bundles.write_text(outcome.file, schedule_text(table.schedule(outcome.chosen.choice), facts))
-    _write_pictures(work.folder, table, report)
     bundles.write_text(bundle / "schedule.json", files[shares[0]].read_text())
     report = replace(report, seconds=time.monotonic() - start)
     arguments = {"budgets": shares, "cost": cost, "per": per, **work.plan}
@@ -382,10 +385,10 @@ def refuse_out_of_reach(bundle: Path, share: float, costs: Costs, settings: Medi
     )
 
 
-def was_finetuned(bundle: Path) -> bool:
+def read_log(bundle: Path) -> list[dict[str, Any]]:
+    """What was done to a bundle, a line each."""
     file = bundle / bundles.LOG_FILE
-    lines = file.read_text().splitlines() if file.exists() else []
-    return any(json.loads(line)["command"] == "finetune" for line in lines)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def flops_to_calibrate(
