@@ -78,7 +78,14 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
 
 
 def test_help_of_every_command_names_its_options() -> None:
-    expected = {"inspect": "--num-heads", "convert": "--init", "sample": "--cfg-channels", "evaluate": "--features", "run": "--set"}
+    expected = {
+        "inspect": "--num-heads",
+        "convert": "--init",
+        "calibrate": "--budget",
+        "sample": "--cfg-channels",
+        "evaluate": "--features",
+        "run": "--set",
+    }
     for command, option in expected.items():
         assert option in mediatorize(command, "--help")[0]
 

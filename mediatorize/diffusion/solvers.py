@@ -190,6 +190,12 @@ def call_times(solver: Solver, steps: int) -> list[float]:
     return times
 
 
+def call_noise_levels(arch: Architecture, solver: Solver, steps: int) -> list[float]:
+    """The noise level in [0, 1] of every model call, as `sample` looks it up in a schedule."""
+    own = [1 - t if arch.reversed_time else t for t in call_times(solver, steps)]
+    return [float(process.noise_level(arch, torch.tensor(t))) for t in own]
+
+
 def noise_for(seed: int, indices: Sequence[int], count: int, shape: Sequence[int]) -> Tensor:
     """Gaussian noise (len(indices), *shape), each sample's a function of (seed, its index, count) alone: batches and devices do not matter.
 
@@ -200,6 +206,43 @@ def noise_for(seed: int, indices: Sequence[int], count: int, shape: Sequence[int
         mixed = np.random.SeedSequence((seed, index, count + 1)).generate_state(1, np.uint64)[0]
         generators.append(torch.Generator().manual_seed(int(mixed)))
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+
+
+@dataclass(frozen=True)
+class GuidedModel:
+    """What lies between a solver and its model: guidance, and the checkpoint's own time, sign and precision.
+
+    A solver's `predict(x, t)` is `output(model(*inputs(x, t)))`.
+    """
+
+    model: DiffusionTransformer
+    labels: Tensor
+    """(b,), on the model's device."""
+    cfg_scale: float = 1.0
+    cfg_channels: Channels = 3
+    whole: bool = False
+    """Whether both halves of a guided batch go on to the solver: the originals' adaptive ones choose their steps by both."""
+
+    def own_time(self, t: float) -> float:
+        """A solver's time as the checkpoint's."""
+        return 1 - t if self.model.arch.reversed_time else t
+
+    def inputs(self, x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's x, t and labels; guided, the batch twice, conditional first."""
+        labels = self.labels
+        x = x[: len(labels)]
+        if self.cfg_scale != 1:
+            x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, self.model.arch.classes)])
+        times = torch.full((len(x),), self.own_time(t), device=x.device, dtype=torch.float32)
+        return x.to(next(self.model.parameters()).dtype), times, labels  # only the model is in low precision
+
+    def output(self, output: Tensor) -> Tensor:
+        """What the solver is told, in float32, of what the model said."""
+        output, arch = output.float(), self.model.arch
+        if self.cfg_scale != 1:
+            output = guide(output, self.cfg_scale, arch.channels if self.cfg_channels == "all" else min(self.cfg_channels, arch.channels))
+            output = output if self.whole else output[: len(self.labels)]
+        return process.velocity(arch, output) if arch.family == "sit" else output
 
 
 @torch.no_grad()
@@ -254,19 +297,14 @@ def sample(
         raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
     levels_at = _level_source(schedule if schedule is not None else model.schedule)
 
+    guided_model = GuidedModel(model, labels, cfg_scale, cfg_channels, whole=chosen.adaptive)
+
     def predict(x: Tensor, t: float) -> Tensor:
-        own_t = 1 - t if arch.reversed_time else t
-        levels = levels_at(float(process.noise_level(arch, torch.tensor(own_t))))
-        x = x[: len(labels)]
-        batch, batch_labels = (torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, arch.classes)])) if guided else (x, labels)
-        times = torch.full((len(batch),), own_t, device=x.device, dtype=torch.float32)
+        levels = levels_at(float(process.noise_level(arch, torch.tensor(guided_model.own_time(t)))))
+        batch, times, batch_labels = guided_model.inputs(x, t)
         if observe is not None:
             observe(batch, times, batch_labels)
-        output = model(batch.to(parameter.dtype), times, batch_labels, levels=levels).float()  # only the model is in low precision
-        if guided:
-            output = guide(output, cfg_scale, arch.channels if cfg_channels == "all" else min(cfg_channels, arch.channels))
-            output = output if chosen.adaptive else output[: len(labels)]
-        return process.velocity(arch, output) if arch.family == "sit" else output
+        return guided_model.output(model(batch, times, batch_labels, levels=levels))
 
     if guided and chosen.adaptive:
         x = torch.cat([x, x])  # the originals integrate both halves, and step sizes depend on both

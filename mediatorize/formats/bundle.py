@@ -233,6 +233,18 @@ def hash_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """A safetensors file, whole or not at all; `metadata` is kept as JSON."""
+    state = {name: value.contiguous() for name, value in tensors.items()}
+    write_beside(path, lambda beside: save_tensors(state, beside, {"json": json.dumps(metadata or {})}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote."""
+    tensors, metadata = read_safetensors(path)
+    return {name: stored.read() for name, stored in tensors.items()}, json.loads(metadata["json"])
+
+
 def hash_of_weights(model: DiffusionTransformer) -> str:
     """SHA-256 over the pretrained weights, float32, in the order of their names: the same for every format they may be stored in."""
     return hash_of_tensors({name: value for name, value in model.state_dict().items() if not is_mediator(name)})

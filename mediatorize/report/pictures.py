@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mediatorize.evaluation.results import RowResult
 from mediatorize.formats.images import Pixels
@@ -194,4 +196,77 @@ def write_redundancy(
         bar.outline.set_visible(False)
     axes[0].set_ylabel("layer", fontsize=8.5, color=SOFT)
     axes[0].set_yticks(range(0, depth, max(1, depth // 7)))
+    _write(path, figure)
+
+
+def _label_cells(axis: Any, noise_levels: Sequence[float], layers: int) -> None:
+    """Noise levels along x, at most a dozen of them written, and layers along y."""
+    every = -(-len(noise_levels) // 12)
+    axis.set_xticks(range(0, len(noise_levels), every), [f"{level:.2g}" for level in noise_levels[::every]])
+    axis.set_yticks(range(0, layers, -(-layers // 14)))
+
+
+def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequence[int], errors: NDArray[np.float64]) -> None:
+    """A PNG of the error table: one panel per mediator level, layers by noise level, on one logarithmic scale.
+
+    Args:
+        errors: (cells, layers, levels), relative errors of the samples.
+    """
+    from matplotlib.colors import LogNorm
+
+    cells, layers, _ = errors.shape
+    figure = _figure(max(8.0, 1.5 + len(levels) * (1.0 + 0.1 * cells)), max(2.6, 1.5 + 0.24 * layers))
+    axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
+    positive = errors[errors > 0]
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (1e-6, 1.0)
+    scale = LogNorm(max(low, high / 1000), high)
+    for axis, level, table in zip(axes, levels, np.moveaxis(errors, 2, 0), strict=True):
+        image = axis.imshow(table.T.clip(min=scale.vmin), norm=scale, cmap="magma", aspect="auto", interpolation="nearest")
+        _label_cells(axis, noise_levels, layers)
+        axis.set_xticks(axis.get_xticks()[::2])
+        axis.set(title=f"m = {level}", xlabel="noise level")
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="relative error of the sample")
+    figure.suptitle("Error that one layer at one noise level makes alone")
+    _write(path, figure)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate on the picture of error against cost."""
+
+    kind: str
+    label: str
+    """Written beside it, where not empty."""
+    cost: float
+    error: float
+    kept: bool
+
+
+def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error_label: str) -> None:
+    """A PNG of error against cost, kinds of candidates in their own colours, what was kept ringed."""
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+    figure = _figure(8.0, 5.0)
+    axis = figure.subplots()
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    for place, kind in enumerate(kinds):
+        those = sorted((point for point in points if point.kind == kind and point.error > 0), key=lambda point: point.cost)
+        marker, colour = "osD^vPX*"[place % 8], f"C{place % 10}"
+        axis.plot([p.cost for p in those], [p.error for p in those], marker, color=colour, label=kind, markersize=7, alpha=0.85)
+        for point in those:
+            if point.label:
+                axis.annotate(point.label, (point.cost, point.error), xytext=(7, 5), textcoords="offset points", fontsize=9)
+    kept = sorted((point for point in points if point.kept and point.error > 0), key=lambda point: point.cost)
+    axis.plot([p.cost for p in kept], [p.error for p in kept], "-", color="0.4", linewidth=1, zorder=0)
+    axis.plot([p.cost for p in kept], [p.error for p in kept], "o", color="black", fillstyle="none", markersize=14, label="kept")
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.margins(x=0.1, y=0.08)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.grid(which="both", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.set(xlabel=cost_label, ylabel=error_label)
+    axis.legend(frameon=False, fontsize=9)
     _write(path, figure)

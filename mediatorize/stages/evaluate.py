@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mediatorize.diffusion.solvers import SOLVERS, find_solver, refuse_steps, refuse_unknown_labels, rows_per_sample
+from mediatorize.diffusion.solvers import SOLVERS, call_noise_levels, find_solver, refuse_steps, refuse_unknown_labels, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.evaluation import features as judging
 from mediatorize.evaluation.digits import SIDE, digit_images
@@ -59,7 +59,6 @@ from mediatorize.stages.running import hardware, pick_device, pick_dtype, progre
 from mediatorize.stages.sample import (
     Sampling,
     levels_of_calls,
-    noise_levels_of_calls,
     refuse_unknown_level,
     sample_part,
     sampling_flops,
@@ -240,7 +239,7 @@ def evaluate(
         if pairs:
             results, timing = _measure(loaded, rows, sampling, results, pairs, min(timing_batch, samples), world.device)
         config = bundle.read_config(Path(model)) if bundle.is_bundle(Path(model)) else None
-        noise_levels = noise_levels_of_calls(arch, chosen, steps)
+        noise_levels = call_noise_levels(arch, chosen, steps)
         found = Evaluation(
             model=model,
             name=arch.name,

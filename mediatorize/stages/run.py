@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from mediatorize.errors import UserError
 from mediatorize.formats.bundle import write_json, write_text
+from mediatorize.stages.calibrate import calibrate
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.export import export
@@ -27,6 +28,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "convert": convert,
     "finetune": finetune,
+    "calibrate": calibrate,
     "sample": sample,
     "evaluate": evaluate,
     "export": export,
@@ -102,7 +104,7 @@ def run(
     for name, arguments in loaded.stages.items():
         what = [VERSION, chain, name, arguments, _state_of_inputs(arguments, loaded.out)]
         chain = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-        result = arguments.get("out")
+        result = arguments.get("out", arguments.get("model"))
         if finished.get(name) == chain and (result is None or result.exists()):
             skipped.append(name)
             continue

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mediatorize.diffusion.process import noise_level
-from mediatorize.diffusion.solvers import Channels, Solver, call_times, find_solver, rows_per_sample
+from mediatorize.diffusion.solvers import Channels, call_noise_levels, find_solver, rows_per_sample
 from mediatorize.diffusion.solvers import sample as sample_batch
 from mediatorize.errors import UserError
 from mediatorize.formats.images import Pixels, decode, load_vae, to_pixels, write_arrays, write_grid
@@ -212,15 +211,10 @@ def levels_of_calls(arch: Architecture, sampling: Sampling, level: Schedule | Le
     """The level of every layer, for each model call of a sampler with fixed steps."""
     solver = find_solver(arch, sampling.solver)
     found = []
-    for at in noise_levels_of_calls(arch, solver, sampling.steps or solver.default_steps):
+    for at in call_noise_levels(arch, solver, sampling.steps or solver.default_steps):
         levels = level.at(at) if isinstance(level, Schedule) else SOFTMAX if level is None else level
         found.append(tuple(levels_per_layer(levels, arch.depth)))
     return found
-
-
-def noise_levels_of_calls(arch: Architecture, solver: Solver, steps: int) -> list[float]:
-    """The noise level, 0 data to 1 noise, of each model call."""
-    return [float(noise_level(arch, torch.tensor(1 - t if arch.reversed_time else t))) for t in call_times(solver, steps)]
 
 
 def refuse_bad_output(out: Path, force: bool) -> None:
