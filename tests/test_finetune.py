@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import official_state, tiny_model
 
-from mediatorize import UserError, load_model
+from mediatorize import UserError, load_model, sample
 from mediatorize.compression.distill import (
     Distiller,
     DistillSettings,
@@ -41,6 +41,7 @@ QUICK: dict[str, Any] = {
     "train_steps": 80,
     "batch": 6,
     "trajectories": 4,
+    "renoised": 1,
     "steps": 3,
     "save_every": 20,
     "device": "cpu",
@@ -58,7 +59,7 @@ def converted(tmp_path: Path) -> Path:
 
 
 def targets(model: DiffusionTransformer, samples: int = 4, cfg_scale: float = 1.5, **options: Any) -> Targets:
-    return teacher_targets(model, torch.arange(samples) % 10, steps=3, cfg_scale=cfg_scale, **options)
+    return teacher_targets(model, torch.arange(samples) % 10, steps=3, cfg_scale=cfg_scale, **options)[0]
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
@@ -86,9 +87,20 @@ def test_targets_are_what_the_teacher_answers(family: Any) -> None:
 def test_targets_of_parts_join_to_those_of_all_samples() -> None:
     model = tiny_model()
     whole, first = targets(model, 5), targets(model, 2)
-    rest = teacher_targets(model, torch.arange(2, 5), steps=3, cfg_scale=1.5, first_index=2)
-    for name, value in vars(whole).items():
-        torch.testing.assert_close(torch.cat([vars(first)[name], vars(rest)[name]]), value, rtol=1e-4, atol=1e-5)
+    rest, _ = teacher_targets(model, torch.arange(2, 5), steps=3, cfg_scale=1.5, first_index=2)
+    for name in ("x", "t", "y", "output"):
+        value = getattr(whole, name)
+        torch.testing.assert_close(torch.cat([getattr(first, name), getattr(rest, name)]), value, rtol=1e-4, atol=1e-5)
+
+
+def test_finished_samples_are_what_the_sampler_gives() -> None:
+    model = tiny_model()
+    labels = torch.arange(4)
+    _, finished = teacher_targets(model, labels, steps=3, cfg_scale=1.5, seed=7)
+    torch.testing.assert_close(finished.x, sample(model, labels, steps=3, cfg_scale=1.5, seed=7))
+    again = data_targets(model, finished, 40, cfg_scale=1.5, seed=1)
+    assert (again.y == model.arch.classes).sum() == 20
+    torch.testing.assert_close(model(again.x, again.t, again.y), again.output, rtol=1e-5, atol=1e-5)
 
 
 def test_every_state_of_a_round_is_used_equally_often() -> None:
@@ -100,7 +112,7 @@ def test_every_state_of_a_round_is_used_equally_often() -> None:
 
 def test_rounds_cover_every_step_once() -> None:
     arch = tiny_model().arch
-    plan = Plan(DistillSettings(steps=23, batch=6), 4, 1, "euler", 3, (1.0, 1.5), 3, "float32")
+    plan = Plan(DistillSettings(steps=23, batch=6), 4, 1, 0, "euler", 3, (1.0, 1.5), 3, "float32")
     rounds = list(plan.rounds(arch))
     assert [step for span in rounds for step in span] == list(range(23))
     assert [len(span) for span in rounds] == [2, 4, 2, 4, 2, 4, 2, 3]

@@ -84,6 +84,20 @@ def teacher_states(
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Finished samples of a model (s, c, h, w) and their labels (s,): a data set of its own making."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def read(self, indices: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+        return self.x[list(indices)], self.y[list(indices)]
+
+
+@dataclass(frozen=True)
 class Targets:
     """Inputs of model calls and what the teacher answered: x (s, c, h, w), t (s,), y (s,), output (s, rows, h, w)."""
 
@@ -120,8 +134,8 @@ def teacher_targets(
     cfg_channels: Channels = 3,
     seed: int = 0,
     first_index: int = 0,
-) -> Targets:
-    """Every call of the teacher (level softmax) while it samples `labels`, sample after sample.
+) -> tuple[Targets, Samples]:
+    """Every call of the teacher (level softmax) while it samples `labels`, sample after sample, and what it sampled.
 
     What the teacher answers moves its sample on, so that targets cost nothing beside the states.
     """
@@ -132,7 +146,7 @@ def teacher_targets(
 
     hook = teacher.register_forward_hook(keep)
     try:
-        sample(
+        samples = sample(
             teacher,
             labels,
             solver=solver,
@@ -146,7 +160,8 @@ def teacher_targets(
     finally:
         hook.remove()
     by_call = (torch.stack(parts) for parts in zip(*kept, strict=True))  # (calls, halves * samples, ...)
-    return Targets(*(values.unflatten(1, (-1, len(labels))).movedim(2, 0).flatten(0, 2) for values in by_call))
+    targets = Targets(*(values.unflatten(1, (-1, len(labels))).movedim(2, 0).flatten(0, 2) for values in by_call))
+    return targets, Samples(samples.float().cpu(), labels.cpu())
 
 
 def batches_for(count: int, calls: int, trajectories: int, cfg_scale: float) -> int:

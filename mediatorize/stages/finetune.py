@@ -21,7 +21,7 @@ from mediatorize.compression.distill import (
     output_errors,
     saved_bytes,
 )
-from mediatorize.compression.trajectories import Targets, data_targets, teacher_targets
+from mediatorize.compression.trajectories import Samples, Targets, data_targets, teacher_targets
 from mediatorize.diffusion.solvers import DEFAULT_SOLVER, Channels, call_times, find_solver, refuse_steps, rows_per_sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
@@ -76,6 +76,8 @@ class Plan:
     """Samples drawn at a time; all their states make a round."""
     reuse: int
     """How often every state of a round is used."""
+    renoised: int
+    """For every state of a trajectory, how many of its finished sample with new noise: less alike than states of one path."""
     solver: str
     steps: int
     cfg_scales: tuple[float, ...]
@@ -95,7 +97,7 @@ class Plan:
     def rows(self, arch: Architecture, round_index: int) -> int:
         """States of a round."""
         calls = len(call_times(find_solver(arch, self.solver), self.steps))
-        return calls * self.trajectories * rows_per_sample(self.cfg_scale(round_index))
+        return calls * self.trajectories * rows_per_sample(self.cfg_scale(round_index)) * (1 + self.renoised)
 
     def rounds(self, arch: Architecture) -> Iterator[range]:
         """The steps of every round."""
@@ -191,7 +193,8 @@ def finetune(
     accumulate: Annotated[int, Option("parts to take a batch in, where memory is short")] = DistillSettings.accumulate,
     checkpointing: Annotated[bool, Option("recompute activations in the backward pass, where memory is short")] = False,
     trajectories: Annotated[int, Option("samples of the teacher drawn at a time, whose states make a round")] = 32,
-    reuse: Annotated[int, Option("how often a state is trained on before it is replaced")] = 2,
+    reuse: Annotated[int, Option("how often a state is trained on before it is replaced")] = 1,
+    renoised: Annotated[int, Option("for every state of a trajectory, states of its finished sample with new noise")] = 3,
     solver: SolverOption = None,
     steps: StepsOption = None,
     cfg_scales: Annotated[tuple[float, ...], Option("guidance of the rounds, in turn; 1 is none")] = (1.5, 1.0, 4.0),
@@ -219,7 +222,9 @@ def finetune(
     name = solver or DEFAULT_SOLVER[arch.family]
     chosen = find_solver(arch, name)
     scales = tuple(dict.fromkeys(cfg_scales if arch.null_class else (1.0,)))
-    plan = Plan(distill, trajectories, reuse, name, chosen.default_steps if steps is None else steps, scales, cfg_channels, precision)
+    plan = Plan(
+        distill, trajectories, reuse, renoised, name, chosen.default_steps if steps is None else steps, scales, cfg_channels, precision
+    )
     _check_plan(plan, arch, save_every)
     if (vae or data_weight) and not data:
         raise UserError("--vae and --data-weight are for data, and there are none.", hint="Pass --data, or leave them out.")
@@ -259,7 +264,8 @@ def _train(
     model = model.to(world.device)
     model.schedule = None
     teacher = copy.deepcopy(model) if distill.train == "all" else model
-    held_out = _targets(teacher, plan, HELD_OUT_SAMPLES, HELD_OUT_SEED, plan.cfg_scale(0), World(0, 1, world.device))
+    alone = World(0, 1, world.device)
+    held_out = _targets(teacher, replace(plan, renoised=0), HELD_OUT_SAMPLES, HELD_OUT_SEED, plan.cfg_scale(0), alone)
     before = output_errors(model, held_out, distill.batch)
     distiller = Distiller(model, teacher, distill)
     state_file = folder / bundle.TRAINING_FILE
@@ -335,10 +341,13 @@ def batch_rows(states: int, batch: int, seed: int, round_index: int, step: int) 
 
 
 def _targets(teacher: DiffusionTransformer, plan: Plan, samples: int, seed: int, cfg_scale: float, world: World) -> Targets:
-    """States and answers of the teacher along `samples` trajectories; every process samples its share, all get all."""
+    """States and answers of the teacher along `samples` trajectories, and at what they end in noised anew.
+
+    Every process samples its share, all get all.
+    """
     labels = torch.randint(0, teacher.arch.classes, (samples,), generator=torch.Generator().manual_seed(seed))
     mine = world.share(samples)
-    own = teacher_targets(
+    own, finished = teacher_targets(
         teacher,
         labels[mine],
         solver=plan.solver,
@@ -348,7 +357,14 @@ def _targets(teacher: DiffusionTransformer, plan: Plan, samples: int, seed: int,
         seed=seed,
         first_index=mine.start,
     )
-    return own.map(world.gather)
+    path = own.map(world.gather)
+    if not plan.renoised:
+        return path
+    ends = Samples(world.gather(finished.x), world.gather(finished.y))
+    count = plan.renoised * len(path)
+    again = data_targets(teacher, ends, count, cfg_scale=cfg_scale, seed=seed, part=world.share(count)).map(world.gather)
+    joined = (torch.cat([getattr(path, name), getattr(again, name)]) for name in ("x", "t", "y", "output"))
+    return Targets(*joined)
 
 
 class Metrics:
@@ -381,7 +397,7 @@ def _check_plan(plan: Plan, arch: Architecture, save_every: int) -> None:
     refuse_steps(solver, plan.steps)
     counts = {"train-steps": distill.steps, "batch": distill.batch, "accumulate": distill.accumulate, "save-every": save_every}
     refuse_below({**counts, "trajectories": plan.trajectories, "reuse": plan.reuse}, 1)
-    refuse_below({"seed": distill.seed, "warmup": distill.warmup}, 0)
+    refuse_below({"seed": distill.seed, "warmup": distill.warmup, "renoised": plan.renoised}, 0)
     if not distill.learning_rate > 0:
         raise UserError(f"A learning rate of {distill.learning_rate} trains nothing.", hint="Pass for instance 2e-3.")
     if not 0 <= distill.ema < 1:
