@@ -217,7 +217,8 @@ def test_the_measured_error_is_that_of_whole_samples_from_held_out_noise(bundle:
     (outcome,) = report.outcomes
     model = bundles.load_bundle(path)
     seed = stage.HELD_OUT_SEED
-    labels = torch.randint(0, 10, (3,), generator=torch.Generator().manual_seed(seed))
+    labels = stage.spread_labels(10, 3, seed)
+    assert len(set(stage.spread_labels(10, 10, seed).tolist())) == 10
     teacher, student = (sample(model, labels, steps=4, seed=seed, schedule=level) for level in (SOFTMAX, None))
     assert outcome.chosen.measured == pytest.approx(float((student - teacher).norm() / teacher.norm()), rel=1e-4)
     assert outcome.chosen.measured > 0

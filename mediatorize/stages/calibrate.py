@@ -73,7 +73,7 @@ CANDIDATES_FILE = "candidates.json"
 TABLE_SEED, HELD_OUT_SEED = 2**33, 2**33 + 1
 """Added to twice the seed: the table's noise and the held-out noise are nobody else's."""
 
-DIRECTIONS = 2
+DIRECTIONS = 4
 """Random directions per trajectory along which the change of a sample is followed."""
 
 MODELS = ("vectors", "squares", "norms")
@@ -466,8 +466,7 @@ class Workplace:
         file = self.folder / PROBES_FILE
         if not file.exists():
             self.measured = True
-            generator = torch.Generator().manual_seed(self.sampler.seed)
-            labels = torch.randint(0, self.model.arch.classes, (self.trajectories,), generator=generator)
+            labels = spread_labels(self.model.arch.classes, self.trajectories, self.sampler.seed)
             split = torch.arange(self.trajectories).split(self.batch)
             with progress_bar(len(split) * len(self.times), "sampling the teacher", "call") as bar:
                 parts = [probe(self.model, labels[rows], self.sampler, DIRECTIONS, int(rows[0]), lambda: bar.update()) for rows in split]
@@ -500,6 +499,12 @@ class Workplace:
         return table.around(choice, error_table(products, squares, self.noise_levels, self.options))
 
 
+def spread_labels(classes: int, count: int, seed: int) -> Tensor:
+    """(count,) classes in random order, none again before all others."""
+    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+    return order.repeat(-(-count // classes))[:count]
+
+
 class Judge:
     """Candidates and their errors; what was measured before, on the same held-out noise, is not measured again."""
 
@@ -507,7 +512,7 @@ class Judge:
         self.work, self.table, self.costs = work, table, costs
         self.sampling = Sampling(sampler.solver, sampler.steps, sampler.cfg_scale, sampler.cfg_channels, sampler.seed, batch)
         self.samples = samples
-        self.labels = torch.randint(0, work.model.arch.classes, (samples,), generator=torch.Generator().manual_seed(sampler.seed))
+        self.labels = spread_labels(work.model.arch.classes, samples, sampler.seed)
         self.teacher: Tensor | None = None
         self.candidates: list[Candidate] = []
         self.file = work.folder / CANDIDATES_FILE
