@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mediatorize.compression.allocate import Choice, total
+from mediatorize.devices import wait_for
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
@@ -91,10 +92,3 @@ def seconds(run: Callable[[], object], device: torch.device, times: int = TIMING
         wait_for(device)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()

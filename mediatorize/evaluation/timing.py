@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mediatorize.devices import wait_for
+
 Call = Callable[[], object]
 
 
@@ -22,14 +24,6 @@ class PairedTime:
     """Of the ratios."""
     reference_seconds: float
     """The reference's median."""
-
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def seconds(call: Call, device: torch.device) -> float:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mediatorize.devices import wait_for
 from mediatorize.errors import UserError
-from mediatorize.evaluation.timing import wait_for
 from mediatorize.report.tables import gmacs as gmacs
 from mediatorize.report.tables import text_table as text_table
 from mediatorize.version import VERSION
