@@ -389,8 +389,15 @@ def test_what_is_wrong_with_lightning_dit_folders_is_said(tmp_path: Path) -> Non
         tensors = {key: value for key, value in (good | changes).items() if value is not None}
         save_file(tensors, file)
         refused(path, TINY, f"{file.name}: {message}")
-    file.write_bytes(whole[:-100])
+    file.write_bytes(whole)
+    good_data = open_data(path, TINY)
+    file.write_bytes(whole[: len(whole) // 4])
     refused(path, TINY, f"{file}: not a whole safetensors file")
+    with pytest.raises(UserError, match=f"{file}: item 2: cannot be read any more"):
+        good_data.read([4], 0)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file}: item 0: cannot be read any more .*No such file"):
+        good_data.read([2], 0)
 
     wide = write_lightning_dit(tmp_path / "wide", 32)
     stats = wide / "latents_stats.pt"

@@ -350,7 +350,10 @@ class LightningDitItems:
         for key in ("latents", "latents_flip"):
             whole = self.shards[shard][key]
             offset = whole.offset + row * whole.stride[0] * whole.dtype.itemsize
-            both.append(replace(whole, shape=whole.shape[1:], stride=whole.stride[1:], offset=offset).read())
+            try:
+                both.append(replace(whole, shape=whole.shape[1:], stride=whole.stride[1:], offset=offset).read())
+            except (OSError, RuntimeError, ValueError) as error:  # whole when it was opened
+                raise UserError(f"{self.name(index)}: cannot be read any more ({_first_line(error)}).", hint="Copy it again.") from error
         return torch.stack(both), int(self.labels[index])
 
     def clean(self, stored: Tensor, generator: torch.Generator) -> Tensor:
