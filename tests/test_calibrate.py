@@ -29,7 +29,7 @@ from mediatorize.stages import calibrate as stage
 from mediatorize.stages.calibrate import calibrate, read_schedule_for
 from mediatorize.stages.sample import Sampling, sampling_flops
 
-SETTINGS = MediatorSettings((1, 4), local_rank=3)
+SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2)
 OPTIONS: list[Level] = [1, 4, SOFTMAX]
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 

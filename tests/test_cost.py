@@ -14,7 +14,7 @@ from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, Level, MediatorSettings, default_local_rank, preset
 from mediatorize.model.transformer import DiffusionTransformer
 
-SETTINGS = MediatorSettings((1, 4, 7, 16), local_rank=6)
+SETTINGS = MediatorSettings((1, 4, 7, 16), local_rank=6, modulation_rank=5)
 ALL_LEVELS: list[Level] = ["softmax", *SETTINGS.levels]
 ABSORBED, PLAIN = 4, 16
 """Levels of `TINY` on either side of where the absorbed form stops paying."""

@@ -31,7 +31,7 @@ class Costs:
 
     kind: CostKind
     cells: NDArray[Any]
-    """(cells, layers, options): the attention layers. Softmax is the last option."""
+    """(cells, layers, options): what a layer's level decides. Softmax is the last option."""
     rest: int | float
     """Everything else."""
 
@@ -56,7 +56,7 @@ class Costs:
 def flops_costs(arch: Architecture, settings: MediatorSettings, calls: Sequence[int], rows: int) -> Costs:
     """`calls` are of each cell, `rows` of a model call per sample: guidance makes them two."""
     options: list[Level] = [*settings.levels, SOFTMAX]
-    one = np.array([cost.attention_flops(arch, level, settings) for level in options], dtype=np.int64)
+    one = np.array([cost.layer_flops(arch, level, settings) for level in options], dtype=np.int64)
     times = np.asarray(calls, dtype=np.int64) * rows
     rest = cost.forward_flops(arch) - arch.depth * int(one[-1])
     return Costs("flops", np.tile(times[:, None, None] * one, (1, arch.depth, 1)), rest * int(times.sum()))

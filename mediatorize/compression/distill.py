@@ -47,15 +47,20 @@ class DistillSettings:
 def levels_of_step(levels: Sequence[int], depth: int, seed: int, step: int) -> list[Level]:
     """The level of every layer in one step: all at the smallest, all at the largest, all at a drawn one, each at a drawn one, in turn.
 
-    ("Sandwich", arXiv 1903.05134: the ends are always among the steps, and every mixture can be.)
+    ("Sandwich", arXiv 1903.05134: the ends are always among the steps.) A mixture has softmax among its levels, as schedules do; one layer
+    at least is at a mediator level.
     """
     turn = step % 4
     if turn < 2:
         return [levels[-turn]] * depth
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    drawn = torch.randint(0, len(levels), (depth if turn == 3 else 1,), generator=generator)
-    chosen: list[Level] = [levels[int(index)] for index in drawn]
-    return chosen if turn == 3 else chosen * depth
+    if turn == 2:
+        return [levels[int(torch.randint(0, len(levels), (1,), generator=generator))]] * depth
+    options: list[Level] = [*levels, SOFTMAX]
+    drawn = [options[int(index)] for index in torch.randint(0, len(options), (depth,), generator=generator)]
+    if all(level == SOFTMAX for level in drawn):
+        drawn[int(torch.randint(0, depth, (1,), generator=generator))] = levels[0]
+    return drawn
 
 
 def forward_with_features(

@@ -58,6 +58,12 @@ def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings
     return mediator + interpolation_flops(arch.grid, arch.heads, level) + local
 
 
+def layer_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
+    """All of a layer's cost that depends on its level: the attention, and the modulation's change at mediator levels."""
+    rank = settings.modulation_rank if settings and level != SOFTMAX else 0
+    return attention_flops(arch, level, settings) + modulation_update_flops(arch.width, rank)
+
+
 def forward_flops_by_part(
     arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None
 ) -> dict[str, int]:
@@ -65,14 +71,13 @@ def forward_flops_by_part(
     tokens, width, depth = arch.tokens, arch.width, arch.depth
     per_layer = levels_per_layer(levels, depth)
     attention = [attention_flops(arch, level, settings) for level in per_layer]
-    updated = sum(level != SOFTMAX for level in per_layer)
-    update = modulation_update_flops(width, settings.modulation_rank if settings else 0)
+    updates = sum(layer_flops(arch, level, settings) for level in per_layer) - sum(attention)
     return {
         "patch embedding": 2 * tokens * width * arch.channels * arch.patch**2,
         "timestep embedding": 2 * FREQUENCIES * width + 2 * width**2,
         "attention": sum(attention),
         "mlp": depth * 4 * tokens * width * arch.mlp_width,
-        "modulation": depth * 12 * width**2 + 4 * width**2 + updated * update,
+        "modulation": depth * 12 * width**2 + 4 * width**2 + updates,
         "last layer": 2 * tokens * width * arch.last_rows,
     }
 
