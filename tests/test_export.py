@@ -166,7 +166,7 @@ def test_every_export_is_checked_and_says_what_it_is(target: str, schedule: Sche
 def test_an_evaluation_goes_into_the_card(sit: Path, tmp_path: Path) -> None:
     judged = tmp_path / "judged"
     judged.mkdir()
-    with pytest.raises(UserError, match=r"has no evaluation\.md"):
+    with pytest.raises(UserError, match=r"has no report\.md"):
         export(sit, tmp_path / "out", to="official", evaluation=judged)
     (judged / "report.md").write_text("# Title\n\n| level | distance |\n![grid](comparison.png)\n")
     export(sit, tmp_path / "out", to="official", evaluation=judged)
