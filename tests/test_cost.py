@@ -107,14 +107,13 @@ def test_every_part_equals_torchs_count_of_its_modules(levels: Level | list[Leve
         return sum(sum(counts.get(f"DiffusionTransformer.{module}", {}).values()) for module in modules)
 
     blocks = [f"blocks.{index}" for index in range(TINY.depth)]
+    last = "final_layer.adaLN_modulation"
     assert cost.forward_flops_by_part(TINY, levels, SETTINGS) == {
         "patch embedding": of("x_embedder"),
         "timestep embedding": of("t_embedder"),
         "attention": of(*(f"{block}.attn" for block in blocks)),
         "mlp": of(*(f"{block}.mlp" for block in blocks)),
-        "modulation": of(
-            *(f"{block}.{part}" for block in blocks for part in ("adaLN_modulation", "mediator")), "final_layer.adaLN_modulation"
-        ),
+        "modulation": of(*(f"{block}.adaLN_modulation" for block in blocks), *(f"{block}.mediator" for block in blocks), last),
         "last layer": of("final_layer.linear"),
     }
 
