@@ -21,9 +21,17 @@ QUICK = (
     "convert.trajectories=4",
     "convert.fit_steps=2",
     "convert.batch=8",
+    "finetune.train_steps=4",
+    "finetune.trajectories=4",
+    "finetune.steps=3",
+    "calibrate.budgets=0.8",
+    "calibrate.steps=3",
+    "calibrate.trajectories=4",
+    "calibrate.verify=4",
     "sample.steps=3",
     "evaluate.samples=40",
     "evaluate.steps=3",
+    "evaluate.pairs=2",
 )
 
 
@@ -37,17 +45,19 @@ def test_shipped_recipes_pass_a_dry_run_without_a_checkpoint(path: Path, tmp_pat
 
 def test_the_digits_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
     report = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
-    assert list(report.reports) == ["inspect", "convert", "sample", "evaluate"]
-    for picture in ("student.png", "evaluation/comparison.png"):
+    stages = ["inspect", "convert", "finetune", "calibrate", "sample", "evaluate", "export"]
+    assert list(report.reports) == stages
+    for picture in ("student.png", "evaluation/comparison.png", "bundle/calibration/candidates.png"):
         with Image.open(tmp_path / "out" / picture) as image:
             assert len(image.convert("L").getcolors() or []) > 10
     levels = [row["level"] for row in report.reports["evaluate"].to_json()["results"]]
-    assert levels == ["softmax", "4", "1"]
+    assert levels == ["softmax", "schedule", "4", "1"]
+    assert (tmp_path / "out" / "diffusers" / "model_index.json").exists()
 
     again = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
-    assert again.skipped == ("inspect", "convert", "sample", "evaluate")
+    assert list(again.skipped) == stages
     changed = run(RECIPES / "digits.toml", set=(*QUICK, "sample.seed=5"), out=tmp_path / "out")
-    assert changed.skipped == ("inspect", "convert")
+    assert list(changed.skipped) == stages[:4]
     resolved = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert resolved["convert"]["levels"] == [1, 4]
     assert resolved["convert"]["init"] == "cluster-queries"
@@ -100,8 +110,9 @@ def test_a_change_replaces_the_recipes_value_in_its_own_type(tmp_path: Path) -> 
 def test_a_stage_that_failed_is_run_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no level 3"):
         run(RECIPES / "digits.toml", set=(*QUICK, "sample.level=3"), out=tmp_path / "out")
-    assert list(json.loads((tmp_path / "out" / "finished.json").read_text())) == ["inspect", "convert"]
-    assert run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out").skipped == ("inspect", "convert")
+    before = ["inspect", "convert", "finetune", "calibrate"]
+    assert list(json.loads((tmp_path / "out" / "finished.json").read_text())) == before
+    assert list(run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out").skipped) == before
 
 
 @pytest.mark.parametrize(
