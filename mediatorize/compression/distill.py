@@ -26,7 +26,7 @@ class DistillSettings:
     steps: int = 2000
     batch: int = 16
     """States per step, of all processes together."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """Peak, for weights of width 128; a wider model takes it in proportion to 128 / width."""
     warmup: int = 50
     ema: float = 0.0

@@ -399,7 +399,7 @@ def _check_plan(plan: Plan, arch: Architecture, save_every: int) -> None:
     refuse_below({**counts, "trajectories": plan.trajectories, "reuse": plan.reuse}, 1)
     refuse_below({"seed": distill.seed, "warmup": distill.warmup, "renoised": plan.renoised}, 0)
     if not distill.learning_rate > 0:
-        raise UserError(f"A learning rate of {distill.learning_rate} trains nothing.", hint="Pass for instance 2e-3.")
+        raise UserError(f"A learning rate of {distill.learning_rate} trains nothing.", hint="Pass for instance 1e-3.")
     if not 0 <= distill.ema < 1:
         raise UserError(f"--ema {distill.ema} is no decay.", hint="Pass for instance 0.999, or 0 for none.")
     if distill.feature_weight < 0:
