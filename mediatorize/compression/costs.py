@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mediatorize.compression.allocate import Choice, total
-from mediatorize.devices import wait_for
+from mediatorize.devices import seconds
 from mediatorize.model import cost
 from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
@@ -74,21 +73,14 @@ def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, calls
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(rows, arch.tokens, arch.width, generator=generator).to(parameter)
     layers = model.attention_layers()
-    one = [statistics.median(seconds(lambda: layer(tokens, level), tokens.device) for layer in layers) for level in options]  # noqa: B023
+    one = [statistics.median(median_seconds(lambda: layer(tokens, level), tokens.device) for layer in layers) for level in options]  # noqa: B023
     x = torch.randn(rows, arch.channels, *arch.input_size, generator=generator).to(parameter)
     t, y = torch.full((rows,), 0.5, device=x.device), torch.zeros(rows, dtype=torch.long, device=x.device)
-    rest = max(0.0, seconds(lambda: model(x, t, y), x.device) - arch.depth * one[-1])
+    rest = max(0.0, median_seconds(lambda: model(x, t, y), x.device) - arch.depth * one[-1])
     times = np.asarray(calls, dtype=np.float64)
     return Costs("latency", np.tile(times[:, None, None] * np.array(one), (1, arch.depth, 1)), rest * float(times.sum()))
 
 
-def seconds(run: Callable[[], object], device: torch.device, times: int = TIMINGS) -> float:
-    """The median time of a call, after one to warm up; the device is waited for."""
-    taken = []
-    for _ in range(times + 1):
-        wait_for(device)
-        start = time.perf_counter()
-        run()
-        wait_for(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+def median_seconds(call: Callable[[], object], device: torch.device, times: int = TIMINGS) -> float:
+    """The median time of a call, after one to warm up."""
+    return statistics.median([seconds(call, device) for _ in range(times + 1)][1:])

@@ -110,7 +110,7 @@ def _inputs_and_outputs(block: Block, tokens: Tensor, condition: Tensor, batch: 
     inputs, outputs = torch.empty_like(tokens), torch.empty_like(tokens)
     gates = torch.empty_like(tokens[:, :1])
     for rows in torch.arange(len(tokens)).split(batch):
-        shift, scale, gate = block.adaLN_modulation(condition[rows]).chunk(6, dim=1)[:3]
+        shift, scale, gate = block.modulation(condition[rows], SOFTMAX)[:3]
         gates[rows] = gate.unsqueeze(1)
         inputs[rows] = modulate(block.norm1(tokens[rows]), shift, scale)
         outputs[rows] = block.attn(inputs[rows], SOFTMAX)

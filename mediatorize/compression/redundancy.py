@@ -70,7 +70,7 @@ def attention_redundancy(
         return tuple(float(values[column == index].mean()) for index in range(len(levels)))
 
     for block in model.layers():
-        shift, scale = block.adaLN_modulation(condition).chunk(6, dim=1)[:2]
+        shift, scale = block.modulation(condition, SOFTMAX)[:2]
         inputs = modulate(block.norm1(tokens), shift, scale)
         singular = torch.cat([torch.linalg.svdvals(attention_matrices(block.attn, one)).cpu() for one in inputs.split(1)])  # (s, h, n)
         effective.append(by_column(effective_rank(singular).mean(1)))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from mediatorize.devices import wait_for
+from mediatorize.devices import seconds, wait_for
 
 Call = Callable[[], object]
 
@@ -24,13 +23,6 @@ class PairedTime:
     """Of the ratios."""
     reference_seconds: float
     """The reference's median."""
-
-
-def seconds(call: Call, device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    wait_for(device)
-    return time.perf_counter() - start
 
 
 def paired_time(call: Call, reference: Call, pairs: int, device: torch.device) -> PairedTime:

@@ -39,9 +39,9 @@ def interpolation_flops(grid: tuple[int, int], heads: int, mediators: int) -> in
     return 3 * heads * mediators * 2 * grid[0] * coarse[1] * (coarse[0] + grid[1])
 
 
-def modulation_update_flops(width: int, rank: int) -> int:
-    """The low-rank change of a block's six modulation vectors; once per sample."""
-    return 14 * width * rank
+def modulation_update_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
+    """The low-rank change of a block's six modulation vectors at mediator levels; once per sample."""
+    return 14 * arch.width * settings.modulation_rank if settings and level != SOFTMAX else 0
 
 
 def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
@@ -60,8 +60,7 @@ def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings
 
 def layer_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
     """All of a layer's cost that depends on its level: the attention, and the modulation's change at mediator levels."""
-    rank = settings.modulation_rank if settings and level != SOFTMAX else 0
-    return attention_flops(arch, level, settings) + modulation_update_flops(arch.width, rank)
+    return attention_flops(arch, level, settings) + modulation_update_flops(arch, level, settings)
 
 
 def forward_flops_by_part(
@@ -70,12 +69,11 @@ def forward_flops_by_part(
     """FLOPs of one forward on one sample, by part."""
     tokens, width, depth = arch.tokens, arch.width, arch.depth
     per_layer = levels_per_layer(levels, depth)
-    attention = [attention_flops(arch, level, settings) for level in per_layer]
-    updates = sum(layer_flops(arch, level, settings) for level in per_layer) - sum(attention)
+    updates = sum(modulation_update_flops(arch, level, settings) for level in per_layer)
     return {
         "patch embedding": 2 * tokens * width * arch.channels * arch.patch**2,
         "timestep embedding": 2 * FREQUENCIES * width + 2 * width**2,
-        "attention": sum(attention),
+        "attention": sum(attention_flops(arch, level, settings) for level in per_layer),
         "mlp": depth * 4 * tokens * width * arch.mlp_width,
         "modulation": depth * 12 * width**2 + 4 * width**2 + updates,
         "last layer": 2 * tokens * width * arch.last_rows,

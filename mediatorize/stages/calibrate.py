@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mediatorize.compression.allocate import Choice, allocate, descend, latent_change_rule
-from mediatorize.compression.costs import CostKind, Costs, flops_costs, latency_costs, seconds
+from mediatorize.compression.costs import CostKind, Costs, flops_costs, latency_costs, median_seconds
 from mediatorize.compression.sensitivity import (
     ErrorTable,
     Probes,
@@ -577,7 +578,9 @@ def latency(model: DiffusionTransformer, sampler: Sampler, schedule: Schedule, p
     noise = torch.randn(batch, model.arch.channels, *model.arch.input_size, generator=torch.Generator().manual_seed(0))
     where = next(model.parameters()).device
     levels: tuple[Schedule | Level, ...] = (schedule, SOFTMAX)
-    times = [[seconds(lambda: sample(model, labels, noise=noise, schedule=level, **how), where, 1) for level in levels] for _ in range(3)]  # noqa: B023
+    times = [
+        [median_seconds(partial(sample, model, labels, noise=noise, schedule=level, **how), where, 1) for level in levels] for _ in range(3)
+    ]
     return Latency(batch, predicted, *(statistics.median(column) for column in zip(*times, strict=True)))  # in turns: other load hits both
 
 

@@ -255,7 +255,7 @@ def evaluate(
             hardware=hardware(world.device),
             versions=versions(),
             source=config.source if config else None,
-            log=tuple(_read_log(Path(model))) if config else (),
+            log=tuple(bundle.read_log(Path(model))) if config else (),
             notes=tuple(_notes(samples, judged_by)),
             pictures=_write_pictures(out, rows, results, parts, noise_levels),
             arrays=tuple(_write_array(out, row, parts) for row in rows) if npz else (),
@@ -515,11 +515,6 @@ def _measure(
             )
         )
     return timed, Timing(pairs, batch, 1000 * control.reference_seconds, control.ratio, control.quartiles)
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    file = path / bundle.LOG_FILE
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
 
 def _notes(samples: int, reference: judging.Reference | None) -> list[str]:
