@@ -18,7 +18,16 @@ from torch import Tensor
 
 from mediatorize.compression import sensitivity
 from mediatorize.compression.costs import flops_costs, latency_costs
-from mediatorize.compression.sensitivity import Sampler, cells_of, error_table, output_changes, probe, products_of_call
+from mediatorize.compression.sensitivity import (
+    Effects,
+    Sampler,
+    cells_of,
+    effects_on_samples,
+    error_table,
+    output_changes,
+    probe,
+    products_of_call,
+)
 from mediatorize.diffusion.solvers import GuidedModel, call_noise_levels, call_times, find_solver, sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle as bundles
@@ -113,6 +122,49 @@ def test_probes_are_the_samplers_trajectories_and_its_derivative(family: str, so
         toward = sensitivity.noise_for(5, [1, 2], sensitivity.FIRST_DIRECTION + k, (1, 8, 8))
         found = ((after - expected) * toward).flatten(1).sum(1)
         torch.testing.assert_close(found, (probes.gradients[call, k] * bump).flatten(1).sum(1), rtol=0.05, atol=2e-4)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize(("family", "solver"), [("dit", "ddim"), ("sit", "euler"), ("sit", "heun")])
+def test_effects_are_what_a_part_of_the_students_change_does_to_the_sample(family: str, solver: str, cfg_scale: float) -> None:
+    model, labels = model_of(family), torch.tensor([2, 7, 1])
+    sampler = Sampler(solver, 4, cfg_scale, 3, seed=5)
+    noise_levels, times = call_noise_levels(model.arch, find_solver(model.arch, solver), 4), call_times(find_solver(model.arch, solver), 4)
+    effects = effects_on_samples(model, sampler, probe(model, labels, sampler, 200), times, noise_levels, [4], batch=2)
+
+    part = 1e-2
+    cells, place = cells_of(noise_levels)
+    expected = torch.zeros(len(cells))
+    guided = GuidedModel(model, labels, cfg_scale, 3)
+    how: dict[str, Any] = {"solver": solver, "steps": 4, "cfg_scale": cfg_scale, "seed": 5, "schedule": SOFTMAX}
+    teacher = sample(model, labels, **how)
+    for call in range(len(times)):
+        outputs: list[Tensor] = []
+
+        def moved(module: Any, inputs: Any, output: Tensor, call: int = call, outputs: list[Tensor] = outputs) -> Tensor | None:
+            outputs.append(output)
+            if len(outputs) != call + 1:
+                return None
+            change = model.forward(*inputs, levels=4) - output
+            outputs.append(change)
+            return output + part * change
+
+        with model.register_forward_hook(moved):
+            sample_moved = sample(model, labels, **how)
+        changed = guided.output(outputs[call + 1])[:, :1].square().sum()
+        expected[place[call]] += (sample_moved - teacher).square().sum() / part**2 / changed
+    at_cells = effects.at(torch.tensor(cells))
+    torch.testing.assert_close(at_cells, expected / expected.mean(), rtol=0.3, atol=0.02)
+    assert list(effects.noise_levels) == sorted(cells)
+
+
+def test_effects_lie_between_their_neighbours_and_are_even_where_nothing_changes() -> None:
+    effects = Effects((0.2, 0.6), (1.0, 3.0))
+    assert effects.at(torch.tensor([0.0, 0.2, 0.3, 0.6, 1.0])).tolist() == pytest.approx([1, 1, 1.5, 3, 3])
+    model, sampler, labels = model_of(), Sampler("euler", 3, seed=5), torch.tensor([2, 7])
+    times = call_times(find_solver(model.arch, "euler"), 3)
+    same = effects_on_samples(model, sampler, probe(model, labels, sampler, 1), times, [1 - t for t in times], [SOFTMAX], batch=2)
+    assert same.values == (1.0, 1.0, 1.0)
 
 
 def test_the_table_predicts_the_error_of_small_changes() -> None:

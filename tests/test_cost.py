@@ -14,7 +14,7 @@ from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, Level, MediatorSettings, default_local_rank, preset
 from mediatorize.model.transformer import DiffusionTransformer
 
-SETTINGS = MediatorSettings((1, 4, 7, 16), local_rank=6, modulation_rank=5)
+SETTINGS = MediatorSettings((1, 4, 7, 16), local_rank=6, modulation_rank=5, mlp="own")
 ALL_LEVELS: list[Level] = ["softmax", *SETTINGS.levels]
 ABSORBED, PLAIN = 4, 16
 """Levels of `TINY` on either side of where the absorbed form stops paying."""
@@ -112,8 +112,8 @@ def test_every_part_equals_torchs_count_of_its_modules(levels: Level | list[Leve
         "patch embedding": of("x_embedder"),
         "timestep embedding": of("t_embedder"),
         "attention": of(*(f"{block}.attn" for block in blocks)),
-        "mlp": of(*(f"{block}.mlp" for block in blocks)),
-        "modulation": of(*(f"{block}.adaLN_modulation" for block in blocks), *(f"{block}.mediator" for block in blocks), last),
+        "mlp": of(*(f"{block}.{part}" for block in blocks for part in ("mlp", "mediator.mlp"))),
+        "modulation": of(*(f"{block}.adaLN_modulation" for block in blocks), *(f"{block}.mediator.modulation" for block in blocks), last),
         "last layer": of("final_layer.linear"),
     }
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.stages.convert import convert
 from mediatorize.stages.finetune import Plan, batch_rows, finetune
 
-SETTINGS = MediatorSettings((1, 4), local_rank=12, modulation_rank=12)
+SETTINGS = MediatorSettings((1, 4), local_rank=12, modulation_rank=12, mlp="own")
 QUICK: dict[str, Any] = {
     "train_steps": 80,
     "batch": 6,
@@ -166,6 +167,20 @@ def test_saving_memory_changes_a_step_by_rounding_only(changes: dict[str, Any]) 
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+def test_a_states_error_counts_by_its_weight() -> None:
+    model = tiny_model(SETTINGS)
+    states = targets(model, 2)
+    sizes = mean_squares(states.output, 4)
+    weight = torch.rand(len(states), generator=torch.Generator().manual_seed(0))
+
+    def loss(part: Targets) -> torch.Tensor:
+        return distillation_loss(model, model, part, sizes, [4] * 3, DistillSettings())
+
+    alone = torch.stack([loss(states.at(torch.tensor([index]))) for index in range(len(states))])
+    torch.testing.assert_close(loss(replace(states, weight=weight)), (alone * weight).mean())
+    torch.testing.assert_close(loss(states), alone.mean())
+
+
 def test_averaged_weights_are_what_is_kept() -> None:
     model = tiny_model(SETTINGS)
     states = targets(model)
@@ -226,7 +241,11 @@ def test_training_lowers_the_error_of_every_level_and_keeps_softmax(family: Any,
     pretrained = {name for name in before if not is_mediator(name)}
     assert_same_state({name: before[name] for name in pretrained}, {name: after[name] for name in pretrained})
     changed = [name for name in before if is_mediator(name) and not torch.equal(before[name], after[name])]
-    assert any("modulation" in name or name.endswith("mediator.up.weight") for name in changed)
+    assert {part for name in changed for part in ("mediator.modulation", "mediator.mlp", "attn.mediator") if part in name} == {
+        "mediator.modulation",
+        "mediator.mlp",
+        "attn.mediator",
+    }
     model = load_model(out)
     states = targets(model, 8, cfg_scale=1.0, seed=99)
     assert output_errors(model, states, 8).keys() == {1, 4}

@@ -130,6 +130,22 @@ def test_softmax_levels_are_the_unconverted_model_bit_for_bit() -> None:
     assert torch.equal(model(*inputs), expected)
 
 
+def test_a_blocks_own_mlp_starts_as_the_pretrained_one_and_runs_at_mediator_levels_alone() -> None:
+    model, shared = tiny_model(), tiny_model()
+    inputs = model_inputs(model)
+    shared.add_mediators(SETTINGS)
+    model.add_mediators(dataclasses.replace(SETTINGS, mlp="own"))
+    model.requires_grad_(False)
+    assert torch.equal(model(*inputs, levels=4), shared(*inputs, levels=4))
+    before = {levels: model(*inputs, levels=list(levels)) for levels in ((4, "softmax", 16), ("softmax", "softmax", "softmax"))}
+    for block in model.layers():
+        assert block.mediator is not None
+        block.mediator.mlp.fc2.bias.data += 0.1
+    softmax = ("softmax",) * 3
+    assert torch.equal(model(*inputs, levels=list(softmax)), before[softmax])
+    assert relative_error(model(*inputs, levels=[4, "softmax", 16]), before[4, "softmax", 16]) > 1e-3
+
+
 def test_every_layer_runs_at_its_own_level(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(SETTINGS)
     ran = []

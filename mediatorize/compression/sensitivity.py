@@ -102,6 +102,54 @@ def probe(
     return Probes(labels.cpu(), torch.stack(states), torch.stack(gradients, dim=1), end.detach().cpu())
 
 
+@dataclass(frozen=True)
+class Effects:
+    """How much of a change of the model's output arrives at the sample, by noise level; over a sampler's noise levels the mean is 1."""
+
+    noise_levels: tuple[float, ...]
+    """Ascending."""
+    values: tuple[float, ...]
+
+    def at(self, noise_level: Tensor) -> Tensor:
+        """(s,) -> (s,), on the CPU: between the measured ones in proportion."""
+        return torch.from_numpy(np.interp(noise_level.cpu().numpy(), self.noise_levels, self.values)).float()
+
+
+@torch.no_grad()
+def effects_on_samples(
+    model: DiffusionTransformer,
+    sampler: Sampler,
+    probes: Probes,
+    times: Sequence[float],
+    noise_levels: Sequence[float],
+    levels: Sequence[Level],
+    batch: int,
+) -> Effects:
+    """|J d|^2 / |d|^2 of every call, over the changes d that whole-model `levels` make on the teacher's trajectories.
+
+    Calls at one noise level add up. d counts without a DiT's variance rows.
+    """
+    channels = model.arch.channels
+    device = next(model.parameters()).device
+    cells, place = cells_of(noise_levels)
+    effects = np.zeros(len(cells))
+    for call, t in enumerate(times):
+        moved, changed = torch.zeros((), device=device), torch.zeros((), device=device)
+        for rows in torch.arange(len(probes.labels)).split(batch):
+            guided = GuidedModel(model, probes.labels[rows].to(device), sampler.cfg_scale, sampler.cfg_channels)
+            inputs = guided.inputs(probes.states[call, rows].to(device), t)
+            teacher, gradients = guided.output(model(*inputs)), probes.gradients[call][:, rows].to(device)
+            for level in levels:
+                change = guided.output(model(*inputs, levels=level)) - teacher
+                moved += torch.einsum("nchw,knchw->kn", change, gradients).square().sum() / len(gradients)
+                changed += change[:, :channels].square().sum()
+        effects[place[call]] += float(moved / changed.clamp(min=1e-12))
+    mean = effects.mean()
+    values = effects / mean if mean > 0 else np.ones_like(effects)
+    order = np.argsort(cells)
+    return Effects(tuple(np.array(cells)[order].tolist()), tuple(values[order].tolist()))
+
+
 @torch.no_grad()
 def output_changes(
     model: DiffusionTransformer, guided: GuidedModel, x: Tensor, t: float, levels: Sequence[Level], around: Sequence[Level] | None = None

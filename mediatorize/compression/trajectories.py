@@ -107,6 +107,8 @@ class Targets:
     output: Tensor
     truth: Tensor | None = None
     """What the data say was to be predicted (s, c, h, w), where there are data."""
+    weight: Tensor | None = None
+    """How much an error counts (s,); None is 1 for all."""
 
     def __len__(self) -> int:
         return len(self.t)
@@ -120,8 +122,8 @@ class Targets:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
         """`change` of every tensor that is there."""
-        truth = None if self.truth is None else change(self.truth)
-        return Targets(change(self.x), change(self.t), change(self.y), change(self.output), truth)
+        truth, weight = (None if values is None else change(values) for values in (self.truth, self.weight))
+        return Targets(change(self.x), change(self.t), change(self.y), change(self.output), truth, weight)
 
 
 def teacher_targets(

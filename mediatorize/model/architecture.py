@@ -11,6 +11,7 @@ from mediatorize.errors import UserError
 Family = Literal["dit", "sit"]
 Level = int | Literal["softmax"]
 Space = Literal["queries", "keys"]
+MlpOwner = Literal["own", "shared"]
 
 SOFTMAX: Literal["softmax"] = "softmax"
 """The level at which an attention layer is the pretrained one, bit for bit."""
@@ -152,6 +153,8 @@ class MediatorSettings:
     """Rank of the local branch; 0 leaves it out."""
     modulation_rank: int = 0
     """Rank of the change that a block's modulation makes at mediator levels; 0 leaves it out."""
+    mlp: MlpOwner = "shared"
+    """Whether mediator levels share every block's MLP with softmax, or have their own: the same FLOPs, and as many weights again."""
 
     def __post_init__(self) -> None:
         if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 1:
@@ -161,6 +164,8 @@ class MediatorSettings:
             )
         if self.space not in ("queries", "keys"):
             raise UserError(f"Mediators cannot come from {self.space!r}.", hint="Choose queries or keys.")
+        if self.mlp not in ("own", "shared"):
+            raise UserError(f"MLPs cannot be {self.mlp!r}.", hint="Choose own or shared.")
         if min(self.local_rank, self.modulation_rank) < 0:
             raise UserError(f"A rank of {min(self.local_rank, self.modulation_rank)} is negative.", hint="Pass 0 to leave a part out.")
 

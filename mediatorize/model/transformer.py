@@ -71,6 +71,15 @@ class ModulationUpdate(nn.Module):
         return self.up(self.down(F.silu(conditioning)))
 
 
+class BlockUpdate(nn.Module):
+    """What a block has of its own at mediator levels, beside its attention: a change of the modulation, and its MLP."""
+
+    def __init__(self, arch: Architecture, settings: MediatorSettings) -> None:
+        super().__init__()
+        self.modulation = ModulationUpdate(arch.width, settings.modulation_rank) if settings.modulation_rank else None
+        self.mlp = block_mlp(arch) if settings.mlp == "own" else None
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
 
@@ -79,32 +88,42 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
         self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid)
         self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
-        self.mlp = Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
+        self.mlp = block_mlp(arch)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
-        self.mediator: ModulationUpdate | None = None
+        self.mediator: BlockUpdate | None = None
 
-    def add_mediators(self, settings: MediatorSettings, seed: int) -> None:
-        """Adds the attention's mediator path, which starts from its own projections; all else depends on the seed."""
+    def add_mediators(self, arch: Architecture, settings: MediatorSettings, seed: int) -> None:
+        """Adds the mediator path, which starts from the block's own projections and MLP; all else depends on the seed."""
         self.attn.add_mediators(settings, seed)
-        if settings.modulation_rank:
-            weight = self.attn.qkv.weight
-            update = ModulationUpdate(self.attn.qkv.in_features, settings.modulation_rank)
-            if not weight.is_meta:
-                update.reset(torch.Generator().manual_seed(seed))
-            self.mediator = update.to(device=weight.device, dtype=weight.dtype)
+        if not (settings.modulation_rank or settings.mlp == "own"):
+            return
+        weight = self.attn.qkv.weight
+        update = BlockUpdate(arch, settings)
+        if not weight.is_meta:
+            if update.modulation is not None:
+                update.modulation.reset(torch.Generator().manual_seed(seed))
+            if update.mlp is not None:
+                update.mlp.load_state_dict(self.mlp.state_dict())
+        self.mediator = update.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
         """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
         vectors = self.adaLN_modulation(conditioning)
-        if self.mediator is not None and level != SOFTMAX:
-            vectors = vectors + self.mediator(conditioning)
+        if level != SOFTMAX and self.mediator is not None and self.mediator.modulation is not None:
+            vectors = vectors + self.mediator.modulation(conditioning)
         return vectors.chunk(6, dim=1)
 
     def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
         """(b, n, c), (b, c) -> (b, n, c)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, level)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), level)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        mlp = self.mlp if level == SOFTMAX or self.mediator is None or self.mediator.mlp is None else self.mediator.mlp
+        return x + gate2.unsqueeze(1) * mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+def block_mlp(arch: Architecture) -> Mlp:
+    """timm's MLP as DiT and SiT use it."""
+    return Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
 
 
 class LastLayer(nn.Module):
@@ -150,7 +169,7 @@ class DiffusionTransformer(nn.Module):
     def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
         """Gives every block a mediator path that starts from its own projections; all else depends on (seed, layer)."""
         for index, block in enumerate(self.layers()):
-            block.add_mediators(settings, seed * 1_000_003 + index)
+            block.add_mediators(self.arch, settings, seed * 1_000_003 + index)
         self.settings = settings
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:

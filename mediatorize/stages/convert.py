@@ -22,6 +22,7 @@ from mediatorize.model.architecture import (
     SOFTMAX,
     Architecture,
     MediatorSettings,
+    MlpOwner,
     Space,
     coarse_grid,
     default_local_rank,
@@ -165,7 +166,7 @@ class Conversion:
         rows.insert(0, (SOFTMAX, gmacs(cost.forward_flops(plan.arch)), "100%"))
         lines = [
             f"{plan.arch.name}: {plan.arch.depth} attention layers get levels {', '.join(map(str, plan.settings.levels))} beside softmax",
-            f"  mediators from {plan.settings.space}, {plan.init}, local rank {plan.settings.local_rank}; "
+            f"  mediators from {plan.settings.space}, {plan.init}, local rank {plan.settings.local_rank}, {plan.settings.mlp} MLPs; "
             f"{plan.added_parameters() / 1e6:.1f}M parameters more",
             *(f"  {note}" for note in self.notes),
             "",
@@ -210,6 +211,7 @@ def convert(
         int | None,
         Option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32"),
     ] = None,
+    mlp: Annotated[MlpOwner, Option("own: mediator levels have MLPs of their own, which finetune trains; or shared")] = "own",
     data: DataOption = None,
     vae: VaeOption = None,
     states: Annotated[int, Option("states to fit on: of the model's own trajectories, or of --data")] = 1024,
@@ -247,7 +249,7 @@ def convert(
     arch = preset(checkpoint) if opened is None else opened.arch
     local = default_local_rank(arch.width) if local_rank is None else local_rank
     modulation = default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank
-    settings = MediatorSettings(tuple(sorted(set(levels))), mediators_from, local, modulation)
+    settings = MediatorSettings(tuple(sorted(set(levels))), mediators_from, local, modulation, mlp)
     name = solver or DEFAULT_SOLVER[arch.family]
     chosen = find_solver(arch, name)
     if chosen.adaptive:

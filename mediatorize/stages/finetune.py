@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -21,8 +21,18 @@ from mediatorize.compression.distill import (
     output_errors,
     saved_bytes,
 )
+from mediatorize.compression.sensitivity import Effects, Probes, Sampler, effects_on_samples, probe
 from mediatorize.compression.trajectories import Samples, Targets, data_targets, teacher_targets
-from mediatorize.diffusion.solvers import DEFAULT_SOLVER, Channels, call_times, find_solver, refuse_steps, rows_per_sample
+from mediatorize.diffusion.process import noise_level
+from mediatorize.diffusion.solvers import (
+    DEFAULT_SOLVER,
+    Channels,
+    call_noise_levels,
+    call_times,
+    find_solver,
+    refuse_steps,
+    rows_per_sample,
+)
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.latents import DataFacts, Latents, open_data
@@ -66,6 +76,8 @@ HELD_OUT_SEED = 2**31
 
 METRICS_FILE = "finetune.jsonl"
 
+Weighting = Literal["sample", "even"]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,6 +96,8 @@ class Plan:
     """A round's guidance is one of these, in turn."""
     cfg_channels: Channels
     dtype: str
+    weighting: Weighting = "sample"
+    """Whether an error counts by how much it moves the sample, or all count alike."""
     data: DataFacts | None = None
     """What states are made of; None is the teacher's own trajectories."""
 
@@ -195,6 +209,9 @@ def finetune(
     trajectories: Annotated[int, Option("samples of the teacher drawn at a time, whose states make a round")] = 32,
     reuse: Annotated[int, Option("how often a state is trained on before it is replaced")] = 1,
     renoised: Annotated[int, Option("for every state of a trajectory, states of its finished sample with new noise")] = 3,
+    weighting: Annotated[
+        Weighting, Option("sample: an error counts by how much it moves the sample, as measured before training; even: all alike")
+    ] = "sample",
     solver: SolverOption = None,
     steps: StepsOption = None,
     cfg_scales: Annotated[tuple[float, ...], Option("guidance of the rounds, in turn; 1 is none")] = (1.5, 1.0, 4.0),
@@ -223,7 +240,16 @@ def finetune(
     chosen = find_solver(arch, name)
     scales = tuple(dict.fromkeys(cfg_scales if arch.null_class else (1.0,)))
     plan = Plan(
-        distill, trajectories, reuse, renoised, name, chosen.default_steps if steps is None else steps, scales, cfg_channels, precision
+        distill,
+        trajectories,
+        reuse,
+        renoised,
+        name,
+        chosen.default_steps if steps is None else steps,
+        scales,
+        cfg_channels,
+        precision,
+        weighting,
     )
     _check_plan(plan, arch, save_every)
     if (vae or data_weight) and not data:
@@ -267,6 +293,7 @@ def _train(
     alone = World(0, 1, world.device)
     held_out = _targets(teacher, replace(plan, renoised=0), HELD_OUT_SAMPLES, HELD_OUT_SEED, plan.cfg_scale(0), alone)
     before = output_errors(model, held_out, distill.batch)
+    effects = _effects(model, plan) if plan.weighting == "sample" else None
     distiller = Distiller(model, teacher, distill)
     state_file = folder / bundle.TRAINING_FILE
     first_loss: float | None = None
@@ -288,6 +315,8 @@ def _train(
             else:
                 count = plan.rows(arch, index)
                 states = data_targets(teacher, dataset, count, cfg_scale=scale, seed=seed, part=world.share(count)).map(world.gather)
+            if effects is not None:
+                states = replace(states, weight=effects.at(noise_level(arch, states.t)))
             sizes = mean_squares(states.output, arch.channels).to(world.device)
             for step in todo:
                 rows = batch_rows(len(states), distill.batch, distill.seed, index, step - span.start)[world.share(distill.batch)]
@@ -365,6 +394,22 @@ def _targets(teacher: DiffusionTransformer, plan: Plan, samples: int, seed: int,
     again = data_targets(teacher, ends, count, cfg_scale=cfg_scale, seed=seed, part=world.share(count)).map(world.gather)
     joined = (torch.cat([getattr(path, name), getattr(again, name)]) for name in ("x", "t", "y", "output"))
     return Targets(*joined)
+
+
+def _effects(model: DiffusionTransformer, plan: Plan) -> Effects:
+    """What errors of the model do to samples, by noise level; of the weights as they are before training."""
+    arch, scale = model.arch, plan.cfg_scale(0)
+    assert model.settings is not None
+    solver = find_solver(arch, plan.solver)
+    sampler = Sampler(plan.solver, plan.steps, scale, plan.cfg_channels, HELD_OUT_SEED)
+    batch = max(1, plan.distill.batch // plan.distill.accumulate // rows_per_sample(scale))
+    labels = torch.arange(HELD_OUT_SAMPLES) % arch.classes
+    with progress_bar(-(-len(labels) // batch) * plan.steps, "measuring what errors do", "call") as bar:
+        parts = [
+            probe(model, labels[rows], sampler, 1, int(rows[0]), lambda: bar.update()) for rows in torch.arange(len(labels)).split(batch)
+        ]
+    times, noise_levels = call_times(solver, plan.steps), call_noise_levels(arch, solver, plan.steps)
+    return effects_on_samples(model, sampler, Probes.joined(parts), times, noise_levels, model.settings.levels, batch)
 
 
 class Metrics:
