@@ -125,14 +125,14 @@ def effects_on_samples(
     levels: Sequence[Level],
     batch: int,
 ) -> Effects:
-    """|J d|^2 / |d|^2 of every call, over the changes d that whole-model `levels` make on the teacher's trajectories.
+    """|J d| / |d| of every call, over the changes d that whole-model `levels` make on the teacher's trajectories.
 
-    Calls at one noise level add up. d counts without a DiT's variance rows.
+    Squares of calls at one noise level add up. d counts without a DiT's variance rows.
     """
     channels = model.arch.channels
     device = next(model.parameters()).device
     cells, place = cells_of(noise_levels)
-    effects = np.zeros(len(cells))
+    squares = np.zeros(len(cells))
     for call, t in enumerate(times):
         moved, changed = torch.zeros((), device=device), torch.zeros((), device=device)
         for rows in torch.arange(len(probes.labels)).split(batch):
@@ -143,7 +143,8 @@ def effects_on_samples(
                 change = guided.output(model(*inputs, levels=level)) - teacher
                 moved += torch.einsum("nchw,knchw->kn", change, gradients).square().sum() / len(gradients)
                 changed += change[:, :channels].square().sum()
-        effects[place[call]] += float(moved / changed.clamp(min=1e-12))
+        squares[place[call]] += float(moved / changed.clamp(min=1e-12))
+    effects = np.sqrt(squares)
     mean = effects.mean()
     values = effects / mean if mean > 0 else np.ones_like(effects)
     order = np.argsort(cells)

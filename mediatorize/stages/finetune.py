@@ -97,7 +97,7 @@ class Plan:
     cfg_channels: Channels
     dtype: str
     weighting: Weighting = "sample"
-    """Whether an error counts by how much it moves the sample, or all count alike."""
+    """Whether a squared error counts by how far it moves the sample (by that squared, few states carry the gradient), or all alike."""
     data: DataFacts | None = None
     """What states are made of; None is the teacher's own trajectories."""
 
