@@ -401,14 +401,13 @@ def _effects(model: DiffusionTransformer, plan: Plan) -> Effects:
     arch, scale = model.arch, plan.cfg_scale(0)
     assert model.settings is not None
     solver = find_solver(arch, plan.solver)
+    times, noise_levels = call_times(solver, plan.steps), call_noise_levels(arch, solver, plan.steps)
     sampler = Sampler(plan.solver, plan.steps, scale, plan.cfg_channels, HELD_OUT_SEED)
     batch = max(1, plan.distill.batch // plan.distill.accumulate // rows_per_sample(scale))
     labels = torch.arange(HELD_OUT_SAMPLES) % arch.classes
-    with progress_bar(-(-len(labels) // batch) * plan.steps, "measuring what errors do", "call") as bar:
-        parts = [
-            probe(model, labels[rows], sampler, 1, int(rows[0]), lambda: bar.update()) for rows in torch.arange(len(labels)).split(batch)
-        ]
-    times, noise_levels = call_times(solver, plan.steps), call_noise_levels(arch, solver, plan.steps)
+    split = torch.arange(len(labels)).split(batch)
+    with progress_bar(len(split) * len(times), "measuring what errors do", "call") as bar:
+        parts = [probe(model, labels[rows], sampler, 1, int(rows[0]), lambda: bar.update()) for rows in split]
     return effects_on_samples(model, sampler, Probes.joined(parts), times, noise_levels, model.settings.levels, batch)
 
 
