@@ -35,7 +35,8 @@ TURNS = 4
 
 def measure(arch: Architecture, batch: int, pairs: int, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     torch.manual_seed(0)
-    settings = MediatorSettings((1, 4, 16), local_rank=default_local_rank(arch.width), modulation_rank=default_modulation_rank(arch.width))
+    ranks = {"local_rank": default_local_rank(arch.width), "modulation_rank": default_modulation_rank(arch.width)}
+    settings = MediatorSettings((1, 4, 16), mlp="own", **ranks)
     model = DiffusionTransformer(arch, settings).to(device)
     for name, parameter in model.named_parameters():  # blocks alive, so that nothing is multiplied by zero
         if "adaLN" in name or "final_layer" in name:

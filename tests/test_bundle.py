@@ -28,7 +28,7 @@ from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report.card import model_card
 
-SETTINGS = MediatorSettings((1, 4), local_rank=3)
+SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, mlp="own")
 SMALL = {"depth": 2, "width": 16, "heads": 2, "mlp_width": 32, "classes": 5, "grid": (2, 3)}
 SCHEDULE = Schedule((0.25, 0.5), ((1, 4), (4, SOFTMAX), (1, 1)))
 

@@ -32,7 +32,7 @@ from mediatorize.stages.export import export
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 """Of diffusers' schedulers under numpy 2."""
 
-SETTINGS = MediatorSettings((1, 4), local_rank=3)
+SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, mlp="own")
 SMALL = {"depth": 2, "width": 16, "heads": 2, "mlp_width": 32}
 SCHEDULE = Schedule((0.25, 0.5), ((SOFTMAX, 4), (4, SOFTMAX), (1, 1)))
 """Its edges lie on the steps of the samplers below."""
@@ -45,6 +45,9 @@ def small_model(schedule: Schedule | None = SCHEDULE, **changes: Any) -> Diffusi
     for layer in model.attention_layers():
         assert layer.mediator is not None
         randomise(layer.mediator, seed=9)
+    for block in model.layers():
+        assert block.mediator is not None
+        randomise(block.mediator, seed=10)
     model.schedule = schedule
     return model.requires_grad_(False)
 

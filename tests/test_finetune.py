@@ -291,6 +291,16 @@ def test_a_killed_training_goes_on_to_the_same_weights(converted: Path, tmp_path
     assert steps == [20, 40, 60, 80]
 
 
+def test_weighing_errors_by_the_sample_changes_the_training(converted: Path, tmp_path: Path) -> None:
+    even = tmp_path / "even"
+    shutil.copytree(converted, even)
+    quick = {**QUICK, "train_steps": 4}
+    finetune(converted, **quick)
+    finetune(even, **quick, weighting="even")
+    name = "blocks.1.mediator.mlp.fc1.weight"
+    assert not torch.equal(state_of(converted)[name], state_of(even)[name])
+
+
 def test_a_failed_save_leaves_the_last_one(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saves = []
 

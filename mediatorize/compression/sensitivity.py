@@ -102,9 +102,24 @@ def probe(
     return Probes(labels.cpu(), torch.stack(states), torch.stack(gradients, dim=1), end.detach().cpu())
 
 
+def probe_all(
+    model: DiffusionTransformer, count: int, sampler: Sampler, directions: int, batch: int, on_call: Callable[[], object] | None = None
+) -> Probes:
+    """`probe` of `count` samples of classes in turn, `batch` of them at a time."""
+    labels = spread_labels(model.arch.classes, count, sampler.seed)
+    split = torch.arange(count).split(batch)
+    return Probes.joined([probe(model, labels[rows], sampler, directions, int(rows[0]), on_call) for rows in split])
+
+
+def spread_labels(classes: int, count: int, seed: int) -> Tensor:
+    """(count,) classes in random order, none again before all others."""
+    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+    return order.repeat(-(-count // classes))[:count]
+
+
 @dataclass(frozen=True)
 class Effects:
-    """How much of a change of the model's output arrives at the sample, by noise level; over a sampler's noise levels the mean is 1."""
+    """How far a change of the model's output moves the sample, by noise level; over a sampler's noise levels the mean is 1."""
 
     noise_levels: tuple[float, ...]
     """Ascending."""
@@ -127,7 +142,8 @@ def effects_on_samples(
 ) -> Effects:
     """|J d| / |d| of every call, over the changes d that whole-model `levels` make on the teacher's trajectories.
 
-    Squares of calls at one noise level add up. d counts without a DiT's variance rows.
+    Squares of calls at one noise level add up. d counts without a DiT's variance rows. Of uneven steps, a longer one's effect is that of
+    all the noise levels that it passes, and is divided by their number.
     """
     channels = model.arch.channels
     device = next(model.parameters()).device
@@ -144,11 +160,13 @@ def effects_on_samples(
                 moved += torch.einsum("nchw,knchw->kn", change, gradients).square().sum() / len(gradients)
                 changed += change[:, :channels].square().sum()
         squares[place[call]] += float(moved / changed.clamp(min=1e-12))
-    effects = np.sqrt(squares)
-    mean = effects.mean()
-    values = effects / mean if mean > 0 else np.ones_like(effects)
     order = np.argsort(cells)
-    return Effects(tuple(np.array(cells)[order].tolist()), tuple(values[order].tolist()))
+    ascending = np.array(cells)[order]
+    passed = np.diff(ascending, prepend=0.0)  # to the next call's noise level, or to data
+    passed[passed == 0] = np.median(passed)  # a last call at the data themselves
+    effects = np.sqrt(squares)[order] / passed
+    values = effects / effects.mean() if effects.any() else np.ones_like(effects)
+    return Effects(tuple(ascending.tolist()), tuple(values.tolist()))
 
 
 @torch.no_grad()

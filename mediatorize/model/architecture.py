@@ -143,7 +143,7 @@ def preset(name: str) -> Architecture:
 
 @dataclass(frozen=True)
 class MediatorSettings:
-    """What conversion adds to every attention layer (design 2)."""
+    """What conversion adds to every block (design 2)."""
 
     levels: tuple[int, ...]
     """Mediator counts that every layer can run at, ascending."""

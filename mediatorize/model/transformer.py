@@ -71,7 +71,7 @@ class ModulationUpdate(nn.Module):
         return self.up(self.down(F.silu(conditioning)))
 
 
-class BlockUpdate(nn.Module):
+class BlockMediator(nn.Module):
     """What a block has of its own at mediator levels, beside its attention: a change of the modulation, and its MLP."""
 
     def __init__(self, arch: Architecture, settings: MediatorSettings) -> None:
@@ -90,7 +90,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
         self.mlp = block_mlp(arch)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
-        self.mediator: BlockUpdate | None = None
+        self.mediator: BlockMediator | None = None
 
     def add_mediators(self, arch: Architecture, settings: MediatorSettings, seed: int) -> None:
         """Adds the mediator path, which starts from the block's own projections and MLP; all else depends on the seed."""
@@ -98,7 +98,7 @@ class Block(nn.Module):
         if not (settings.modulation_rank or settings.mlp == "own"):
             return
         weight = self.attn.qkv.weight
-        update = BlockUpdate(arch, settings)
+        update = BlockMediator(arch, settings)
         if not weight.is_meta:
             if update.modulation is not None:
                 update.modulation.reset(torch.Generator().manual_seed(seed))
@@ -167,7 +167,7 @@ class DiffusionTransformer(nn.Module):
         return [block.attn for block in self.layers()]
 
     def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
-        """Gives every block a mediator path that starts from its own projections; all else depends on (seed, layer)."""
+        """Gives every block a mediator path that starts from its own projections and MLP; all else depends on (seed, layer)."""
         for index, block in enumerate(self.layers()):
             block.add_mediators(self.arch, settings, seed * 1_000_003 + index)
         self.settings = settings

@@ -100,8 +100,9 @@ def _levels(config: BundleConfig) -> str:
         )
         if plan["distill"]["train"] == "all":
             kept = "All weights were trained: level `softmax` is no longer that model."
+    own = {"own": ", and each block has an MLP of its own", "shared": ""}[config.settings.mlp]
     return f"""{kept} Every other level runs each attention layer through a few mediator tokens
-(arXiv 2408.05710, with absorbed projections).
+(arXiv 2408.05710, with absorbed projections){own}.
 
 | mediators | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
 |---|---|---|---|---|

@@ -26,8 +26,9 @@ from mediatorize.compression.sensitivity import (
     cells_of,
     error_table,
     latent_changes,
-    probe,
+    probe_all,
     products_of_call,
+    spread_labels,
 )
 from mediatorize.diffusion.solvers import (
     DEFAULT_SOLVER,
@@ -467,11 +468,9 @@ class Workplace:
         file = self.folder / PROBES_FILE
         if not file.exists():
             self.measured = True
-            labels = spread_labels(self.model.arch.classes, self.trajectories, self.sampler.seed)
-            split = torch.arange(self.trajectories).split(self.batch)
-            with progress_bar(len(split) * len(self.times), "sampling the teacher", "call") as bar:
-                parts = [probe(self.model, labels[rows], self.sampler, DIRECTIONS, int(rows[0]), lambda: bar.update()) for rows in split]
-            bundles.write_tensors(file, vars(Probes.joined(parts)))
+            with progress_bar(-(-self.trajectories // self.batch) * len(self.times), "sampling the teacher", "call") as bar:
+                probes = probe_all(self.model, self.trajectories, self.sampler, DIRECTIONS, self.batch, lambda: bar.update())
+            bundles.write_tensors(file, vars(probes))
         return Probes(**bundles.read_tensors(file)[0])
 
     def _products(self, probes: Probes, description: str, levels: Sequence[Sequence[Level]] | None = None) -> Tensor:
@@ -498,12 +497,6 @@ class Workplace:
         products = self._products(probes, "measuring again", levels)
         squares = probes.samples.flatten(1).square().sum(1)
         return table.around(choice, error_table(products, squares, self.noise_levels, self.options))
-
-
-def spread_labels(classes: int, count: int, seed: int) -> Tensor:
-    """(count,) classes in random order, none again before all others."""
-    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
-    return order.repeat(-(-count // classes))[:count]
 
 
 class Judge:

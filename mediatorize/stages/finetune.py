@@ -21,7 +21,7 @@ from mediatorize.compression.distill import (
     output_errors,
     saved_bytes,
 )
-from mediatorize.compression.sensitivity import Effects, Probes, Sampler, effects_on_samples, probe
+from mediatorize.compression.sensitivity import Effects, Sampler, effects_on_samples, probe_all
 from mediatorize.compression.trajectories import Samples, Targets, data_targets, teacher_targets
 from mediatorize.diffusion.process import noise_level
 from mediatorize.diffusion.solvers import (
@@ -73,6 +73,11 @@ HELD_OUT_SAMPLES = 16
 """Samples whose whole trajectories say how far the model is from its teacher; training never sees them."""
 
 HELD_OUT_SEED = 2**31
+
+EFFECTS_SAMPLES = 16
+"""Trajectories of the teacher on which it is measured how far errors move a sample."""
+
+EFFECTS_SEED = HELD_OUT_SEED + 1
 
 METRICS_FILE = "finetune.jsonl"
 
@@ -129,7 +134,11 @@ class Plan:
         student = (per_level[0] + per_level[-1] + 2 * sum(per_level) / len(per_level)) / 4
         features = forward if self.distill.feature_weight else 0
         rows = self.distill.steps * self.distill.batch
-        return rows * (forward / self.reuse + features + (4 if self.distill.checkpointing else 3) * student)
+        steps = rows * (forward / self.reuse + features + (4 if self.distill.checkpointing else 3) * student)
+        if self.weighting == "even":
+            return steps
+        probes = EFFECTS_SAMPLES * len(call_times(find_solver(arch, self.solver), self.steps)) * rows_per_sample(self.cfg_scale(0))
+        return steps + probes * (5 * forward + sum(per_level))  # sampled, run again and walked back, compared
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,7 @@ def finetune(
     reuse: Annotated[int, Option("how often a state is trained on before it is replaced")] = 1,
     renoised: Annotated[int, Option("for every state of a trajectory, states of its finished sample with new noise")] = 3,
     weighting: Annotated[
-        Weighting, Option("sample: an error counts by how much it moves the sample, as measured before training; even: all alike")
+        Weighting, Option("sample: errors count by how far they move a sample, measured first at the first guidance; even: all alike")
     ] = "sample",
     solver: SolverOption = None,
     steps: StepsOption = None,
@@ -225,7 +234,7 @@ def finetune(
     dry_run: DryRunOption = False,
     force: ForceOption = False,
 ) -> Finetuning:
-    """Trains the mediators on the model's own softmax outputs along its own trajectories. Resumes after a kill; runs under torchrun."""
+    """Trains what was added on the model's own softmax outputs along its trajectories. Resumes after a kill; runs under torchrun."""
     start = time.monotonic()
     if not bundle.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Make one with `mediatorize convert CKPT OUT`.")
@@ -293,7 +302,7 @@ def _train(
     alone = World(0, 1, world.device)
     held_out = _targets(teacher, replace(plan, renoised=0), HELD_OUT_SAMPLES, HELD_OUT_SEED, plan.cfg_scale(0), alone)
     before = output_errors(model, held_out, distill.batch)
-    effects = _effects(model, plan) if plan.weighting == "sample" else None
+    effects = _effects(model, plan, world) if plan.weighting == "sample" else None
     distiller = Distiller(model, teacher, distill)
     state_file = folder / bundle.TRAINING_FILE
     first_loss: float | None = None
@@ -396,19 +405,17 @@ def _targets(teacher: DiffusionTransformer, plan: Plan, samples: int, seed: int,
     return Targets(*joined)
 
 
-def _effects(model: DiffusionTransformer, plan: Plan) -> Effects:
-    """What errors of the model do to samples, by noise level; of the weights as they are before training."""
-    arch, scale = model.arch, plan.cfg_scale(0)
+def _effects(model: DiffusionTransformer, plan: Plan, world: World) -> Effects:
+    """How far errors move samples, by noise level; of the weights as they are before training, at the first guidance."""
+    arch, distill = model.arch, plan.distill
     assert model.settings is not None
     solver = find_solver(arch, plan.solver)
     times, noise_levels = call_times(solver, plan.steps), call_noise_levels(arch, solver, plan.steps)
-    sampler = Sampler(plan.solver, plan.steps, scale, plan.cfg_channels, HELD_OUT_SEED)
-    batch = max(1, plan.distill.batch // plan.distill.accumulate // rows_per_sample(scale))
-    labels = torch.arange(HELD_OUT_SAMPLES) % arch.classes
-    split = torch.arange(len(labels)).split(batch)
-    with progress_bar(len(split) * len(times), "measuring what errors do", "call") as bar:
-        parts = [probe(model, labels[rows], sampler, 1, int(rows[0]), lambda: bar.update()) for rows in split]
-    return effects_on_samples(model, sampler, Probes.joined(parts), times, noise_levels, model.settings.levels, batch)
+    sampler = Sampler(plan.solver, plan.steps, plan.cfg_scale(0), plan.cfg_channels, EFFECTS_SEED)
+    batch = max(1, distill.batch // world.size // distill.accumulate // rows_per_sample(sampler.cfg_scale))
+    with progress_bar(-(-EFFECTS_SAMPLES // batch) * len(times), "measuring what errors do", "call") as bar:
+        probes = probe_all(model, EFFECTS_SAMPLES, sampler, 1, batch, lambda: bar.update())
+        return effects_on_samples(model, sampler, probes, times, noise_levels, model.settings.levels, batch)
 
 
 class Metrics:

@@ -24,7 +24,7 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
 
     Args:
         architecture: sizes and conventions of the model.
-        mediators: what was added to its attention layers.
+        mediators: what was added to its blocks.
         schedule: pieces of noise level (0 data, 1 noise), each with a level per layer.
         level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or a count of mediators.
             Without a schedule, `None` is softmax. It can be set at any time: `pipe.transformer.level = 4`.
