@@ -313,7 +313,7 @@ def test_another_budget_measures_nothing_again(bundle: Callable[..., Path], monk
     def never(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(stage, "probe", never)
+    monkeypatch.setattr(stage, "probe_all", never)
     monkeypatch.setattr(stage, "products_of_call", never)
     second = calibrate(path, budget=0.95, **QUICK)
     assert second.table_seconds is None
@@ -401,7 +401,7 @@ def test_finished_calls_are_not_measured_again_after_a_kill(bundle: Callable[...
         calibrate(path, budget=0.9, **QUICK)
     assert not (path / "schedule.json").exists()
     monkeypatch.setattr(stage, "products_of_call", until(99))
-    monkeypatch.setattr(stage, "probe", None)
+    monkeypatch.setattr(stage, "probe_all", None)
     calibrate(path, budget=0.9, **QUICK)
     assert measured == [0, 1, 2, 3]
     assert not list((path / "calibration").glob("call-*"))
