@@ -168,6 +168,8 @@ def test_effects_lie_between_their_neighbours_and_are_even_where_nothing_changes
     times = call_times(find_solver(model.arch, "euler"), 3)
     same = effects_on_samples(model, sampler, probe(model, labels, sampler, 1), times, [1 - t for t in times], [SOFTMAX], batch=2)
     assert same.values == (1.0, 1.0, 1.0)
+    dit, once = model_of("dit"), Sampler("ddim", 1, seed=5)  # its one call is at the data themselves
+    assert effects_on_samples(dit, once, probe(dit, labels, once, 1), [0.0], [0.0], [4], batch=2).values == (1.0,)
 
 
 def test_the_table_predicts_the_error_of_small_changes() -> None:

@@ -163,7 +163,7 @@ def effects_on_samples(
     order = np.argsort(cells)
     ascending = np.array(cells)[order]
     passed = np.diff(ascending, prepend=0.0)  # to the next call's noise level, or to data
-    passed[passed == 0] = np.median(passed)  # a last call at the data themselves
+    passed[passed == 0] = np.median(passed) or 1.0  # a last call at the data themselves, which may be the only one
     effects = np.sqrt(squares)[order] / passed
     values = effects / effects.mean() if effects.any() else np.ones_like(effects)
     return Effects(tuple(ascending.tolist()), tuple(values.tolist()))
