@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 from conftest import official_state, tiny_model
+from torch import nn
 
 from mediatorize import UserError, load_model, sample
+from mediatorize.compression import muon
 from mediatorize.compression.distill import (
     Distiller,
     DistillSettings,
@@ -179,6 +182,24 @@ def test_a_states_error_counts_by_its_weight() -> None:
     alone = torch.stack([loss(states.at(torch.tensor([index]))) for index in range(len(states))])
     torch.testing.assert_close(loss(replace(states, weight=weight)), (alone * weight).mean())
     torch.testing.assert_close(loss(states), alone.mean())
+
+
+@pytest.mark.parametrize("stacked", [1, 2**20])
+def test_stacked_matrices_step_as_timms_muon_steps_them_one_by_one(stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "STACKED_NUMBERS", stacked)
+    shapes = [(12, 32), (12, 32), (48, 16), (24, 24), (12, 32)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    mine, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = muon.StackedMuon(mine, 0.02), timm.optim.Muon(theirs, 0.02, nesterov=True, ns_steps=3)
+    for _ in range(3):
+        for own, other in zip(mine[:-1], theirs[:-1], strict=True):  # the last has no gradient
+            own.grad = other.grad = torch.randn(own.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    for own, other, before in zip(mine, theirs, start, strict=True):
+        assert (own - other).norm().item() <= 0.01 * (other - before).norm().item()  # iterations are in bfloat16
+    assert torch.equal(mine[-1], start[-1]) and not torch.equal(mine[0], start[0])
 
 
 def test_averaged_weights_are_what_is_kept() -> None:

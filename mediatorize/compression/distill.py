@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from timm.optim import Muon
+from timm.optim import NAdamW
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mediatorize.compression.muon import StackedMuon
 from mediatorize.compression.trajectories import Targets
 from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
 
 Trained = Literal["mediators", "all"]
-
-ORTHOGONALISING_STEPS = 3
-"""Newton-Schulz iterations of Muon. Five are usual; at width 128 three lose 2% of error per step and take a sixth less time."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,8 @@ def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: Distill
 class Distiller:
     """A model in training: its weights, optimiser and average, from which training goes on bit for bit.
 
-    Matrices are trained by Muon (orthogonalised momentum, arXiv 2502.16982), everything else by AdamW, both in timm's optimiser; the rate
-    warms up and falls by a cosine to zero. What a step does depends on those, the batch and (seed, step) alone.
+    Matrices are trained by Muon (orthogonalised momentum, arXiv 2502.16982), everything else by timm's NAdamW; the rate warms up and falls
+    by a cosine to zero. What a step does depends on those, the batch and (seed, step) alone.
     """
 
     def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:
@@ -188,15 +186,14 @@ class Distiller:
         matrices = [p for p in trained.values() if p.ndim == 2]
         others = [p for p in trained.values() if p.ndim != 2]
         shrink = min(1.0, 128 / model.arch.width)
-        self.optimizer = Muon(
-            [{"params": matrices, "lr": settings.learning_rate * shrink}, {"params": others, "use_fallback": True}],
-            lr=settings.learning_rate,
-            nesterov=True,
-            ns_steps=ORTHOGONALISING_STEPS,
-            betas=(0.9, 0.95),
-        )
+        self.optimizers: list[torch.optim.Optimizer] = [
+            StackedMuon(matrices, settings.learning_rate * shrink),
+            NAdamW(others, settings.learning_rate, betas=(0.9, 0.95), weight_decay=0, foreach=True),
+        ]
         warmup = min(settings.warmup, settings.steps // 10)
-        self.schedule = CosineLRScheduler(self.optimizer, t_initial=settings.steps, warmup_t=warmup, t_in_epochs=False)
+        self.schedules = [
+            CosineLRScheduler(optimizer, t_initial=settings.steps, warmup_t=warmup, t_in_epochs=False) for optimizer in self.optimizers
+        ]
         self.average: Any = None
         if settings.ema:
             from diffusers.training_utils import EMAModel
@@ -212,7 +209,8 @@ class Distiller:
             reduce: adds up gradients over processes, in place.
         """
         levels = levels_of_step(self.levels, self.model.arch.depth, self.settings.seed, self.step_count)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         total = torch.zeros((), device=sizes.device)
         for part in torch.arange(len(states)).tensor_split(self.settings.accumulate):
             if len(part):
@@ -225,8 +223,9 @@ class Distiller:
             reduce(gradients)
         nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         self.step_count += 1
-        self.schedule.step_update(self.step_count)
-        self.optimizer.step()
+        for schedule, optimizer in zip(self.schedules, self.optimizers, strict=True):
+            schedule.step_update(self.step_count)
+            optimizer.step()
         if self.average is not None:
             self.average.step(list(self.parameters.values()))
         return total
@@ -234,7 +233,7 @@ class Distiller:
     @property
     def rate(self) -> float:
         """The rate of the last step."""
-        return self.optimizer.param_groups[-1]["lr"]
+        return self.optimizers[-1].param_groups[0]["lr"]
 
     def finish(self) -> None:
         """Ends training; the averaged weights, where there are any, take the place of the last ones."""
@@ -247,7 +246,7 @@ class Distiller:
         return {
             "step": self.step_count,
             "weights": {name: parameter.data for name, parameter in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -255,6 +254,7 @@ class Distiller:
         self.step_count = state["step"]
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
