@@ -188,7 +188,7 @@ class Distiller:
         shrink = min(1.0, 128 / model.arch.width)
         self.optimizers: list[torch.optim.Optimizer] = [
             StackedMuon(matrices, settings.learning_rate * shrink),
-            NAdamW(others, settings.learning_rate, betas=(0.9, 0.95), weight_decay=0, foreach=True),
+            NAdamW(others, settings.learning_rate, betas=(0.9, 0.95), eps=1e-7, weight_decay=0, foreach=True),
         ]
         warmup = min(settings.warmup, settings.steps // 10)
         self.schedules = [
