@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,12 @@ def mediatorize(*arguments: object, code: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def test_the_installed_command_prints_one_line_and_exits_with_one(tmp_path: Path) -> None:
-    command = shutil.which("mediatorize", path=sysconfig.get_path("scripts"))
-    assert command
-    result = subprocess.run([command, "inspect", tmp_path / "nowhere.pt"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("how", ["installed", "module"])
+def test_the_command_prints_one_line_and_exits_with_one(how: str, tmp_path: Path) -> None:
+    installed = shutil.which("mediatorize", path=sysconfig.get_path("scripts"))
+    assert installed
+    command = [installed] if how == "installed" else [sys.executable, "-m", "mediatorize"]
+    result = subprocess.run([*command, "inspect", tmp_path / "nowhere.pt"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr == f"error: {tmp_path / 'nowhere.pt'}: no such file or folder. Check the path.\n"
