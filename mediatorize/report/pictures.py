@@ -88,9 +88,10 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
                 axis.plot(100 * row.relative_time, value, "o", color="white", markeredgecolor=colour, markersize=5.5)
             axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6, clip_on=False)
             label = f"m = {row.level}" if row.level.isdigit() else row.level
-            axis.annotate(
-                label, (100 * row.relative_flops, value), (0, 6), textcoords="offset points", fontsize=8, color=colour, ha="center"
-            )
+            # levels are named above their marks, schedules at the lower left: often one lies just below a level
+            offset, side, edge = ((0, 5), "center", "bottom") if level else ((-4, -3), "right", "top")
+            place = (100 * row.relative_flops, value)
+            axis.annotate(label, place, offset, textcoords="offset points", fontsize=8, color=colour, ha=side, va=edge)
         timed = any(row.relative_time is not None for row in results[1:])
         axis.set_xlabel(f"% of softmax's FLOPs{' (filled) and time (open)' if timed else ''}", fontsize=8.5, color=SOFT)
         axis.set_title(name, fontsize=10, loc="left", color=INK)
@@ -104,13 +105,13 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
     """A PNG: |student - teacher| / |teacher| at each model call, noise to the left."""
     figure = _figure(6.4, 3.2)
     axis = figure.subplots()
-    students = results[1:]
-    for index, row in enumerate(students):
-        label = f"m = {row.level}" if row.level.isdigit() else row.level
-        colour = SCHEDULED if not row.level.isdigit() else _shade(index, len(students))
-        axis.plot(
-            noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=label, linestyle="-" if row.level.isdigit() else "--"
-        )
+    levels = [row for row in results[1:] if row.level.isdigit()]
+    schedules = [row for row in results[1:] if not row.level.isdigit()]
+    for rows, colours, line in ((schedules, "Oranges", "--"), (levels, "Blues", "-")):
+        for index, row in enumerate(rows):
+            label = f"m = {row.level}" if row.level.isdigit() else row.level
+            colour = _shade(index, len(rows), colours)
+            axis.plot(noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=label, linestyle=line)
     axis.invert_xaxis()
     axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
     axis.set_title("distance from the teacher along the trajectory", fontsize=10, loc="left", color=INK)
@@ -120,11 +121,11 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
     _write(path, figure)
 
 
-def _shade(index: int, count: int) -> tuple[float, float, float, float]:
-    """One of `count` blues, from light to dark."""
+def _shade(index: int, count: int, colours: str = "Blues") -> tuple[float, float, float, float]:
+    """One of `count` colours, from light to dark."""
     from matplotlib import colormaps
 
-    return colormaps["Blues"](0.4 + 0.55 * (index + 0.5) / count)
+    return colormaps[colours](0.4 + 0.55 * (index + 0.5) / count)
 
 
 def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
