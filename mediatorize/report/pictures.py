@@ -87,11 +87,10 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
                 axis.plot([100 * row.relative_flops, 100 * row.relative_time], [value] * 2, color=colour, linewidth=0.8, alpha=0.35)
                 axis.plot(100 * row.relative_time, value, "o", color="white", markeredgecolor=colour, markersize=5.5)
             axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6, clip_on=False)
-            label = f"m = {row.level}" if row.level.isdigit() else row.level
             # levels are named above their marks, schedules at the lower left: often one lies just below a level
             offset, side, edge = ((0, 5), "center", "bottom") if level else ((-4, -3), "right", "top")
             place = (100 * row.relative_flops, value)
-            axis.annotate(label, place, offset, textcoords="offset points", fontsize=8, color=colour, ha=side, va=edge)
+            axis.annotate(_row_name(row), place, offset, textcoords="offset points", fontsize=8, color=colour, ha=side, va=edge)
         timed = any(row.relative_time is not None for row in results[1:])
         axis.set_xlabel(f"% of softmax's FLOPs{' (filled) and time (open)' if timed else ''}", fontsize=8.5, color=SOFT)
         axis.set_title(name, fontsize=10, loc="left", color=INK)
@@ -109,9 +108,8 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
     schedules = [row for row in results[1:] if not row.level.isdigit()]
     for rows, colours, line in ((schedules, "Oranges", "--"), (levels, "Blues", "-")):
         for index, row in enumerate(rows):
-            label = f"m = {row.level}" if row.level.isdigit() else row.level
             colour = _shade(index, len(rows), colours)
-            axis.plot(noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=label, linestyle=line)
+            axis.plot(noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=_row_name(row), linestyle=line)
     axis.invert_xaxis()
     axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
     axis.set_title("distance from the teacher along the trajectory", fontsize=10, loc="left", color=INK)
@@ -119,6 +117,10 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
     axis.legend(fontsize=8, frameon=False, labelcolor=INK)
     _calm(axis)
     _write(path, figure)
+
+
+def _row_name(row: RowResult) -> str:
+    return f"m = {row.level}" if row.level.isdigit() else row.level
 
 
 def _shade(index: int, count: int, colours: str = "Blues") -> tuple[float, float, float, float]:
