@@ -21,8 +21,9 @@ from timm.layers import Attention
 
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.model import cost
-from mediatorize.model.architecture import Architecture, MediatorSettings, default_local_rank, preset
+from mediatorize.model.architecture import Architecture, default_local_rank, preset
 from mediatorize.model.attention import MediatorAttention
+from mediatorize.model.levels import MediatorSettings
 from mediatorize.stages.running import text_table
 
 

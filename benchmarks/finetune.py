@@ -20,14 +20,30 @@ from typing import Annotated
 import torch
 import typer
 
-from mediatorize.compression.distill import Distiller, DistillSettings, levels_of_step, mean_squares, saved_bytes
+from mediatorize.compression.distill import Distiller, levels_of_step, mean_squares
+from mediatorize.compression.records import DistillSettings
+from mediatorize.compression.training import TrainingPlan
 from mediatorize.compression.trajectories import Targets
+from mediatorize.diffusion.process import process_of
 from mediatorize.evaluation.timing import paired_time, peak_bytes
-from mediatorize.model.architecture import Architecture, MediatorSettings, default_local_rank, default_modulation_rank, preset
+from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, preset
+from mediatorize.model.levels import MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
-from mediatorize.stages.running import text_table
+from mediatorize.report.tables import text_table
 
-DIGITS = Architecture("sit", 6, 128, 4, 2, 1, (8, 8), 10, True, False, 512)
+DIGITS = Architecture(
+    family="sit",
+    depth=6,
+    width=128,
+    heads=4,
+    patch=2,
+    channels=1,
+    grid=(8, 8),
+    classes=10,
+    null_class=True,
+    learn_sigma=False,
+    mlp_width=512,
+)
 """The digits SiT teacher."""
 
 TURNS = 4
@@ -35,8 +51,8 @@ TURNS = 4
 
 def measure(arch: Architecture, batch: int, pairs: int, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     torch.manual_seed(0)
-    ranks = {"local_rank": default_local_rank(arch.width), "modulation_rank": default_modulation_rank(arch.width)}
-    settings = MediatorSettings((1, 4, 16), mlp="own", **ranks)
+    local, modulation = default_local_rank(arch.width), default_modulation_rank(arch.width)
+    settings = MediatorSettings((1, 4, 16), local_rank=local, modulation_rank=modulation, mlp="own")
     model = DiffusionTransformer(arch, settings).to(device)
     for name, parameter in model.named_parameters():  # blocks alive, so that nothing is multiplied by zero
         if "adaLN" in name or "final_layer" in name:
@@ -45,7 +61,8 @@ def measure(arch: Architecture, batch: int, pairs: int, device: torch.device, dt
     distill = DistillSettings(steps=10**6, batch=batch)
     distiller = Distiller(model, model, distill)
     x = torch.randn(batch, arch.channels, *arch.input_size)
-    t, y = torch.rand(batch) * (999 if arch.family == "dit" else 1), torch.randint(0, arch.classes, (batch,))
+    t = process_of(arch).training_times(batch, torch.Generator().manual_seed(0))
+    y = torch.randint(0, arch.classes, (batch,))
 
     def answers() -> Targets:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -71,7 +88,7 @@ def measure(arch: Architecture, batch: int, pairs: int, device: torch.device, dt
 
     times = paired_time(steps, reference, pairs, device)
     trained = sum(parameter.numel() for parameter in distiller.parameters.values())
-    predicted = 4 * sum(p.numel() for p in model.parameters()) + 12 * trained + saved_bytes(arch, settings, distill, batch)
+    predicted = TrainingPlan.resolve(arch, distill=distill).peak_bytes(arch, settings, batch)
     return {
         "model": arch.name,
         "image_size": arch.image_size,

@@ -6,21 +6,23 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from mediatorize.errors import UserError
-from mediatorize.stages.options import Parameter, parameters
-from mediatorize.stages.run import STAGES, run
+from mediatorize.signatures import as_typer
+from mediatorize.stages.options import OUTPUT, option
+from mediatorize.stages.run import STAGES, Stage
+from mediatorize.stages.run import stage as run
+from mediatorize.version import VERSION
 
 app = typer.Typer(
     help="Compresses pretrained diffusion transformers (DiT, SiT) into mediator form.",
+    epilog="Example: mediatorize inspect DiT-XL/2@512",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 
@@ -28,23 +30,25 @@ def main() -> None:
     app()
 
 
-def _command(name: str, stage: Callable[..., Any]) -> None:
-    """Registers a stage: its signature's parameters as options, its result printed."""
-    known = parameters(stage)
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mediatorize {VERSION}")
+        raise typer.Exit
 
-    def call(**given: Any) -> None:
-        as_json, debug = given.pop("json"), given.pop("debug")
-        arguments = {}
-        for key, value in given.items():
-            parameter = known[key]
-            if value is None or (parameter.type is bool and not value):
-                continue  # left out: the stage's own default holds
-            try:
-                arguments[key] = parameter.convert(value)
-            except ValueError as error:
-                raise typer.BadParameter(f"{value!r}: {error}.", param_hint=_hint(parameter)) from None
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """What stands before a command."""
+
+
+def _register(name: str, stage: Stage) -> None:
+    """Makes a stage a command: its signature's parameters become options, its result is printed."""
+
+    def call(json: bool, debug: bool, **arguments: Any) -> None:
         try:
-            report = stage(**arguments)
+            result = stage.run(**arguments)
         except UserError as error:
             _fail(str(error), debug)
         except KeyboardInterrupt:
@@ -55,44 +59,26 @@ def _command(name: str, stage: Callable[..., Any]) -> None:
         except Exception as error:
             _fail(f"unexpected {type(error).__name__}: {error}. Pass --debug for where, and please report it.", debug)
         else:
-            typer.echo(json.dumps(report.to_json(), indent=2, default=str) if as_json else str(report))
+            typer.echo(_as_json(stage, result) if json else stage.words(result))
 
-    positional = [_parameter(parameter) for parameter in known.values() if parameter.positional]
-    options = [_parameter(parameter) for parameter in known.values() if not parameter.positional]
-    flags = [_flag("json", "print the result as JSON"), _flag("debug", "show where an error came from")]
-    call.__signature__ = inspect.Signature([*positional, *options, *flags])  # type: ignore[attr-defined]
-    app.command(name, help=inspect.getdoc(stage))(call)
-
-
-def _hint(parameter: Parameter) -> str:
-    return parameter.name.upper() if parameter.positional else f"--{parameter.name.replace('_', '-')}"
-
-
-def _parameter(parameter: Parameter) -> inspect.Parameter:
-    if parameter.type is bool:
-        return _flag(parameter.name, parameter.option.help)
-    help_text = parameter.option.help
-    if parameter.option.choices is not None:
-        help_text = f"{help_text} ({', '.join(parameter.option.choices)})"
-    if not parameter.required and parameter.default is not None and parameter.default != ():
-        default = ",".join(map(str, parameter.default)) if isinstance(parameter.default, tuple) else parameter.default
-        help_text = f"{help_text} [default: {default}]"
-    if parameter.positional:
-        return _make(parameter.name, Annotated[str, typer.Argument(help=help_text, show_default=False)], inspect.Parameter.empty)
-    option = typer.Option(_hint(parameter), help=help_text, show_default=False)
-    if parameter.name == "set":
-        return _make(parameter.name, Annotated[list[str] | None, option], None)
-    if parameter.required:
-        return _make(parameter.name, Annotated[str, option], inspect.Parameter.empty)
-    return _make(parameter.name, Annotated[str | None, option], None)
+    command = as_typer(stage.run, call)
+    flags = [
+        _flag("json", "print the result as JSON"),
+        _flag("debug", "show where an error came from"),
+    ]
+    signature = inspect.signature(command)
+    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *flags])  # type: ignore[attr-defined]
+    text, _, example = (inspect.getdoc(stage.run) or "").partition("\n\nExample: ")
+    app.command(name, help=text, epilog=f"Example: {example}" if example else None)(command)
 
 
 def _flag(name: str, help_text: str) -> inspect.Parameter:
-    return _make(name, Annotated[bool, typer.Option(f"--{name.replace('_', '-')}", help=help_text, show_default=False)], False)
+    annotation = Annotated[bool, option(help_text, OUTPUT, f"--{name}")]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
 
-def _make(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _as_json(stage: Stage, result: Any) -> str:
+    return json.dumps(stage.facts(result), indent=2, default=str)
 
 
 def _fail(message: str, debug: bool, code: int = 1) -> None:
@@ -103,4 +89,4 @@ def _fail(message: str, debug: bool, code: int = 1) -> None:
 
 
 for _name, _stage in {**STAGES, "run": run}.items():
-    _command(_name, _stage)
+    _register(_name, _stage)

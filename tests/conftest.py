@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mediatorize.model.architecture import Architecture, MediatorSettings
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
 TINY = Architecture(

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mediatorize.compression.allocate import allocate, descend, joint_error, latent_change_rule, total
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import SOFTMAX, MediatorSettings, preset
+from mediatorize.model.architecture import preset
 from mediatorize.model.cost import attention_flops
+from mediatorize.model.levels import SOFTMAX, MediatorSettings
 
 Table = NDArray[Any]
 

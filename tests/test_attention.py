@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mediatorize.errors import UserError
-from mediatorize.model import cost
-from mediatorize.model.architecture import MediatorSettings, Space
-from mediatorize.model.attention import LocalBranch, MediatorAttention, SwitchableAttention, grid_partition
+from mediatorize.model import forms
+from mediatorize.model.attention import LocalBranch, MediatorAttention
+from mediatorize.model.block import SwitchableAttention
+from mediatorize.model.levels import MediatorSettings, Space
+from mediatorize.model.mediators import grid_partition
 
 WIDTH, HEADS = 48, 3
 LEVELS = (1, 4, 7, 16)
@@ -72,7 +74,7 @@ def test_forward_runs_the_form_that_costs_less(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention, "absorbed", lambda x, mediators, onto: "absorbed")
     monkeypatch.setattr(attention, "plain", lambda x, mediators: "plain")
     ran = [attention(x, mediators) for mediators in LEVELS]
-    cheaper = [cost.absorbed_flops(16, WIDTH, HEADS, m) <= cost.plain_flops(16, WIDTH, HEADS, m) for m in LEVELS]
+    cheaper = [forms.absorbed_flops(16, WIDTH, HEADS, m) <= forms.plain_flops(16, WIDTH, HEADS, m) for m in LEVELS]
     assert ran == ["absorbed" if absorbed else "plain" for absorbed in cheaper]
     assert set(ran) == {"absorbed", "plain"}
 
@@ -224,7 +226,7 @@ def test_softmax_level_is_timm_attention_bit_for_bit_before_and_after_conversion
 def test_unknown_level_is_refused_with_the_levels_there_are() -> None:
     layer = switchable_attention()
     layer.add_mediators(MediatorSettings((1, 4)))
-    with pytest.raises(UserError, match=r"^No level has 5 mediators\. This model has 1, 4, softmax\.$"):
+    with pytest.raises(UserError, match=r"^This model has no level 5\. It has 1, 4, softmax\.$"):
         layer(tokens(), 5)
 
 

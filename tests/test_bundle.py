@@ -19,11 +19,12 @@ from conftest import model_inputs, official_state, randomise, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mediatorize.diffusion.solvers import sample
+from mediatorize.compression.records import Distillation, LayerErrors
+from mediatorize.diffusion.sampling import sample
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.loading import load_model
-from mediatorize.model.architecture import SOFTMAX, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report.card import model_card
@@ -39,14 +40,17 @@ def small_model(seed: int = 0, **changes: Any) -> DiffusionTransformer:
 
 def config_of(model: DiffusionTransformer) -> bundle.BundleConfig:
     assert model.settings is not None
-    source = {"file": "model.pt", "format": "official", "weights": "ema", "sha256": bundle.hash_of_weights(model)}
-    return bundle.BundleConfig(model.arch, model.settings, source, [{"layer": 0, "rank": 3, "kept": True}])
+    source = bundle.Origin(file="model.pt", format="official", weights="ema", sha256=bundle.hash_of_weights(model))
+    errors = LayerErrors(0, before={1: 0.5, 4: 0.25}, after={1: 0.125, 4: 0.0625})
+    distilled = Distillation({"distill": {"steps": 3, "batch": 2}}, before={1: 0.5, 4: 0.25}, after={1: 0.125, 4: 0.0625})
+    return bundle.BundleConfig(model.arch, model.settings, source, (errors,), distilled)
 
 
 def write(path: Path, model: DiffusionTransformer, *, schedule: Schedule | None = None, card: str = "card") -> Path:
     """A bundle at `path`, prepared beside and committed as conversion does."""
     partial = bundle.partial_folder(path)
-    partial.mkdir()
+    (partial / bundle.WORK_FOLDER).mkdir(parents=True)
+    bundle.write_json(partial / bundle.WORK_FOLDER / "plan.json", {})
     bundle.write_bundle(partial, model, config_of(model), card)
     if schedule:
         bundle.write_json(partial / "schedule.json", schedule.to_json())
@@ -121,10 +125,13 @@ def test_config_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_card_can_be_written_again_from_the_config(tmp_path: Path) -> None:
     """Layer errors are per level, and JSON has no whole numbers for keys."""
     model = small_model()
-    errors = [{"layer": layer, "before": {1: 0.5, 4: 0.4}, "after": {1: 0.3, 4: 0.2}} for layer in range(2)]
+    errors = tuple(LayerErrors(layer, before={1: 0.5, 4: 0.4}, after={1: 0.3, 4: 0.2}) for layer in range(2))
     config = replace(config_of(model), layer_errors=errors)
     bundle.write_bundle(tmp_path, model, config, model_card(config))
-    assert model_card(bundle.read_config(tmp_path)) == (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert model_card(bundle.read_config(tmp_path)) == card
+    for part in ("its ema weights", "| m=4 |", "| 0.400 | 0.200 |", "3 steps of 2 states", "0.125 at m=1 (before: 0.500)"):
+        assert part in card, part
 
 
 def test_loading_maps_a_bundle_and_never_writes_it(tmp_path: Path) -> None:
@@ -199,14 +206,18 @@ def test_kill_at_either_rename_leaves_the_old_bundle_and_can_be_repeated(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_kill_before_the_old_bundle_is_deleted_leaves_the_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [bundle.WORK_FOLDER, "out.replaced"])
+def test_kill_before_the_old_bundle_is_deleted_leaves_the_new_one(tmp_path: Path, killed: str) -> None:
     path, new, newer = tmp_path / "out", small_model(seed=2), small_model(seed=3)
     write(path, small_model(seed=1))
+    rmtree = shutil.rmtree
     with pytest.MonkeyPatch.context() as patch:
 
-        def kill(folder: Path) -> None:
-            (folder / "model.safetensors").unlink()
-            raise Killed
+        def kill(folder: Path, ignore_errors: bool = False) -> None:
+            if folder.name == killed:
+                next(file for file in folder.iterdir()).unlink()
+                raise Killed
+            rmtree(folder, ignore_errors)
 
         patch.setattr(shutil, "rmtree", kill)
         with pytest.raises(Killed):
@@ -215,6 +226,7 @@ def test_kill_before_the_old_bundle_is_deleted_leaves_the_new_one(tmp_path: Path
     write(path, newer)
     assert_same_state(load_model(path), newer)
     assert list(tmp_path.iterdir()) == [path]
+    assert contents(path).keys() == {"model.safetensors", "config.json", "README.md"}
 
 
 def test_recover_changes_nothing_where_nothing_is_wrong(tmp_path: Path) -> None:
@@ -492,7 +504,7 @@ def test_hash_ignores_mediators() -> None:
     assert bundle.hash_of_weights(model) == before
 
 
-# --- log and progress ----------------------------------------------------------------------------------------------------------
+# --- log and work --------------------------------------------------------------------------------------------------------------
 
 
 def test_log_grows_by_a_line(tmp_path: Path) -> None:
@@ -521,23 +533,11 @@ def test_failing_log_keeps_the_lines_before(tmp_path: Path, monkeypatch: pytest.
     assert contents(tmp_path) == before
 
 
-def test_progress_comes_back_and_is_cleared_away(tmp_path: Path) -> None:
-    layers = {0: {"a": torch.randn(2, 3).T}, 11: {"a": torch.ones(1), "b": torch.zeros(2)}}
-    for index, weights in layers.items():
-        bundle.save_layer(tmp_path, index, weights, {"before": {"1": index / 2}})
-    (tmp_path / bundle.PLAN_FILE).write_text("{}")
-    found = bundle.saved_layers(tmp_path)
-    assert found.keys() == layers.keys()
-    for index, (weights, errors) in found.items():
-        assert errors == {"before": {1: index / 2}}
-        assert weights.keys() == layers[index].keys()
-        assert all(torch.equal(weights[name], value) for name, value in layers[index].items())
-    states = {"x": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), "t": torch.ones(2)}
-    assert bundle.saved_states(tmp_path) is None
-    bundle.save_states(tmp_path, states)
-    kept = bundle.saved_states(tmp_path)
-    assert kept is not None
-    assert kept.keys() == states.keys()
-    assert all(torch.equal(kept[name], value) for name, value in states.items())
-    bundle.commit(tmp_path, tmp_path.parent / "committed")
-    assert list((tmp_path.parent / "committed").iterdir()) == []
+def test_commit_drops_what_is_kept_of_the_work(tmp_path: Path) -> None:
+    partial, path = tmp_path / "partial", tmp_path / "out"
+    (partial / bundle.WORK_FOLDER).mkdir(parents=True)
+    bundle.write_tensors(partial / bundle.WORK_FOLDER / "layer-000.safetensors", {"a": torch.ones(2)})
+    (partial / "README.md").write_text("kept")
+    bundle.commit(partial, path)
+    assert [file.name for file in path.iterdir()] == ["README.md"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import model_inputs, official_state, tiny_model
 from PIL import Image
 from typer.testing import CliRunner
@@ -20,6 +25,10 @@ from typer.testing import CliRunner
 from mediatorize import load_model, sample
 from mediatorize.cli import app
 from mediatorize.formats.images import VAE_SCALE, to_pixels
+from mediatorize.signatures import as_typer
+from mediatorize.stages.run import STAGES
+from mediatorize.stages.run import stage as RUN
+from mediatorize.version import VERSION
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
 QUICK = [
@@ -33,13 +42,18 @@ QUICK = [
     "2",
     "--batch",
     "8",
-    "--steps",
+    "--sampler-steps",
     "4",
     "--device",
     "cpu",
     "--family",
     "sit",
 ]
+
+
+def unboxed(text: str) -> str:
+    """What stands in Typer's boxes, as one line."""
+    return " ".join(text.replace("│", " ").split())
 
 
 def mediatorize(*arguments: object, code: int = 0) -> tuple[str, str]:
@@ -70,7 +84,7 @@ def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
 
 def test_a_wrong_choice_names_the_choices() -> None:
     _, stderr = mediatorize("convert", "a", "b", "--init", "magic", code=2)
-    assert "expected one of pool, cluster-keys, cluster-queries" in " ".join(stderr.replace("│", " ").split())
+    assert "'magic' is not one of 'pool', 'cluster-keys', 'cluster-queries'" in unboxed(stderr)
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
@@ -80,17 +94,98 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert "Traceback" in loud
 
 
-def test_help_of_every_command_names_its_options() -> None:
-    expected = {
-        "inspect": "--num-heads",
-        "convert": "--init",
-        "calibrate": "--budget",
-        "sample": "--cfg-channels",
-        "evaluate": "--features",
-        "run": "--set",
-    }
-    for command, option in expected.items():
-        assert option in mediatorize(command, "--help")[0]
+COMMANDS = {
+    "inspect": "--num-heads",
+    "convert": "--init <pool|cluster-keys|cluster-queries>",
+    "finetune": "--sampler-steps",
+    "calibrate": "--cost <flops|latency>",
+    "sample": "--cfg-channels N|all",
+    "evaluate": "--features",
+    "export": "--to <diffusers|safetensors|torch-export|official>",
+    "run": "--set",
+}
+"""An option of every command, with its choices where it has some."""
+
+
+def test_every_command_is_tested_here() -> None:
+    assert set(COMMANDS) == {*STAGES, "run"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_options_choices_groups_and_an_example_that_can_be_run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    text = mediatorize(command, "--help")[0]
+    assert COMMANDS[command] in " ".join(text.split())
+    assert "Output" in text
+    example = re.search(rf"Example: mediatorize {command} (.+)", text)
+    assert example
+    parser = typer.Typer(add_completion=False)
+    parser.command()(as_typer((STAGES | {"run": RUN})[command].run, lambda **arguments: arguments))
+    arguments = typer.main.get_command(parser).main(shlex.split(example[1]), standalone_mode=False)
+    assert set(arguments) == set(inspect.signature((STAGES | {"run": RUN})[command].run).parameters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["finetune", "x", "--steps", "800"], "there is no --steps here; pass --train-steps or --sampler-steps."),
+        (["convert", "x", "y", "--steps", "800"], "there is no --steps here; pass --fit-steps or --sampler-steps."),
+        (["finetune", "x", "--batch-size", "4"], "there is no --batch-size here; pass --batch."),
+        (["finetune", "x", "--lr", "1e-3"], "there is no --lr here; pass --learning-rate."),
+        (["sample", "x", "--out", "y.png", "--guidance-scale", "4"], "there is no --guidance-scale here; pass --cfg-scale."),
+        (["sample", "x", "--out", "y.png", "--num-inference-steps", "4"], "there is no --num-inference-steps here; pass --steps."),
+        (["finetune", "x", "--cfg-scale", "4"], "there is no --cfg-scale here; pass --cfg-scales."),
+    ],
+)
+def test_words_of_other_tools_are_answered_with_ours(arguments: list[str], answer: str) -> None:
+    _, stderr = mediatorize(*arguments, code=2)
+    assert answer in unboxed(stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "a", "b", "--levels", "1,four"], "'four' is no level. Levels are softmax or a count of mediators."),
+        (["sample", "a", "--out", "b.png", "--classes", "1,x"], "'x' is not a whole number"),
+        (["sample", "a", "--out", "b.png", "--cfg-channels", "some"], "'some' is not a whole number"),
+        (["finetune", "a", "--train-steps", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(arguments: list[str], message: str) -> None:
+    _, stderr = mediatorize(*arguments, code=2)
+    assert message in unboxed(stderr)
+
+
+def test_the_version_is_printed() -> None:
+    assert mediatorize("--version")[0] == f"mediatorize {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["convert", "--help"], ["evaluate", "--help"], ["finetune", "--nonsense"], ["inspect", "DiT-XL/2@256"]],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str]) -> None:
+    heavy = ("torch", "torchvision", "timm", "diffusers", "sklearn", "scipy", "matplotlib")
+    code = f"""
+import sys
+from mediatorize.cli import app
+try:
+    app({arguments!r})
+except SystemExit:
+    pass
+print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_completion_offers_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shell asks for it: the values of an option whose choices are a table."""
+    words = "mediatorize convert a b --init "
+    environment = os.environ | {"_MEDIATORIZE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "5"}
+    installed = shutil.which("mediatorize", path=sysconfig.get_path("scripts"))
+    result = subprocess.run([str(installed)], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["pool", "cluster-keys", "cluster-queries"]
 
 
 def test_inspect_convert_sample_as_a_user_does_it(official_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -177,7 +272,8 @@ def test_evaluate_judges_every_level_from_the_same_noise(tmp_path: Path) -> None
     assert [other["level"] for other in others] == ["4", "1"]
     assert all(other["sample_error"] > 0 and other["relative_flops"] < 1 for other in others)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
-    assert "| m" not in (tmp_path / "out" / "report.md").read_text()
+    rows = [line.split(" | ")[0] for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[:4] == ["| level", "| softmax", "| m=4", "| m=1"]
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.size[0] > 1000
 

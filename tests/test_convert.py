@@ -16,12 +16,18 @@ import pytest
 import torch
 from conftest import model_inputs, tiny_model
 
-from mediatorize import UserError, load_model
-from mediatorize.compression.fit import FitSettings, fit_layers
-from mediatorize.compression.initialise import INITIALISERS
-from mediatorize.compression.trajectories import teacher_states
+from mediatorize import DiffusionTransformer, UserError, load_model
+from mediatorize.compression import fit
+from mediatorize.compression.conversion import JUDGED_STATES, STATES_PER_TRAJECTORY, convert_model
+from mediatorize.compression.fit import fit_layers
+from mediatorize.compression.initialise import CLUSTER_STATES, INITIALISERS
+from mediatorize.compression.records import FitSettings
+from mediatorize.compression.store import InMemory
+from mediatorize.compression.trajectories import States, teacher_states
+from mediatorize.diffusion.sampling import Sampler
 from mediatorize.formats import bundle
-from mediatorize.model.architecture import MediatorSettings
+from mediatorize.model.levels import MediatorSettings
+from mediatorize.report.conversion import facts, words
 from mediatorize.stages.convert import convert
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
@@ -31,15 +37,25 @@ QUICK: dict[str, Any] = {
     "trajectories": 4,
     "fit_steps": 4,
     "batch": 8,
-    "steps": 4,
+    "sampler_steps": 4,
     "device": "cpu",
     "family": "sit",
     "num_heads": 3,
 }
 
 
+FILES = ["README.md", "config.json", "log.jsonl", "model.safetensors"]
+"""Of a bundle that was converted."""
+
+
 def state_of(path: Path) -> dict[str, torch.Tensor]:
     return load_model(path).state_dict()
+
+
+def states_of(model: DiffusionTransformer, count: int, steps: int, cfg_scale: float = 1.0, trajectories: int = 8) -> States:
+    """States of the model's own trajectories."""
+    sampler = Sampler.resolve(model.arch, steps=steps, cfg_scale=cfg_scale)
+    return teacher_states(model, count, sampler, trajectories=trajectories)
 
 
 def assert_same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -51,8 +67,8 @@ def assert_same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Te
 @pytest.mark.parametrize("space", ["queries", "keys"])
 def test_fitting_lowers_the_error_of_every_layer_and_level(space: Any) -> None:
     model = load_model(TEACHER)
-    states = teacher_states(model, 64, steps=8, trajectories=8)
-    model.add_mediators(MediatorSettings((1, 4), space, 8))
+    states = states_of(model, 64, steps=8)
+    model.add_mediators(MediatorSettings((1, 4), space=space, local_rank=8))
     reports = list(fit_layers(model, states, INITIALISERS["pool"], FitSettings(steps=80, batch=8)))
     assert [report.layer for report in reports] == [0, 1, 2, 3, 4, 5]
     for report in reports:
@@ -63,7 +79,7 @@ def test_fitting_lowers_the_error_of_every_layer_and_level(space: Any) -> None:
 def test_fitting_leaves_the_pretrained_weights_alone() -> None:
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    states = teacher_states(model, 48, steps=4, trajectories=8)
+    states = states_of(model, 48, steps=4)
     model.add_mediators(MediatorSettings((4,)))
     list(fit_layers(model, states, INITIALISERS["pool"], FitSettings(steps=3, batch=8)))
     after = model.state_dict()
@@ -98,12 +114,12 @@ def test_clusters_group_positions_that_attend_alike(init: str) -> None:
 
 
 def test_states_come_evenly_from_the_trajectories_and_half_are_unconditional() -> None:
-    states = teacher_states(tiny_model(), 64, steps=8, trajectories=8, cfg_scale=2.0)
+    states = states_of(tiny_model(), 64, steps=8, cfg_scale=2.0)
     assert states.t.unique(return_counts=True)[1].tolist() == [8] * 8
     assert 16 <= int((states.y == 10).sum()) <= 48
-    again = teacher_states(tiny_model(), 64, steps=8, trajectories=8, cfg_scale=2.0)
+    again = states_of(tiny_model(), 64, steps=8, cfg_scale=2.0)
     assert torch.equal(states.x, again.x)
-    unguided = teacher_states(tiny_model(null_class=False), 64, steps=8, trajectories=8)
+    unguided = states_of(tiny_model(null_class=False), 64, steps=8)
     assert int(unguided.y.max()) < 10
 
 
@@ -132,7 +148,7 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(official_file: Callable
     program = f"{slow_down}; import sys; sys.argv = ['mediatorize', 'convert', *sys.argv[1:]]; from mediatorize.cli import main; main()"
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "broken"), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    first_layer = tmp_path / "broken.partial" / "layer-000.safetensors"
+    first_layer = tmp_path / "broken.partial" / bundle.WORK_FOLDER / "layer-000.safetensors"
     deadline = time.monotonic() + 120
     while not first_layer.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -144,7 +160,7 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(official_file: Callable
     result = convert(str(source), tmp_path / "broken", **QUICK)
     assert 1 <= result.resumed_layers < 3
     assert_same_state(state_of(tmp_path / "unbroken"), state_of(tmp_path / "broken"))
-    assert sorted(file.name for file in (tmp_path / "broken").iterdir()) == ["README.md", "config.json", "log.jsonl", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "broken").iterdir()) == FILES
     assert not (tmp_path / "broken.partial").exists()
 
 
@@ -194,10 +210,41 @@ def test_what_is_there_is_replaced_only_by_force(official_file: Callable[..., Pa
 
 def test_without_fitting_it_says_so_and_keeps_the_initial_errors(official_file: Callable[..., Path], tmp_path: Path) -> None:
     result = convert(str(official_file()), tmp_path / "out", **(QUICK | {"fit_steps": 0}))
-    assert "Not fitted" in str(result)
+    assert "Not fitted" in words(result)
     assert all(errors.before == errors.after for errors in result.errors)
+    assert all(error > 0 for errors in result.errors for error in errors.before.values())
     state = state_of(tmp_path / "out")
     assert torch.equal(state["blocks.1.attn.mediator.qkv.weight"], state["blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("init", INITIALISERS)
+def test_without_fitting_the_teacher_is_sampled_no_more_than_is_looked_at(
+    init: str, official_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    forward = DiffusionTransformer.forward
+
+    def counted(self: DiffusionTransformer, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return forward(self, x, *arguments, **named)
+
+    monkeypatch.setattr(DiffusionTransformer, "forward", counted)
+    many = QUICK | {"states": 1024, "trajectories": 32, "fit_steps": 0, "init": init}
+    source = str(official_file())
+    planned = convert(source, tmp_path / "out", **many, dry_run=True)
+    assert not rows
+    result = convert(source, tmp_path / "out", **many)
+    taken = JUDGED_STATES + (0 if init == "pool" else CLUSTER_STATES)
+    assert planned.plan == result.plan
+    assert result.plan.states == taken
+    assert f"Would take {taken} states" in words(planned)
+    assert f"without fitting, {taken} states are enough" in words(planned)
+    assert len(rows) == result.plan.calls()
+    per_pass = 4 * 2 * -(-taken // STATES_PER_TRAJECTORY)  # calls, halves of a guided batch, samples
+    assert sum(rows) == per_pass * -(-taken // per_pass) < 100 < 1024
+    few = convert(source, tmp_path / "few", **(many | {"states": 16}))
+    assert few.plan.states == 16
+    assert "are enough" not in words(few)
 
 
 def test_nothing_converted_is_said(official_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -217,7 +264,8 @@ def test_a_dry_run_writes_nothing_and_counts_what_would_be_added(official_file: 
     added = sum(value.numel() for name, value in state_of(tmp_path / "out").items() if ".mediator." in name)
     assert planned.plan.added_parameters() == added
     assert planned.estimated_seconds is not None
-    assert "would be written" in str(planned)
+    assert "would be written" in words(planned)
+    assert facts(planned)["dry_run"]
 
 
 def test_the_log_tells_what_was_done(official_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -232,9 +280,11 @@ def test_the_log_tells_what_was_done(official_file: Callable[..., Path], tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"levels": (0, 4)}, "not distinct, ascending counts"),
+        ({"levels": (0, 4)}, "0 is no level"),
+        ({"levels": ("softmax", 4)}, "not distinct, ascending counts"),
         ({"levels": (4, 17)}, "do not fit 16 positions"),
         ({"solver": "ddim"}, "not one for a SIT"),
+        ({"fit_steps": -1}, "--fit-steps -1 is too small"),
         ({"solver": "dopri5"}, "as many steps as it needs"),
         ({"states": 3}, "--states 3 is too small"),
         ({"local_rank": -1}, "is negative"),
@@ -246,6 +296,17 @@ def test_bad_plans_are_refused_before_any_work(
     with pytest.raises(UserError, match=message):
         convert(str(official_file()), tmp_path / "out", **(QUICK | change))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]
+
+
+def test_guidance_without_a_null_class_is_refused(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    """The default guides: such a model is told to pass --cfg-scale 1."""
+    source = str(official_file(null_class=False))
+    options = QUICK | {"num_classes": 10}
+    with pytest.raises(UserError, match=r"no null class.*--cfg-scale 1\."):
+        convert(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out.partial").exists()
+    assert convert(source, tmp_path / "out", **options, cfg_scale=1.0).plan.sampler.rows == 1
+    assert load_model(tmp_path / "out").added().levels == (1, 4)
 
 
 def test_force_replaces_bundles_only(official_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -272,7 +333,9 @@ def test_a_kill_between_the_last_file_and_the_rename_keeps_the_fitted_layers(
 
 def test_a_partial_folder_without_a_plan_is_begun_anew(official_file: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "layer-000.safetensors").write_text("of an older version")
     assert convert(str(official_file()), tmp_path / "out", **QUICK).resumed_layers == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == FILES
 
 
 def test_a_block_whose_gate_is_shut_is_fitted_to_finite_weights() -> None:
@@ -280,7 +343,7 @@ def test_a_block_whose_gate_is_shut_is_fitted_to_finite_weights() -> None:
     block = model.layers()[0]
     for parameter in block.adaLN_modulation.parameters():
         parameter.data.zero_()
-    states = teacher_states(model, 48, steps=4, trajectories=8)
+    states = states_of(model, 48, steps=4)
     model.add_mediators(MediatorSettings((4,)))
     list(fit_layers(model, states, INITIALISERS["pool"], FitSettings(steps=3, batch=8)))
     assert all(value.isfinite().all() for value in model.state_dict().values())
@@ -294,4 +357,40 @@ def test_divergence_is_said_and_nothing_is_written(official_file: Callable[..., 
 
 def test_any_seed_will_do(official_file: Callable[..., Path], tmp_path: Path) -> None:
     convert(str(official_file()), tmp_path / "out", **(QUICK | {"seed": 2**31}))
-    assert (tmp_path / "out").exists()
+    model = load_model(tmp_path / "out")
+    assert model.added().levels == (1, 4)
+    assert not torch.equal(model(*model_inputs(model), levels=1), model(*model_inputs(model), levels=4))
+
+
+# --- as a library --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_converted_without_a_folder_to_the_same_weights(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file()
+    told = convert(str(source), tmp_path / "out", **QUICK)
+    model = load_model(source, family="sit", num_heads=3)
+    states = states_of(model, 48, steps=4, cfg_scale=1.5, trajectories=4)
+    settings = bundle.read_config(tmp_path / "out").settings
+    errors = convert_model(model, states, settings, fit=FitSettings(steps=4, batch=8), store=InMemory())
+    assert tuple(errors) == told.errors == bundle.read_config(tmp_path / "out").layer_errors
+    assert_same_state(model.state_dict(), state_of(tmp_path / "out"))
+
+
+def test_a_store_gives_back_what_was_fitted_and_errors_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, fitting = MediatorSettings((1, 4), local_rank=8), FitSettings(steps=60, batch=8)
+    first, second, third = tiny_model(), tiny_model(), tiny_model()
+    states, store, steps = states_of(first, 64, steps=4), InMemory(), []
+    errors = convert_model(first, states, settings, init="pool", fit=fitting, store=store, on_step=lambda: steps.append(1))
+    assert len(steps) == 3 * 60
+    for layer in errors:
+        for level in settings.levels:
+            assert 0 < layer.after[level] < layer.before[level]
+    fitted = {name: value.clone() for name, value in first.state_dict().items()}
+    for parameter in first.parameters():
+        parameter.data.zero_()  # what is done to a model later does not reach the store
+    monkeypatch.setattr(fit, "regress", lambda *_: pytest.fail("fitted again"))
+    assert convert_model(second, states, settings, init="pool", fit=fitting, store=store) == errors
+    assert_same_state(fitted, second.state_dict())
+    monkeypatch.undo()
+    assert convert_model(third, states, settings, init="pool", fit=fitting) == errors
+    assert_same_state(fitted, third.state_dict())

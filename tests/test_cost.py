@@ -10,8 +10,10 @@ import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from mediatorize.model import cost
-from mediatorize.model.architecture import Architecture, Level, MediatorSettings, default_local_rank, preset
+from mediatorize.model import cost, forms
+from mediatorize.model.architecture import Architecture, default_local_rank, preset
+from mediatorize.model.attention import MediatorAttention
+from mediatorize.model.levels import Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
 
 SETTINGS = MediatorSettings((1, 4, 7, 16), local_rank=6, modulation_rank=5, mlp="own")
@@ -49,9 +51,9 @@ def counted(
 
 
 def test_both_forms_are_among_the_levels_under_test() -> None:
-    forms = {m: cost.absorbed_is_cheaper(TINY.tokens, TINY.width, TINY.heads, m) for m in SETTINGS.levels}
-    assert forms[ABSORBED]
-    assert not forms[PLAIN]
+    absorbed = {m: forms.absorbed_is_cheaper(TINY.tokens, TINY.width, TINY.heads, m) for m in SETTINGS.levels}
+    assert absorbed[ABSORBED]
+    assert not absorbed[PLAIN]
 
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
@@ -92,7 +94,7 @@ def test_closed_form_counts_the_local_branch(level: Level, rank: int) -> None:
     flops = cost.forward_flops(TINY, level, settings)
     assert flops == counted(TINY, level, settings).get_total_flops()
     bare = cost.forward_flops(TINY, level, dataclasses.replace(SETTINGS, local_rank=0))
-    assert flops - bare == TINY.depth * cost.local_flops(TINY.tokens, TINY.width, rank)
+    assert flops - bare == TINY.depth * forms.local_flops(TINY.tokens, TINY.width, rank)
 
 
 def test_closed_form_is_of_one_sample() -> None:
@@ -135,16 +137,21 @@ def test_published_multiply_adds_are_half_the_flops(size: str, family: str) -> N
 
 @pytest.mark.parametrize("name", ["DiT-S/2@256", "DiT-XL/2@256", "DiT-XL/2@512", "DiT-B/4@512"])
 def test_a_level_costs_the_cheaper_of_its_two_forms(name: str) -> None:
+    """Both forms are counted by torch as they run; the level's closed form is the smaller count, and the form that runs is that one."""
     arch = preset(name)
-    forms = set()
-    for mediators in (1, 2, 4, 16, 32, 48, 64, 65, 72, 100, 256):
-        sizes = (arch.tokens, arch.width, arch.heads, mediators)
-        absorbed, plain = cost.absorbed_flops(*sizes), cost.plain_flops(*sizes)
-        spread = cost.interpolation_flops(arch.grid, arch.heads, mediators)
-        assert cost.attention_flops(arch, mediators) == min(absorbed, plain) + spread
-        assert cost.absorbed_is_cheaper(*sizes) == (absorbed <= plain)
-        forms.add(absorbed < plain)
-    assert forms == {True, False}
+    cheaper = set()
+    for mediators in (1, 2, 16, 64, 65, 72, 100, 256):
+        with torch.device("meta"):
+            layer = MediatorAttention(arch.width, arch.heads, arch.grid, MediatorSettings((mediators,)))
+            x = torch.empty(1, arch.tokens, arch.width)
+        counts = {}
+        for form in (layer.absorbed, layer.plain, layer):
+            with FlopCounterMode(display=False) as counter:
+                form(x, mediators)
+            counts[form] = counter.get_total_flops()
+        assert cost.attention_flops(arch, mediators) == counts[layer] == min(counts.values())
+        cheaper.add(counts[layer.absorbed] < counts[layer.plain])
+    assert cheaper == {True, False}
 
 
 @pytest.mark.parametrize(("mediators", "saved"), [(4, 0.32), (16, 0.23)])
@@ -160,8 +167,28 @@ def test_absorption_saves_of_an_xl_what_the_design_says(mediators: int, saved: f
 def test_the_published_form_saves_less_than_the_two_token_by_token_products(name: str, share: float) -> None:
     arch = preset(name)
     whole = cost.forward_flops(arch)
-    plain = cost.plain_flops(arch.tokens, arch.width, arch.heads, 1)
-    saved = arch.depth * (cost.softmax_flops(arch.tokens, arch.width) - plain)
+    plain = forms.plain_flops(arch.tokens, arch.width, arch.heads, 1)
+    saved = arch.depth * (forms.softmax_flops(arch.tokens, arch.width) - plain)
     ceiling = arch.depth * 4 * arch.tokens**2 * arch.width
     assert ceiling / whole == pytest.approx(share, abs=0.006)
     assert 0.9 * ceiling < saved < ceiling
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        MediatorSettings((4,)),
+        MediatorSettings((1, 4, 16), local_rank=6),
+        MediatorSettings((1,), modulation_rank=5),
+        MediatorSettings((1, 2), local_rank=3, modulation_rank=2, mlp="own"),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {"grid": (20, 18)}, {"null_class": False, "learn_sigma": False}, {"mlp_width": 100, "depth": 1}])
+def test_parameters_in_closed_form_are_those_of_the_model(changes: dict[str, object], settings: MediatorSettings | None) -> None:
+    arch = tiny(**changes)
+    with torch.device("meta"):
+        model = DiffusionTransformer(arch, settings)
+    assert cost.count_parameters(arch, settings) == sum(parameter.numel() for parameter in model.parameters())
+    added = cost.added_parameters(arch, settings) if settings else 0
+    assert added == sum(parameter.numel() for parameter in model.mediator_parameters().values())

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,24 @@ from conftest import tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from mediatorize import UserError, load_model
-from mediatorize.diffusion.solvers import sample
+from mediatorize import DiffusionTransformer, UserError, load_model
+from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.sampling import Sampler, sample
+from mediatorize.evaluation.comparison import InMemoryParts, Samples, compare, rows_of
+from mediatorize.evaluation.features import as_bytes, as_images, digits_extractor
 from mediatorize.evaluation.metrics import frechet_distance, precision_and_recall, statistics_of
+from mediatorize.evaluation.results import Evaluation, Timing
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.formats import bundle
 from mediatorize.formats.images import to_pixels
-from mediatorize.model.architecture import SOFTMAX, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, MediatorSettings, levels_per_layer
 from mediatorize.model.schedule import Schedule
 from mediatorize.report.document import Code, Document, Heading, Picture, Table, Text, markdown
+from mediatorize.report.evaluation import facts, words
 from mediatorize.report.html import html_page
-from mediatorize.stages.evaluate import Report, evaluate
+from mediatorize.signatures import as_command
+from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.inspect import inspect
-from mediatorize.stages.options import as_command
 
 SETTINGS = MediatorSettings((1, 4), local_rank=4)
 ALL_SOFTMAX = Schedule((0.5,), ((SOFTMAX,) * 3, (SOFTMAX,) * 3))
@@ -42,7 +48,7 @@ def make_bundle(path: Path, schedule: Schedule | None = None, **changes: Any) ->
     """A bundle of a tiny randomised model that makes 16x16 grey pictures of ten classes."""
     model = tiny_model(SETTINGS, **({"channels": 1, "grid": (8, 8), "learn_sigma": False} | changes))
     path.mkdir()
-    source = {"file": "teacher.pt", "format": "official", "weights": "", "sha256": bundle.hash_of_weights(model)}
+    source = bundle.Origin("teacher.pt", "official", sha256=bundle.hash_of_weights(model))
     bundle.write_bundle(path, model, bundle.BundleConfig(model.arch, SETTINGS, source), "card")
     bundle.append_log(path, "convert", {"levels": [1, 4]}, {"seconds": 1})
     if schedule is not None:
@@ -50,13 +56,16 @@ def make_bundle(path: Path, schedule: Schedule | None = None, **changes: Any) ->
     return path
 
 
+def evaluated(path: Path, out: Path, **options: Any) -> Evaluation:
+    """A small evaluation."""
+    found = evaluate(str(path), out, **({"samples": 10, "steps": 3, "batch": 4, "features": "none", "pairs": 0, "device": "cpu"} | options))
+    assert isinstance(found, Evaluation)
+    return found
+
+
 def judged(path: Path, out: Path, **options: Any) -> dict[str, dict[str, Any]]:
-    """Results of a small evaluation by row."""
-    report = evaluate(
-        str(path), out, **({"samples": 10, "steps": 3, "batch": 4, "features": "none", "pairs": 0, "device": "cpu"} | options)
-    )
-    assert isinstance(report, Report)
-    return {row["level"]: row for row in report.to_json()["results"]}
+    """Its results by row."""
+    return {row["level"]: row for row in facts(evaluated(path, out, **options))["results"]}
 
 
 def stored(folder: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -120,6 +129,83 @@ def test_paired_time_of_a_call_twice_as_long_is_two() -> None:
         paired_time(takes(2), takes(1), 1, torch.device("cpu"))
 
 
+def test_bytes_are_pictures_and_back() -> None:
+    every_byte = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1)
+    assert np.array_equal(as_bytes(as_images(every_byte)), every_byte)
+    images = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(as_bytes(images), to_pixels(images))
+
+
+# --- the comparison, in memory -------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_in_a_notebook_is_what_the_stage_writes(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b", MIXED)
+    written = judged(path, tmp_path / "out", features="digits", cfg_scale=2.0, solver="heun")
+    model = load_model(path)
+    samples = Samples(rows=rows_of(model), labels=torch.arange(10), batch=4)
+    sampler = Sampler.resolve(model.arch, solver="heun", steps=3, cfg_scale=2.0)
+    found = compare(model, samples, sampler, extractor=digits_extractor())
+    assert [asdict(row) for row in found.results] == list(written.values())
+    assert found.drawn == 10
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert json.loads(json.dumps([asdict(row) for row in found.results])) == content["results"]
+    assert (found.features, found.reference) == (content["features"], content["reference"]) == ("the digits classifier", "the real digits")
+    assert found.distance_of_halves == content["distance_of_halves"] > 0
+    on_disk = stored(tmp_path / "out" / "samples")
+    assert isinstance(samples.parts, InMemoryParts)
+    assert {f"{name}.npz" for name in samples.parts.parts} == on_disk.keys()
+    for name, arrays in samples.parts.parts.items():
+        assert arrays.keys() == on_disk[f"{name}.npz"].keys()
+        assert all(np.array_equal(values, on_disk[f"{name}.npz"][key]) for key, values in arrays.items())
+
+
+def test_rows_are_the_teacher_schedules_and_levels_from_the_dearest() -> None:
+    model = tiny_model(MediatorSettings((1, 4, 16)))
+    assert [(row.name, row.kind) for row in rows_of(model)] == [(name, "level") for name in (SOFTMAX, "16", "4", "1")]
+    model.schedule = MIXED
+    rows = rows_of(model, [1, 16, SOFTMAX, 16], {"other": ALL_SOFTMAX})
+    assert [row.name for row in rows] == [SOFTMAX, "schedule", "other", "16", "1"]  # softmax is the teacher: once
+    assert [row.levels for row in rows[1:3]] == [MIXED, ALL_SOFTMAX]
+    with pytest.raises(UserError, match="no level 9"):
+        rows_of(model, [9])
+    assert [row.name for row in rows_of(tiny_model())] == [SOFTMAX]
+
+
+def test_what_has_no_fixed_cost_is_not_drawn() -> None:
+    model, parts = tiny_model(SETTINGS), InMemoryParts()
+    samples = Samples(rows=rows_of(model), labels=torch.arange(4), parts=parts)
+    with pytest.raises(UserError, match="dopri5 has no fixed cost"):
+        compare(model, samples, Sampler.resolve(model.arch, solver="dopri5"))
+    assert not parts.parts
+
+
+def test_a_schedules_time_is_the_mean_over_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose layers take as many seconds as they have mediators, or nine at softmax, per sample."""
+    model, clock = tiny_model(SETTINGS), {"now": 0.0}
+    model.schedule = MIXED
+    real = DiffusionTransformer.forward
+
+    def slow(self: DiffusionTransformer, x: torch.Tensor, t: Any, y: Any, levels: Any = SOFTMAX) -> torch.Tensor:
+        if len(x) == 6:  # a timed call: three samples and their unconditional halves
+            assert torch.equal(process_of(self.arch).noise_level(t), torch.full((6,), 0.5))
+        per_layer = levels_per_layer(levels, self.arch.depth)
+        clock["now"] += len(x) * sum(9 if level == SOFTMAX else int(level) for level in per_layer)
+        return real(self, x, t, y, levels)
+
+    monkeypatch.setattr(DiffusionTransformer, "forward", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    samples = Samples(rows=rows_of(model), labels=torch.arange(10), batch=10)
+    sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0)
+    found = compare(model, samples, sampler, pairs=2, timing_batch=3)
+    noisy, clear = (1 + 4 + 1) / 27, (9 + 4 + 9) / 27  # seconds of MIXED's two pieces beside softmax's
+    shares = [1, (2 * noisy + clear) / 3, 12 / 27, 3 / 27]  # euler's three calls are at noise levels 1, 2/3 and 1/3
+    assert [row.relative_time for row in found.results] == pytest.approx(shares)
+    assert [row.latency_ms for row in found.results] == pytest.approx([1000 * 6 * 27 * share for share in shares])  # guidance: 6 rows
+    assert [row.images_per_second for row in found.results] == pytest.approx([3 / (3 * 6 * 27 * share) for share in shares])
+    assert found.timing == Timing(pairs=2, batch=3, softmax_ms=1000 * 6 * 27, control=1, control_quartiles=(1, 1))
+
+
 # --- the stage -----------------------------------------------------------------------------------------------------------------
 
 
@@ -154,12 +240,20 @@ def test_errors_are_those_of_the_samplers_states(tmp_path: Path) -> None:
     assert results["schedule"]["sample_error"] > 0
 
 
-def test_other_schedules_are_judged_by_the_name_of_their_file(tmp_path: Path) -> None:
+def test_other_schedules_are_judged_by_the_name_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_bundle(tmp_path / "b", MIXED)
     (tmp_path / "mine.json").write_text(json.dumps(MIXED.to_json()))
     results = judged(path, tmp_path / "out", schedule=(tmp_path / "mine.json",), levels=())
     assert list(results) == [SOFTMAX, "schedule", "mine"]
     assert {**results["mine"], "level": ""} == {**results["schedule"], "level": ""}
+    monkeypatch.chdir(tmp_path)
+    Path("of").mkdir()
+    taken = [Path("of", f"{name}.json") for name in ("4", SOFTMAX, "schedule", "mine")]  # a level, the bundle's own, another file's
+    for file in taken:
+        file.write_text(json.dumps(MIXED.to_json()))
+    results = judged(path, tmp_path / "taken", schedule=(Path("mine.json"), *taken), levels=(4,))
+    assert list(results) == [SOFTMAX, "schedule", "mine", *map(str, taken), "4"]
+    assert [row["kind"] for row in results.values()] == ["level", *["schedule"] * 6, "level"]
     (tmp_path / "short.json").write_text(json.dumps(Schedule((), ((1, 4),)).to_json()))
     with pytest.raises(UserError, match=r"short\.json: is for 2 layers, the model has 3"):
         judged(path, tmp_path / "other", schedule=(tmp_path / "short.json",))
@@ -171,9 +265,9 @@ def test_other_schedules_are_judged_by_the_name_of_their_file(tmp_path: Path) ->
 def test_a_killed_evaluation_goes_on_to_the_same_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_bundle(tmp_path / "b", MIXED)
     unbroken = judged(path, tmp_path / "unbroken")
-    from mediatorize.stages import evaluate as stage
+    from mediatorize.evaluation import comparison
 
-    real, drawn = stage.sample_part, []
+    real, drawn = comparison.sample_part, []
 
     def dies(*arguments: Any) -> torch.Tensor:
         drawn.append(arguments)
@@ -181,7 +275,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(stage, "sample_part", dies)
+    monkeypatch.setattr(comparison, "sample_part", dies)
     with pytest.raises(KeyboardInterrupt):
         judged(path, tmp_path / "broken")
     assert len(stored(tmp_path / "broken" / "samples")) == 6
@@ -200,7 +294,7 @@ def test_samples_are_kept_for_the_next_judgement_and_another_plan_needs_force(tm
     with pytest.raises(UserError, match=r"samples of another plan \(sampling\)"):
         judged(path, out, seed=1)
     assert judged(path, out, seed=1, force=True)["4"]["sample_error"] != first["4"]["sample_error"]
-    monkeypatch.setattr("mediatorize.stages.evaluate.sample_part", None)  # nothing is to be drawn
+    monkeypatch.setattr("mediatorize.evaluation.comparison.sample_part", None)  # nothing is to be drawn
     assert judged(path, out, seed=1, features="digits", force=True)["4"]["accuracy"] is not None
     damaged = next((out / "samples" / "4").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -212,7 +306,7 @@ def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
     path = make_bundle(tmp_path / "b")
     (tmp_path / "out" / "samples").mkdir(parents=True)
     (tmp_path / "out" / "samples" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="no samples of an evaluation"):
+    with pytest.raises(UserError, match=r"samples: holds files that are not mediatorize's work"):
         judged(path, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "samples" / "mine.txt").read_text() == "mine"
 
@@ -318,7 +412,7 @@ def test_any_exported_program_judges(tmp_path: Path) -> None:
         ({"samples": 1}, "--samples 1 is too small"),
         ({"pairs": 1}, "--pairs 1 is too small"),
         ({"levels": (3,)}, "no level 3"),
-        ({"solver": "dopri5"}, "no fixed cost"),
+        ({"solver": "dopri5"}, "takes as many steps as it needs; a comparison needs a fixed number"),
         ({"steps": 0}, "0 steps cannot be taken"),
     ],
 )
@@ -387,9 +481,10 @@ def test_fids_inception_is_torchvisions_but_for_its_pools(tmp_path: Path) -> Non
 
 def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None:
     path, out = make_bundle(tmp_path / "b", MIXED), tmp_path / "out"
-    results = judged(path, out, features="digits", samples=70, pairs=2, timing_batch=2)
+    found = evaluated(path, out, features="digits", samples=70, pairs=2, timing_batch=2)
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     content = json.loads((out / "evaluation.json").read_text())
+    assert content == json.loads(json.dumps(facts(found)))
     assert set(content["pictures"]) == {"comparison.png", "error-cost.png", "trajectory.png", "schedule.png"}
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert sorted(embedded) == sorted((out / name).read_bytes() for name in content["pictures"])
@@ -399,14 +494,20 @@ def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None
     assert 'name="viewport"' in page
     for name in content["pictures"]:
         assert f"]({name})" in text
-    for row in results.values():
-        assert f"{row['frechet_distance']:.2f}" in page
-        assert f"{row['relative_flops']:.1%}" in text
+    told = words(found)
+    for row in found.results:
+        assert f"<td>{row.frechet_distance:.2f}</td>" in page
+        assert f"| {row.relative_flops:.1%} |" in text
+        (line,) = (line for line in told.splitlines() if line.split()[0:1] == [row.title])
+        assert line.split()[2:] == [f"{row.relative_flops:.1%}", f"{row.relative_time:.1%}", *line.split()[4:]]
+    assert told.endswith(f"Wrote report.html, report.md, evaluation.json, {', '.join(content['pictures'])} in {out}.")
     for fact in (content["command"], content["source"]["sha256"], content["versions"]["torch"], content["hardware"]["processor"]):
         assert fact in page
     assert f"evaluate {path} {out} --samples 70" in content["command"]
     assert content["log"][0]["command"] == "convert"
     assert "At its calibrated schedule" in page
+    assert "| m=4 | " in text
+    assert "Frechet distances of 70 samples" not in text
 
 
 def test_a_document_escapes_what_it_is_given(tmp_path: Path) -> None:
@@ -416,6 +517,8 @@ def test_a_document_escapes_what_it_is_given(tmp_path: Path) -> None:
     page = html_page(Document("<t>", "<lead>", blocks))
     for raw in ("<b>", "<i>", "<x>", "<s>", "<t>", "<lead>", "a & b"):
         assert raw not in page
+    for escaped in ("&lt;b&gt;", "&lt;i&gt;", "&lt;x&gt;", "&lt;s&gt;", "&lt;t&gt;", "&lt;lead&gt;", "a &amp; b", "a &#34;caption&#34;"):
+        assert escaped in page
     assert "cG5n" in page
     assert r"y\|z" in markdown(Document("t", "lead", blocks))
 

@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mediatorize import UserError, load_model, sample
+from mediatorize.compression.records import LayerErrors
+from mediatorize.diffusion import sampling
+from mediatorize.diffusion.process import BETAS, process_of
+from mediatorize.export import safetensors
+from mediatorize.export.contract import Choices, Export, Probe, Subject
+from mediatorize.export.standalone import standalone
+from mediatorize.export.targets import EXPORTS
 from mediatorize.formats import bundle
-from mediatorize.formats.export import targets
-from mediatorize.formats.export.standalone import standalone
-from mediatorize.formats.export.targets import EXPORTS
 from mediatorize.formats.tensors import read_safetensors
-from mediatorize.model.architecture import SOFTMAX, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.report import exporting
 from mediatorize.report.card import model_card
+from mediatorize.signatures import typed_signature
 from mediatorize.stages.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
@@ -54,8 +59,8 @@ def small_model(schedule: Schedule | None = SCHEDULE, **changes: Any) -> Diffusi
 
 def make_bundle(path: Path, model: DiffusionTransformer) -> Path:
     """A bundle as conversion and calibration leave it."""
-    errors = [{"layer": i, "before": {1: 0.7, 4: 0.4}, "after": {1: 0.3, 4: 0.1}} for i in range(model.arch.depth)]
-    source = {"file": "source.pt", "format": "official", "weights": "ema", "sha256": bundle.hash_of_weights(model)}
+    errors = tuple(LayerErrors(i, before={1: 0.7, 4: 0.4}, after={1: 0.3, 4: 0.1}) for i in range(model.arch.depth))
+    source = bundle.Origin(file="source.pt", format="official", weights="ema", sha256=bundle.hash_of_weights(model))
     config = bundle.BundleConfig(model.arch, SETTINGS, source, errors)
     path.mkdir()
     bundle.write_bundle(path, model, config, model_card(config))
@@ -139,19 +144,19 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_every_export_is_checked_and_says_what_it_is(target: str, schedule: Schedule | None, tmp_path: Path) -> None:
     source = make_bundle(tmp_path / "bundle", small_model(schedule))
     before = files(source)
-    report = export(source, tmp_path / "out", to=target)
+    result = export(source, tmp_path / "out", to=target)
     assert files(source) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "out"]
     levels = {"level softmax", "level 1", "level 4"}
     pieces = {f"schedule at noise level {middle}" for middle in ("0.125", "0.375", "0.75")} if schedule else set()
     expected = {"official": {"level softmax"}, "torch-export": pieces or levels}.get(target, levels | pieces)
-    assert set(report.differences) == expected
-    assert report.largest <= 1e-4
+    assert set(result.verified.differences) == expected
+    assert result.verified.largest <= 1e-4
     card = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "source.pt",
         "ema",
-        bundle.read_config(source).source["sha256"],
+        bundle.read_config(source).source.sha256,
         "mediatorize convert",
         "Licence",
         "GMACs",
@@ -162,8 +167,12 @@ def test_every_export_is_checked_and_says_what_it_is(target: str, schedule: Sche
     assert "DEST" not in card
     assert ("schedule chooses" in card) == (schedule is not None)
     record = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert record["differences"] == report.differences
+    assert record["differences"] == result.verified.differences
     assert str(tmp_path) not in card + json.dumps(record)
+    assert set(exporting.facts(result)) == set(record) - {"version", "bundle"}
+    told = exporting.words(result)
+    assert f"exported to {result.target}" in told
+    assert ("pass --level" in told) == (target == "diffusers" and schedule is None)
 
 
 def test_an_evaluation_goes_into_the_card(sit: Path, tmp_path: Path) -> None:
@@ -198,10 +207,10 @@ def test_only_exports_are_replaced_and_only_by_force(sit: Path, tmp_path: Path) 
 def test_an_unfinished_export_is_begun_again_and_nothing_else_is_dropped(sit: Path, tmp_path: Path) -> None:
     partial = bundle.partial_folder(tmp_path / "out")
     partial.mkdir()
-    (partial / bundle.PLAN_FILE).write_text("{}")
+    (partial / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="no unfinished export"):
         export(sit, tmp_path / "out", to="official")
-    assert (partial / bundle.PLAN_FILE).exists()
+    assert (partial / "plan.json").exists()
     (partial / "export.json").write_text("{}")
     export(sit, tmp_path / "out", to="official")
     assert set(files(tmp_path / "out")) == {"README.md", "export.json", "model.pt"}
@@ -209,13 +218,13 @@ def test_an_unfinished_export_is_begun_again_and_nothing_else_is_dropped(sit: Pa
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The official export, writing what the next load finds wrong."""
-    target = EXPORTS["safetensors"]
+    """The export as safetensors, writing what the next load finds wrong."""
+    own = safetensors.outputs
 
     def outputs(*arguments: Any) -> dict[str, Tensor]:
-        return {name: value + 2e-4 * value.abs().max() for name, value in target.outputs(*arguments).items()}
+        return {name: value + 2e-4 * value.abs().max() for name, value in own(*arguments).items()}
 
-    monkeypatch.setitem(targets.EXPORTS, "safetensors", replace(target, outputs=outputs))
+    monkeypatch.setattr(safetensors, "outputs", outputs)
     yield
 
 
@@ -259,6 +268,54 @@ def test_bad_input_is_refused(sit: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sit"]
 
 
+# --- a target of one's own -----------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, subject: Subject, choices: Choices) -> None:
+    """Together with `outputs` and `usage`: a target, which is this module."""
+    torch.save(subject.model.state_dict(), folder / "toy.pt")
+
+
+def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
+    model = DiffusionTransformer(subject.arch, subject.config.settings)
+    model.load_state_dict(torch.load(folder / "toy.pt", weights_only=True))
+    return probe.outputs(model.eval())
+
+
+def usage(subject: Subject, choices: Choices) -> str:
+    return 'torch.load("DEST/toy.pt")'
+
+
+def test_a_target_is_a_module_and_an_entry(sit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPORTS, "toy", Export(module=__name__))
+    result = export(sit, tmp_path / "out", to="toy")
+    assert result.verified.largest == 0
+    assert {"level softmax", "level 1", "level 4"} < set(result.verified.differences)
+    assert set(files(tmp_path / "out")) == {"README.md", "export.json", "toy.pt"}
+    assert 'torch.load("out/toy.pt")' in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="--level says nothing to --to toy"):
+        export(sit, tmp_path / "another", to="toy", level=4)
+
+    def other(*arguments: Any) -> DiffusionTransformer:
+        return tiny_model(SETTINGS, seed=1, **SMALL)
+
+    monkeypatch.setitem(EXPORTS, "toy", Export(module=__name__, heeds=frozenset({"dtype"})))
+    monkeypatch.setattr(sys.modules[__name__], "reference", other, raising=False)
+    with pytest.raises(UserError, match="not the model"):
+        export(sit, tmp_path / "another", to="toy", dtype="bfloat16")
+
+
+def test_the_command_line_tells_targets_apart_without_importing_them() -> None:
+    to = next(parameter for parameter in typed_signature(export) if parameter.name == "to")
+    info = to.annotation.__metadata__[0]
+    for name, target in EXPORTS.items():
+        assert f"{name}: {target.help}" in info.help
+    heavy = ["torch", "diffusers", "timm", "safetensors"]
+    code = f"import sys; import mediatorize.export.targets; found = set({heavy}) & set(sys.modules); sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # --- diffusers -----------------------------------------------------------------------------------------------------------------
 
 SIT_SCRIPT = """
@@ -295,6 +352,7 @@ def test_a_sit_samples_in_diffusers_as_here(changes: dict[str, Any], tmp_path: P
 def test_a_sit_with_a_vae_makes_pictures_in_diffusers(sit: Path, tmp_path: Path) -> None:
     vae = tiny_vae(tmp_path / "vae")
     export(sit, tmp_path / "out", to="diffusers", vae=tmp_path / "vae", level=1)
+    assert "as loaded it is at level 1" in (tmp_path / "out" / "README.md").read_text()
     model = load_model(sit)
     noise, _, _ = model_inputs(model, batch=2)
     script = """
@@ -334,14 +392,11 @@ sampled("dpm at softmax", 6)
 def test_a_dit_with_a_vae_samples_in_the_stock_pipeline_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
     from diffusers import DDIMScheduler
 
-    from mediatorize.diffusion import process
-    from mediatorize.diffusion.solvers import guide
-
     vae = tiny_vae(tmp_path / "vae")
     source = make_bundle(tmp_path / "bundle", small_model(family="dit", **changes))
     export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
     assert not list((tmp_path / "out").glob("*.py"))
-    found = elsewhere(tmp_path / "out", DIT_SCRIPT, tmp_path, betas=torch.from_numpy(process.BETAS))
+    found = elsewhere(tmp_path / "out", DIT_SCRIPT, tmp_path, betas=torch.from_numpy(BETAS))
 
     model = load_model(source)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -357,9 +412,9 @@ def test_a_dit_with_a_vae_samples_in_the_stock_pipeline_as_here(changes: dict[st
     x = noise
     for t in scheduler.timesteps:
         times = torch.full((4,), float(t))
-        levels = SCHEDULE.at(float(process.noise_level(model.arch, times)[0]))
+        levels = SCHEDULE.at(float(process_of(model.arch).noise_level(times)[0]))
         with torch.no_grad():
-            output = guide(model(torch.cat([x, x]), times, torch.tensor([1, 7, 10, 10]), levels=levels), 4.0, 4)
+            output = sampling.guide(model(torch.cat([x, x]), times, torch.tensor([1, 7, 10, 10]), levels=levels), 4.0, 4)
         x = scheduler.step(output[:2, :4], t, x).prev_sample
     assert_close(found["ddim"], x)
 
@@ -379,21 +434,19 @@ assert picture.size == (8, 8) and picture.mode == "RGB", picture
 
 
 def test_a_dit_of_pixels_samples_in_diffusers_without_a_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mediatorize.diffusion import process, solvers
-
     source = make_bundle(tmp_path / "bundle", small_model(family="dit", channels=3))
     export(source, tmp_path / "out", to="diffusers")
     model = load_model(source)
     noise, _, _ = model_inputs(model, batch=2)
-    found = elsewhere(tmp_path / "out", BARE_DIT_SCRIPT, tmp_path, noise=noise, betas=torch.from_numpy(process.BETAS))
+    found = elsewhere(tmp_path / "out", BARE_DIT_SCRIPT, tmp_path, noise=noise, betas=torch.from_numpy(BETAS))
     assert_close(found["dpm"], sample(model, [1, 7], solver="dpm-solver++", steps=6, cfg_scale=1.5, noise=noise))
 
     generator = torch.Generator().manual_seed(5)  # the scheduler draws from it once a step
 
-    def drawn(seed: int, indices: Any, count: int, shape: Any) -> Tensor:
+    def drawn(sampler: Any, samples: Any, shape: Any, device: Any, count: int) -> Tensor:
         return torch.randn(2, *shape, generator=generator)
 
-    monkeypatch.setattr(solvers, "noise_for", drawn)
+    monkeypatch.setattr(sampling, "draw_noise", drawn)
     assert_close(found["ddpm"], sample(model, [1, 7], solver="ddpm", steps=5, noise=noise))
 
 
@@ -445,7 +498,7 @@ def test_the_transformer_takes_its_level_from_the_timestep(tmp_path: Path) -> No
 
 def test_the_code_that_travels_needs_neither_mediatorize_nor_timm() -> None:
     for entry in ("transformer", "pipeline"):
-        code = standalone(f"mediatorize.formats.export.travelling.{entry}", "title")
+        code = standalone(f"mediatorize.export.travelling.{entry}", "title")
         compile(code, entry, "exec")
         assert "import mediatorize" not in code
         assert "from mediatorize" not in code
@@ -455,8 +508,11 @@ def test_the_code_that_travels_needs_neither_mediatorize_nor_timm() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("from mediatorize.model.architecture import Level\n\ndef preset():\n    pass\n", "preset comes from"),
-        ("def f():\n    from mediatorize.errors import UserError\n", "not at the top"),
+        ("from mediatorize.model.architecture import Family\n\ndef preset():\n    pass\n", "preset comes from"),
+        ("import mediatorize.errors\n", "write `from mediatorize.errors import"),
+        ("def f():\n    import mediatorize.errors as e\n", "line 2: write `from mediatorize.errors import"),
+        ("def f():\n    from mediatorize.errors import UserError as E\n", "line 2: inside a function"),
+        ("def f():\n    from mediatorize.model import forms\n", "line 2: inside a function"),
     ],
 )
 def test_code_that_cannot_travel_is_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,14 +522,56 @@ def test_code_that_cannot_travel_is_refused(text: str, message: str, tmp_path: P
         standalone("stranger", "title")
 
 
-def test_modules_and_renamed_names_resolve_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imports = "from mediatorize.model import cost\nfrom mediatorize.model.architecture import coarse_grid as cells\n"
-    text = imports + "\nVALUE = (cost.local_flops(4, 2, 1), cells((3, 40)))\n"
+def run_alone(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a module of that text defines when it is made standalone and run where mediatorize cannot be imported."""
     (tmp_path / "stranger.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    code = standalone("stranger", "title")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mediatorize", "timm")]:
+        monkeypatch.setitem(sys.modules, name, None)
     names: dict[str, Any] = {"__name__": __name__}
-    exec(standalone("stranger", "title"), names)
+    exec(code, names)
+    return names
+
+
+def test_modules_and_renamed_names_resolve_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imports = "from mediatorize.model import forms\nfrom mediatorize.model.architecture import coarse_grid as cells\n"
+    names = run_alone(imports + "\nVALUE = (forms.local_flops(4, 2, 1), cells((3, 40)))\n", tmp_path, monkeypatch)
     assert names["VALUE"] == (4 * 4 * 2 + 18 * 4, (3, 16))
+
+
+def test_imports_inside_functions_and_for_types_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mediatorize.model.forms import (
+        local_flops,
+        plain_flops,
+    )
+
+
+def cells(grid):
+    from mediatorize.model.architecture import coarse_grid
+    if grid:
+        from mediatorize.model.schedule import Schedule  # in a block of its own
+
+    return coarse_grid(grid), Schedule.__name__
+
+
+def mlp() -> str:
+    import math
+
+    from timm.layers import Mlp
+
+    return f"{Mlp.__name__} {math.pi:.2f}"
+"""
+    names = run_alone(text, tmp_path, monkeypatch)
+    assert names["cells"]((3, 40)) == ((3, 16), "Schedule")
+    assert names["mlp"]() == "Mlp 3.14"
+    assert names["local_flops"](4, 2, 1) == 4 * 4 * 2 + 18 * 4
 
 
 # --- safetensors ---------------------------------------------------------------------------------------------------------------
@@ -481,11 +579,11 @@ def test_modules_and_renamed_names_resolve_in_one_file(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_safetensors_load_again_as_they_were_rounded(dtype: str, sit: Path, tmp_path: Path) -> None:
-    report = export(sit, tmp_path / "out", to="safetensors", dtype=dtype)
+    verified = export(sit, tmp_path / "out", to="safetensors", dtype=dtype).verified
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     assert {tensor.dtype for tensor in read_safetensors(tmp_path / "out" / "model.safetensors")[0].values()} == {kind}
-    assert (report.rounding == 0) == (dtype == "float32")
-    assert report.rounding < 0.1
+    assert (verified.rounding == 0) == (dtype == "float32")
+    assert verified.rounding < 0.1
     found, model = load_model(tmp_path / "out"), load_model(sit)
     assert found.schedule == model.schedule
     for name, value in model.state_dict().items():

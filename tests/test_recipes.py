@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from mediatorize import UserError, load_model
-from mediatorize.stages.options import convert as convert_value
-from mediatorize.stages.run import read_recipe, run
+from mediatorize.stages.run import STAGES, read_recipe, run
+from mediatorize.stages.run import stage as RUN
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-QUICK = (
+QUICK = [
     "convert.levels=1,4",
     "convert.states=48",
     "convert.trajectories=4",
@@ -23,7 +23,7 @@ QUICK = (
     "convert.batch=8",
     "finetune.train_steps=4",
     "finetune.trajectories=4",
-    "finetune.steps=3",
+    "finetune.sampler_steps=3",
     "calibrate.budgets=0.8",
     "calibrate.steps=3",
     "calibrate.trajectories=4",
@@ -32,32 +32,41 @@ QUICK = (
     "evaluate.samples=40",
     "evaluate.steps=3",
     "evaluate.pairs=2",
-)
+]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_pass_a_dry_run_without_a_checkpoint(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    report = run(path, dry_run=True)
-    assert "would be written" in str(report)
+    result = run(path, dry_run=True)
+    stages = tuple(tomllib.loads(path.read_text()).keys() & STAGES.keys())
+    assert {*result.told, *result.unplanned} == set(stages)
+    assert list(result.told) == ["inspect", "convert"]  # the others read the bundle that is not there yet
+    text = RUN.words(result)
+    assert "would be written" in text
+    assert all(f"== {name} ==" in text for name in stages)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_digits_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
-    report = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
+    result = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
     stages = ["inspect", "convert", "finetune", "calibrate", "sample", "evaluate", "export"]
-    assert list(report.reports) == stages
+    assert list(result.told) == stages
     for picture in ("student.png", "evaluation/comparison.png", "bundle/calibration/candidates.png"):
         with Image.open(tmp_path / "out" / picture) as image:
             assert len(image.convert("L").getcolors() or []) > 10
-    levels = [row["level"] for row in report.reports["evaluate"].to_json()["results"]]
+    levels = [row["level"] for row in result.told["evaluate"].facts["results"]]
     assert levels == ["softmax", "schedule", "4", "1"]
     assert (tmp_path / "out" / "diffusers" / "model_index.json").exists()
 
     again = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
     assert list(again.skipped) == stages
-    changed = run(RECIPES / "digits.toml", set=(*QUICK, "sample.seed=5"), out=tmp_path / "out")
+    changed = run(RECIPES / "digits.toml", set=[*QUICK, "sample.seed=5"], out=tmp_path / "out")
     assert list(changed.skipped) == stages[:4]
+    planned = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out", dry_run=True)
+    assert list(planned.told) == stages[:4]
+    assert planned.told["finetune"].facts["estimated_seconds"] > 0
+    assert planned.told["calibrate"].facts["estimated_seconds"] > 0
     resolved = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert resolved["convert"]["levels"] == [1, 4]
     assert resolved["convert"]["init"] == "cluster-queries"
@@ -76,10 +85,10 @@ def write(tmp_path: Path, text: str) -> Path:
     [
         ("[convert]\ncheckpoint = 'x'\nout = 'y'\nlevls = [1]", r"\[convert\] has no key 'levls'"),
         ("[convert]\ncheckpoint = 'x'", r"\[convert\] needs out"),
-        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nlevels = ['a']", "convert.levels = .*expected a whole number"),
-        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nfit_steps = 2.5", "expected a whole number"),
-        ("[convert]\ncheckpoint = 'x'\nout = 'y'\ninit = 'magic'", "expected one of pool"),
-        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nforce = 'perhaps'", "expected true or false"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nlevels = ['a']", "--levels.*'a' is no level"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nfit_steps = 2.5", "--fit-steps.*valid integer"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\ninit = 'magic'", "--init.*is not one of 'pool'"),
+        ("[convert]\ncheckpoint = 'x'\nout = 'y'\nforce = 'perhaps'", "--force"),
         ("[convrt]\n", "'convrt' is neither a stage nor a known key"),
         ("[convert", "not TOML"),
         ("convert = 3", "'convert' is no table"),
@@ -96,7 +105,7 @@ def test_mistakes_in_a_recipe_are_named(text: str, message: str, tmp_path: Path)
 @pytest.mark.parametrize("change", ["levels=1", "convert.levels", "nothing.levels=1"])
 def test_malformed_changes_are_refused(change: str) -> None:
     with pytest.raises(UserError, match=r"STAGE\.KEY=VALUE"):
-        run(RECIPES / "digits.toml", set=(change,), dry_run=True)
+        run(RECIPES / "digits.toml", set=[change], dry_run=True)
 
 
 def test_a_change_replaces_the_recipes_value_in_its_own_type(tmp_path: Path) -> None:
@@ -109,31 +118,47 @@ def test_a_change_replaces_the_recipes_value_in_its_own_type(tmp_path: Path) -> 
 
 def test_a_stage_that_failed_is_run_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no level 3"):
-        run(RECIPES / "digits.toml", set=(*QUICK, "sample.level=3"), out=tmp_path / "out")
+        run(RECIPES / "digits.toml", set=[*QUICK, "sample.level=3"], out=tmp_path / "out")
     before = ["inspect", "convert", "finetune", "calibrate"]
     assert list(json.loads((tmp_path / "out" / "finished.json").read_text())) == before
     assert list(run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out").skipped) == before
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "expected"),
+    ("key", "value", "expected"),
     [
-        ("3", int, 3),
-        ("1.5", float, 1.5),
-        (2, float, 2.0),
-        ("1, 4", tuple[int, ...], (1, 4)),
-        ([1], tuple[int, ...], (1,)),
-        (None, int | None, None),
+        ("fit_steps", "3", 3),
+        ("fit-steps", "3", 3),
+        ("cfg_scale", "2", 2.0),
+        ("cfg_channels", "all", "all"),
+        ("levels", "1, 8", (1, 8)),
+        ("init", "pool", "pool"),
+        ("data", "some/where", Path("some/where")),
     ],
 )
-def test_values_take_the_type_of_their_parameter(value: object, kind: object, expected: object) -> None:
-    assert convert_value(value, kind) == expected
+def test_values_take_the_type_of_their_parameter(key: str, value: str, expected: object) -> None:
+    recipe = read_recipe(RECIPES / "digits.toml", (f"convert.{key}={value}",), None)
+    found = recipe.stages["convert"][key.replace("-", "_")]
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("finetune.steps=800", "there is no --steps here; pass --train-steps or --sampler-steps"),
+        ("finetune.lr=1", "there is no --lr here; pass --learning-rate"),
+    ],
+)
+def test_words_that_the_command_line_answers_are_answered_in_recipes_too(change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_recipe(RECIPES / "digits.toml", (change,), None)
 
 
 def test_another_file_under_the_same_name_is_converted_again(tmp_path: Path) -> None:
     teacher = tmp_path / "teacher.safetensors"
     teacher.write_bytes((RECIPES / "digits" / "sit.safetensors").read_bytes())
-    text = f"[convert]\ncheckpoint = '{teacher}'\nout = '{{out}}/bundle'\nfit_steps = 0\nstates = 16\nsteps = 2\n"
+    text = f"[convert]\ncheckpoint = '{teacher}'\nout = '{{out}}/bundle'\nfit_steps = 0\nstates = 16\nsampler_steps = 2\n"
     recipe = write(tmp_path, text)
     run(recipe, out=tmp_path / "out")
     assert run(recipe, out=tmp_path / "out").skipped == ("convert",)
@@ -144,6 +169,6 @@ def test_another_file_under_the_same_name_is_converted_again(tmp_path: Path) -> 
 
 
 def test_a_recipe_forces_nothing_outside_its_own_folder(tmp_path: Path) -> None:
-    run(RECIPES / "digits.toml", set=(*QUICK, f"sample.out={tmp_path}/mine.png"), out=tmp_path / "out")
+    run(RECIPES / "digits.toml", set=[*QUICK, f"sample.out={tmp_path}/mine.png"], out=tmp_path / "out")
     with pytest.raises(UserError, match=r"mine\.png: exists"):
-        run(RECIPES / "digits.toml", set=(*QUICK, f"sample.out={tmp_path}/mine.png", "sample.seed=2"), out=tmp_path / "out")
+        run(RECIPES / "digits.toml", set=[*QUICK, f"sample.out={tmp_path}/mine.png", "sample.seed=2"], out=tmp_path / "out")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mediatorize import UserError
 from mediatorize.compression.redundancy import attention_matrices, attention_redundancy, best_rank_error, effective_rank
+from mediatorize.report.inspection import facts, words
 from mediatorize.stages.inspect import inspect
 
 
@@ -78,14 +79,16 @@ def test_attention_that_looks_nowhere_has_rank_one_and_that_which_looks_at_itsel
 def test_inspect_writes_heat_maps_and_tables(official_file: Callable[..., Path], tmp_path: Path) -> None:
     source, picture = official_file(), tmp_path / "r.png"
     report = inspect(str(source), family="sit", num_heads=3, redundancy=picture, device="cpu")
-    content = json.loads(json.dumps(report.to_json()))["redundancy"]
+    content = json.loads(json.dumps(facts(report)))["redundancy"]
     assert np.array(content["effective_rank"]).shape == (3, 10)
     assert set(content["errors"]) == {"1", "4"}
-    assert "effective rank" in str(report)
+    assert set(content) == {"noise_levels", "states", "effective_rank", "errors"}
+    assert "effective rank" in words(report)
+    assert f"Wrote {picture}." in words(report)
     with Image.open(picture) as image:
         assert image.width > image.height
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
-    assert inspect(str(source), family="sit", num_heads=3).to_json()["redundancy"] is None
+    assert facts(inspect(str(source), family="sit", num_heads=3))["redundancy"] is None
 
 
 def test_what_has_no_weights_or_no_place_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,10 +20,16 @@ from torchdiffeq import odeint
 
 import mediatorize
 from mediatorize import MediatorSettings, Schedule, UserError, sample
-from mediatorize.diffusion import process, solvers
-from mediatorize.diffusion.solvers import SOLVERS, Predict
-from mediatorize.model.architecture import Architecture, Level
+from mediatorize.diffusion import sampling, solvers
+from mediatorize.diffusion.process import alphas_cumprod, noised, process_of
+from mediatorize.diffusion.sampling import Sampler, draw_noise
+from mediatorize.diffusion.solvers import SOLVERS
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import Level
 from mediatorize.model.transformer import DiffusionTransformer
+
+if TYPE_CHECKING:
+    from mediatorize.diffusion.solvers import Predict
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = MediatorSettings((1, 4))
@@ -48,6 +54,9 @@ GOLDEN_RUNS: dict[str, tuple[str, int]] = {
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 """diffusers' multistep scheduler makes numpy arrays of tensors in a way that numpy 2 wants changed."""
+
+FAMILY_OF = {"ddpm": "dit", "flow": "sit"}
+"""By process."""
 
 ARCHES = {"dit": {"family": "dit"}, "sit": {"family": "sit"}, "repa": {"family": "sit", "reversed_time": True}}
 
@@ -102,8 +111,8 @@ def record_calls(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("run", GOLDEN_RUNS)
 def test_samples_and_call_times_equal_the_original_code(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     solver, steps = GOLDEN_RUNS[run]
-    model, stored, metadata = golden(SOLVERS[solver].family)
-    monkeypatch.setattr(solvers, "noise_for", lambda seed, indices, count, shape: stored["step_noise"][count])
+    model, stored, metadata = golden(FAMILY_OF[SOLVERS[solver].process])
+    monkeypatch.setattr(sampling, "draw_noise", lambda sampler, samples, shape, device, count: stored["step_noise"][count])
     times: list[float] = []
     samples = sample(
         model,
@@ -125,10 +134,10 @@ def test_samples_and_call_times_equal_the_original_code(run: str, monkeypatch: p
 @pytest.mark.parametrize("run", [run for run, (solver, _) in GOLDEN_RUNS.items() if not SOLVERS[solver].adaptive])
 def test_call_times_foretell_the_calls(run: str) -> None:
     solver, steps = GOLDEN_RUNS[run]
-    with safe_open(GOLDEN / f"{SOLVERS[solver].family}.safetensors", "pt") as opened:
+    with safe_open(GOLDEN / f"{FAMILY_OF[SOLVERS[solver].process]}.safetensors", "pt") as opened:
         original = json.loads(opened.metadata()["model_t"])[run]
     original = original[::2] if solver == "sde" else original
-    assert solvers.call_times(SOLVERS[solver], steps) == pytest.approx(original, abs=1e-6)
+    assert Sampler(solver=solver, steps=steps).times() == pytest.approx(original, abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [2, 21, 23, 27, 250, 999, 1000])
@@ -194,13 +203,13 @@ SPREAD = 0.5
 
 def state_variance(t: int) -> float:
     """Of a DiT's state at timestep t."""
-    kept = float(process.alphas_cumprod()[t])
+    kept = float(alphas_cumprod()[t])
     return kept * SPREAD**2 + 1 - kept
 
 
 def gaussian_noise_prediction(x: Tensor, t: float) -> Tensor:
     """The exact DiT for that data: E[noise | x_t]."""
-    return float(1 - process.alphas_cumprod()[int(t)]) ** 0.5 * x / state_variance(int(t))
+    return float(1 - alphas_cumprod()[int(t)]) ** 0.5 * x / state_variance(int(t))
 
 
 def gaussian_velocity(x: Tensor, t: float) -> Tensor:
@@ -210,7 +219,7 @@ def gaussian_velocity(x: Tensor, t: float) -> Tensor:
 
 def flow_errors(solver: str, steps: Sequence[int]) -> list[float]:
     """How far the solver ends from the exact solution, which scales every state as its standard deviation."""
-    dit = SOLVERS[solver].family == "dit"
+    dit = SOLVERS[solver].process == "ddpm"
     predict, exact = (gaussian_noise_prediction, SPREAD / state_variance(999) ** 0.5) if dit else (gaussian_velocity, SPREAD)
     return [abs(float(SOLVERS[solver].run(predict, torch.ones(1, 1, 1, 1), count, no_draw)) - exact) for count in steps]
 
@@ -237,7 +246,7 @@ def test_ddpm_with_the_optimal_variance_samples_the_data_exactly_in_any_number_o
 
     def predict(x: Tensor, t: float) -> Tensor:
         before = times[max(times.index(int(t)) - 1, 0)]
-        kept, kept_before = (float(process.alphas_cumprod()[time]) for time in (int(t), before))
+        kept, kept_before = (float(alphas_cumprod()[time]) for time in (int(t), before))
         beta = 1 - kept / kept_before
         posterior = beta * (1 - kept_before) / (1 - kept)
         optimal = state_variance(before) - (kept / kept_before) * state_variance(before) ** 2 / state_variance(int(t))
@@ -293,19 +302,23 @@ def test_the_seed_decides_the_steps_of_stochastic_solvers_alone(family: str, sol
     assert torch.equal(first, other) != random
 
 
+def noise_for(seed: int, samples: Sequence[int], count: int) -> Tensor:
+    """What a sampler of that seed draws for its step `count`, or for the initial state at -1."""
+    return draw_noise(Sampler(solver="euler", steps=1, seed=seed), samples, (4, 8, 8), torch.device("cpu"), count)
+
+
 def test_noise_is_a_function_of_seed_index_and_count_alone() -> None:
-    shape = (4, 8, 8)
-    noise = solvers.noise_for(0, [3, 4, 3], 5, shape)
+    noise = noise_for(0, [3, 4, 3], 5)
     assert torch.equal(noise[0], noise[2])
-    assert torch.equal(noise[1:2], solvers.noise_for(0, [4], 5, shape))
-    others = [solvers.noise_for(*position, shape) for position in ((0, [4], 5), (0, [5], 5), (0, [4], 4), (1, [4], 5), (0, [4], -1))]
+    assert torch.equal(noise[1:2], noise_for(0, [4], 5))
+    others = [noise_for(*position) for position in ((0, [4], 5), (0, [5], 5), (0, [4], 4), (1, [4], 5), (0, [4], -1))]
     for index, other in enumerate(others):
         assert not any(torch.allclose(other, earlier) for earlier in others[:index])
 
 
 def test_the_initial_state_is_the_seeds_noise() -> None:
     model = tiny_model(depth=1)
-    noise = solvers.noise_for(3, range(10, 12), -1, (4, 8, 8))
+    noise = noise_for(3, range(10, 12), -1)
     assert torch.equal(sample(model, [1, 2], steps=3, seed=3, first_index=10), sample(model, [1, 2], steps=3, noise=noise))
 
 
@@ -380,7 +393,7 @@ def test_a_schedule_sets_the_levels_of_every_call_by_its_noise(
     early, late = (4, 1, "softmax"), ("softmax", "softmax", 4)
     calls = record_calls(model, monkeypatch)
     sample(model, [1], solver=solver, steps=4, schedule=Schedule((0.45,), (late, early)))
-    seen = [float(process.noise_level(model.arch, t)) for _, t, _, _ in calls]
+    seen = [float(process_of(model.arch).noise_level(t)) for _, t, _, _ in calls]
     assert seen == pytest.approx(noise_levels, abs=1e-6)
     assert [levels for *_, levels in calls] == [early if level > 0.45 else late for level in noise_levels]
 
@@ -503,22 +516,22 @@ def data_noise_and_times() -> tuple[Tensor, Tensor, Tensor]:
 def test_flows_run_from_data_at_noise_level_0_to_noise_at_1(kind: str) -> None:
     data, noise, _ = data_noise_and_times()
     for level, expected in ((0.0, data), (1.0, noise)):
-        t = process.own_time(arch(kind), torch.full((5,), level))
-        assert torch.equal(process.noised(arch(kind), data, noise, t), expected)
+        t = process_of(arch(kind)).time_at(torch.full((5,), level))
+        assert torch.equal(noised(process_of(arch(kind)), data, noise, t), expected)
 
 
 def test_ddpm_runs_from_nearly_data_at_noise_level_0_to_nearly_noise_at_1() -> None:
     data, noise, _ = data_noise_and_times()
     for level, expected in ((0.0, data), (1.0, noise)):
-        t = process.own_time(arch("dit"), torch.full((5,), level))
-        assert float((process.noised(arch("dit"), data, noise, t) - expected).std()) < 0.02
+        t = process_of(arch("dit")).time_at(torch.full((5,), level))
+        assert float((noised(process_of(arch("dit")), data, noise, t) - expected).std()) < 0.02
 
 
 @pytest.mark.parametrize(("kind", "data_time"), [("dit", 0.0), ("sit", 1.0), ("repa", 0.0)])
 def test_own_time_is_the_inverse_of_noise_level(kind: str, data_time: float) -> None:
     levels = torch.linspace(0, 1, 11, dtype=torch.float64)
-    times = process.own_time(arch(kind), levels)
-    torch.testing.assert_close(process.noise_level(arch(kind), times), levels)
+    times = process_of(arch(kind)).time_at(levels)
+    torch.testing.assert_close(process_of(arch(kind)).noise_level(times), levels)
     assert float(times[0]) == data_time
     assert float(times[-1]) == {"dit": 999.0, "sit": 0.0, "repa": 1.0}[kind]
 
@@ -526,30 +539,30 @@ def test_own_time_is_the_inverse_of_noise_level(kind: str, data_time: float) -> 
 @pytest.mark.parametrize("kind", ["sit", "repa"])
 def test_a_flows_target_is_the_rate_at_which_the_state_moves(kind: str) -> None:
     data, noise, times = data_noise_and_times()
-    ahead, behind = (process.noised(arch(kind), data, noise, times + step) for step in (1e-4, -1e-4))
-    torch.testing.assert_close((ahead - behind) / 2e-4, process.target(arch(kind), data, noise))
+    ahead, behind = (noised(process_of(arch(kind)), data, noise, times + step) for step in (1e-4, -1e-4))
+    torch.testing.assert_close((ahead - behind) / 2e-4, process_of(arch(kind)).target(data, noise))
 
 
 @pytest.mark.parametrize("kind", ["sit", "repa"])
 def test_velocity_of_a_flows_target_points_from_noise_to_data(kind: str) -> None:
     data, noise, _ = data_noise_and_times()
-    torch.testing.assert_close(process.velocity(arch(kind), process.target(arch(kind), data, noise)), data - noise)
+    torch.testing.assert_close(process_of(arch(kind)).told_to_solver(process_of(arch(kind)).target(data, noise)), data - noise)
 
 
 def test_a_dits_state_equals_diffusers_and_its_target_is_the_noise_in_it() -> None:
     data, noise, _ = data_noise_and_times()
     times = torch.tensor([0, 1, 500, 998, 999])
-    state = process.noised(arch("dit"), data, noise, times)
+    state = noised(process_of(arch("dit")), data, noise, times)
     scheduler = DDPMScheduler(beta_schedule="linear")
     torch.testing.assert_close(state, scheduler.add_noise(data, noise, times), rtol=0, atol=1e-4)
     for index, t in enumerate(times):
-        recovered = scheduler.step(process.target(arch("dit"), data, noise)[index], t, state[index]).pred_original_sample
+        recovered = scheduler.step(process_of(arch("dit")).target(data, noise)[index], t, state[index]).pred_original_sample
         if t < 900:
             torch.testing.assert_close(recovered, data[index].clamp(-1, 1), rtol=0, atol=1e-3)
 
 
 def test_signal_and_noise_of_a_ddpm_keep_the_variance() -> None:
-    signal, noise = process.signal_and_noise(arch("dit"), torch.arange(1000))
+    signal, noise = process_of(arch("dit")).signal_and_noise(torch.arange(1000))
     torch.testing.assert_close(signal**2 + noise**2, torch.ones(1000, dtype=torch.float64))
     assert (noise.diff() > 0).all()
     torch.testing.assert_close((signal**2).float(), DDPMScheduler(beta_schedule="linear").alphas_cumprod, rtol=1e-4, atol=1e-7)

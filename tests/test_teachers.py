@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mediatorize import load_model
-from mediatorize.diffusion import process
+from mediatorize.diffusion.process import noised, process_of
+from mediatorize.diffusion.sampling import Sampler, sample_many
 from mediatorize.evaluation.digits import digit_classifier, digit_images
 from mediatorize.evaluation.metrics import distance_of_halves, frechet_distance
 from mediatorize.formats.checkpoint import open_checkpoint
-from mediatorize.stages.sample import Sampling, sample_many
 
 DIGITS = Path(__file__).parent.parent / "recipes" / "digits"
 
@@ -35,10 +35,11 @@ def test_a_teacher_predicts_its_target_on_real_digits(family: str) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator)
     levels = torch.rand(len(images), generator=generator) * 0.8 + 0.1
-    t = process.own_time(model.arch, levels).round() if family == "dit" else process.own_time(model.arch, levels)
+    process = process_of(model.arch)
+    t = process.time_at(levels).round() if family == "dit" else process.time_at(levels)
     with torch.no_grad():
-        output = model(process.noised(model.arch, images, noise, t), t, labels)[:, :1]
-    target = process.target(model.arch, images, noise)
+        output = model(noised(process, images, noise, t), t, labels)[:, :1]
+    target = process.target(images, noise)
     assert float((output - target).square().mean() / target.square().mean()) < 0.15
 
 
@@ -47,12 +48,13 @@ def test_a_teacher_predicts_its_target_on_real_digits(family: str) -> None:
 def test_a_teacher_is_as_good_as_stated(family: str, solver: str, steps: int, cfg_scale: float) -> None:
     model = load_model(DIGITS / f"{family}.safetensors")
     labels = torch.arange(2000) % 10
-    samples = sample_many(model, labels, Sampling(solver, steps, cfg_scale, batch=250), "softmax", "teacher")
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, cfg_scale=cfg_scale)
+    samples = sample_many(model, labels, sampler, "softmax", batch=250)
     classifier = digit_classifier()
     accuracy = classifier.accuracy(samples, labels)
     distance = frechet_distance(classifier.features(samples), classifier.features(digit_images()[0]))
     assert accuracy >= 0.96
-    assert distance <= 1.6 * distance_of_halves(digit_classifier().features(digit_images()[0]))
+    assert distance <= 1.6 * distance_of_halves(classifier.features(digit_images()[0]))
 
 
 def test_the_frechet_distance_is_the_closed_form_of_gaussians() -> None:

@@ -81,7 +81,7 @@ def test_every_dtype_reads_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     save(tmp_path / "a.pt", {"first": torch.ones(3, dtype=torch.uint8), "values": values})
     for stored in (read_safetensors(tmp_path / "a.safetensors")[0]["values"], read_pickle(tmp_path / "a.pt")["values"]):
         assert stored.dtype == dtype
-        for loaded in (stored.read(), stored.mapped()):
+        for loaded in (stored.read(), stored.mapped):
             assert loaded.dtype == dtype
             assert torch.equal(loaded, values)
 
@@ -102,7 +102,7 @@ def test_views_read_as_the_tensors_they_were(tmp_path: Path) -> None:
     for name, value in content.items():
         assert stored[name].shape == tuple(value.shape)
         assert torch.equal(stored[name].read(), value), name
-        assert torch.equal(stored[name].mapped(), value), name
+        assert torch.equal(stored[name].mapped, value), name
 
 
 def test_saved_parameters_are_tensors(tmp_path: Path) -> None:
@@ -155,8 +155,9 @@ def test_many_tensors_of_a_file_take_one_mapping(tmp_path: Path) -> None:
 
 def overwrite(stored: StoredTensor, value: float) -> None:
     """Replaces the first number of a tensor in its file, in place."""
+    offset = stored.path.read_bytes().index(stored.read().numpy().tobytes())
     with stored.path.open("rb+") as file:
-        file.seek(stored.offset)
+        file.seek(offset)
         file.write(struct.pack("<f", value))
 
 
@@ -164,7 +165,7 @@ def overwrite(stored: StoredTensor, value: float) -> None:
 def test_mapped_tensor_sees_the_file_and_a_read_one_is_a_copy(tmp_path: Path, suffix: str) -> None:
     path = save_small(tmp_path / f"a{suffix}")
     stored = (read_pickle(path) if suffix == ".pt" else read_safetensors(path)[0])["pos_embed"]
-    mapped, copied = stored.mapped(), stored.read()
+    mapped, copied = stored.mapped, stored.read()
     before = copied.flatten()[0].item()
     overwrite(stored, 123.5)
     assert mapped.flatten()[0] == 123.5
@@ -174,10 +175,58 @@ def test_mapped_tensor_sees_the_file_and_a_read_one_is_a_copy(tmp_path: Path, su
 def test_changes_to_a_mapped_tensor_stay_in_memory(tmp_path: Path) -> None:
     path = save_small(tmp_path / "a.pt")
     content = path.read_bytes()
-    mapped = read_pickle(path)["pos_embed"].mapped()
+    mapped = read_pickle(path)["pos_embed"].mapped
     mapped.add_(1)
     assert torch.equal(mapped, small_state()["pos_embed"] + 1)
     assert path.read_bytes() == content
+
+
+def test_tensors_that_share_memory_are_loaded_apart(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    content = {"whole": whole, "same": whole, "row": whole[1], "transposed": whole.T, "repeated": whole[0].expand(2, 4)}
+    stored = read_pickle(save(tmp_path / "a.pt", content))
+    loaded = load_weights({name: Weight((part,)) for name, part in stored.items()})
+    assert loaded["whole"].data_ptr() == stored["whole"].mapped.data_ptr(), "the first was copied"
+    for name, value in content.items():
+        assert torch.equal(loaded[name], value), name
+        others = {other: tensor.clone() for other, tensor in loaded.items() if other != name}
+        loaded[name].neg_()
+        assert all(torch.equal(loaded[other], tensor) for other, tensor in others.items()), name
+        loaded[name].neg_()
+
+
+def test_weights_at_odd_addresses_of_a_file_are_loaded_to_even_ones(tmp_path: Path) -> None:
+    """`torch.save` aligns what it writes; other zip tools do not."""
+    state = small_state()
+    with zipfile.ZipFile(save(tmp_path / "a.pt", state)) as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    stored = read_pickle(tmp_path / "b.pt")
+    assert any(part.mapped.data_ptr() % 4 for part in stored.values()), "nothing is tested"
+    for name, value in load_weights({name: Weight((part,)) for name, part in stored.items()}).items():
+        assert value.data_ptr() % 4 == 0
+        assert torch.equal(value, state[name])
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_listing_and_checking_copy_no_weights(tmp_path: Path, suffix: str) -> None:
+    """What a file's pages take can be dropped and read again; memory of the process's own cannot."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("memory is read from /proc")
+
+    def own_bytes() -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+
+    path = tmp_path / f"a{suffix}"
+    state = {str(index): torch.ones(2**22) for index in range(8)}
+    (torch.save if suffix == ".pt" else save_file)(state, path)
+    before = own_bytes()
+    stored = read_pickle(path) if suffix == ".pt" else read_safetensors(path)[0]
+    weights = {name: Weight((part,)) for name, part in stored.items()}
+    refuse_non_finite(weights.items())
+    load_weights(weights)
+    assert own_bytes() - before < path.stat().st_size / 8
 
 
 # --- hostile pickles -----------------------------------------------------------------------------------------------------------
@@ -290,6 +339,19 @@ def test_pickle_from_before_zip_archives_is_refused_with_the_remedy(tmp_path: Pa
     assert "`torch.save` it again" in refusal(path)
     path.write_bytes(pickle.dumps({"a": 1}))
     assert "`torch.save` it again" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("tensor", [torch.ones(3, device="meta"), torch.eye(3).to_sparse()], ids=["meta", "sparse"])
+def test_tensor_without_plain_stored_bytes_is_refused(tmp_path: Path, tensor: Any) -> None:
+    path = save(tmp_path / "model.pt", small_state() | {"pos_embed": tensor})
+    assert "without plain stored bytes" in refusal(path)
+
+
+def test_safetensors_type_that_is_no_weight_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(small_state() | {"pos_embed": torch.ones(1, 4, 16).to(torch.float8_e4m3fn)}, path)
+    assert "pos_embed is of type torch.float8_e4m3fn" in refusal(path)
 
 
 def test_compressed_archive_is_not_read_as_if_it_were_plain(tmp_path: Path) -> None:

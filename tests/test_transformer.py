@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mediatorize
-from mediatorize.diffusion.solvers import guide
+from mediatorize.diffusion.sampling import guide
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import Level, MediatorSettings
+from mediatorize.model.levels import Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,4 +1,4 @@
-"""One level for every cell under a budget: the multiple-choice knapsack, solved exactly by HiGHS (design 2.5). No torch here."""
+"""One level for every cell under a budget: the multiple-choice knapsack, solved exactly by HiGHS (design 5). No torch here."""
 
 from __future__ import annotations
 
@@ -157,12 +157,12 @@ def joint_error(products: NDArray[np.float64], choice: Choice, *, apart: bool = 
 def latent_change_rule(changes: ArrayLike, errors: ArrayLike, costs: ArrayLike, budget: float) -> Choice | None:
     """The paper's rule (arXiv 2408.05710): whole-model levels, the next larger each time the latents' change falls below a threshold.
 
-    Thresholds are free: each can fall on any step whose change is below all before it. Of what they allow within the budget this is the
-    choice of the least error, which favours the rule; None where nothing is.
+    Thresholds are free: each can fall on any step whose change is below all before it. Among the choices that thresholds allow within the
+    budget, this takes the one of least error, which favours the rule. Returns None if no choice fits the budget.
 
     Args:
         changes: (steps,) of the latents, in the sampler's order.
-        errors, costs: (steps, layers, options), options in ascending order of size.
+        errors, costs: (steps, layers, options), options in the order of their rank.
     """
     error_table, cost_table = (np.asarray(table).sum(1) for table in (errors, costs))  # (steps, options)
     steps, options = error_table.shape

@@ -1,4 +1,7 @@
-"""What a sampler costs by the level of every cell: FLOPs in closed form, or seconds measured on this device."""
+"""What a sampler costs by the level of every cell, in one of several units: FLOPs in closed form, or seconds measured on this device.
+
+Importing the table of costs does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,40 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mediatorize.compression.allocate import Choice, total
-from mediatorize.devices import seconds
+from mediatorize.errors import UserError
 from mediatorize.model import cost
-from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
-from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.model.levels import SOFTMAX, MediatorSettings, kind_of, title
 
-CostKind = Literal["flops", "latency"]
+if TYPE_CHECKING:
+    import torch
+
+    from mediatorize.model.transformer import DiffusionTransformer
 
 TIMINGS = 5
 """A latency is the median of this many."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Of a whole sampler: FLOPs of one sample, whole numbers, or seconds of one batch."""
+    """Of a whole sampler, by the level of every cell."""
 
-    kind: CostKind
     cells: NDArray[Any]
-    """(cells, layers, options): what a layer's level decides. Softmax is the last option."""
+    """(cells, layers, options): what a layer's level decides. Whole numbers are compared exactly."""
     rest: int | float
     """Everything else."""
+    softmax_option: int
+    """The place of softmax among the options."""
 
     @property
     def softmax(self) -> Any:
-        return self.rest + self.cells[:, :, -1].sum().item()
+        """Of the sampler with every layer at softmax."""
+        return self.rest + self.cells[:, :, self.softmax_option].sum().item()
 
     @property
     def least(self) -> float:
@@ -49,38 +55,111 @@ class Costs:
     def room(self, share: float) -> Any:
         """What the attention layers may cost for the whole to keep a share of softmax's cost."""
         whole = share * self.softmax
-        return (math.floor(whole) if self.kind == "flops" else whole) - self.rest
+        return (math.floor(whole) if np.issubdtype(self.cells.dtype, np.integer) else whole) - self.rest
 
 
-def flops_costs(arch: Architecture, settings: MediatorSettings, calls: Sequence[int], rows: int) -> Costs:
-    """`calls` are of each cell, `rows` of a model call per sample: guidance makes them two."""
-    options: list[Level] = [*settings.levels, SOFTMAX]
-    one = np.array([cost.layer_flops(arch, level, settings) for level in options], dtype=np.int64)
+def flops_costs(model: DiffusionTransformer, settings: MediatorSettings, calls: Sequence[int], rows: int, batch: int) -> Costs:
+    """FLOPs of one sample, in closed form.
+
+    Args:
+        calls: model calls of each cell.
+        rows: of a model call per sample; guidance makes them two.
+        batch: samples at a time; of no account here.
+    """
+    arch = model.arch
+    one = np.array([cost.layer_flops(arch, level, settings) for level in settings.all_levels], dtype=np.int64)
     times = np.asarray(calls, dtype=np.int64) * rows
-    rest = cost.forward_flops(arch) - arch.depth * int(one[-1])
-    return Costs("flops", np.tile(times[:, None, None] * one, (1, arch.depth, 1)), rest * int(times.sum()))
+    rest = cost.forward_flops(arch) - arch.depth * cost.layer_flops(arch, SOFTMAX, settings)
+    return Costs(
+        cells=np.tile(times[:, None, None] * one, (1, arch.depth, 1)),
+        rest=rest * int(times.sum()),
+        softmax_option=settings.all_levels.index(SOFTMAX),
+    )
 
 
-@torch.no_grad()
-def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, calls: Sequence[int], rows: int) -> Costs:
-    """Seconds of model calls of `rows` rows, on the model's device and in its precision.
+def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, calls: Sequence[int], rows: int, batch: int) -> Costs:
+    """Seconds of one batch, on the model's device and in its precision.
 
     Every layer is timed at every level. Layers have one shape, so that their times differ by chance alone: a level's time is the median
     over layers, lest the solver choose by chance.
     """
+    import torch
+
     arch, parameter = model.arch, next(model.parameters())
-    options: list[Level] = [*settings.levels, SOFTMAX]
+    count = rows * batch
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(rows, arch.tokens, arch.width, generator=generator).to(parameter)
-    layers = model.attention_layers()
-    one = [statistics.median(median_seconds(lambda: layer(tokens, level), tokens.device) for layer in layers) for level in options]  # noqa: B023
-    x = torch.randn(rows, arch.channels, *arch.input_size, generator=generator).to(parameter)
-    t, y = torch.full((rows,), 0.5, device=x.device), torch.zeros(rows, dtype=torch.long, device=x.device)
-    rest = max(0.0, median_seconds(lambda: model(x, t, y), x.device) - arch.depth * one[-1])
+    with torch.no_grad():
+        tokens = torch.randn(count, arch.tokens, arch.width, generator=generator).to(parameter)
+        layers = model.attention_layers()
+        one = {
+            level: statistics.median(median_seconds(lambda: layer(tokens, level), tokens.device) for layer in layers)  # noqa: B023
+            for level in settings.all_levels
+        }
+        x = torch.randn(count, arch.channels, *arch.input_size, generator=generator).to(parameter)
+        t, y = torch.full((count,), 0.5, device=x.device), torch.zeros(count, dtype=torch.long, device=x.device)
+        rest = max(0.0, median_seconds(lambda: model(x, t, y), x.device) - arch.depth * one[SOFTMAX])
     times = np.asarray(calls, dtype=np.float64)
-    return Costs("latency", np.tile(times[:, None, None] * np.array(one), (1, arch.depth, 1)), rest * float(times.sum()))
+    return Costs(
+        cells=np.tile(times[:, None, None] * np.array(list(one.values())), (1, arch.depth, 1)),
+        rest=rest * float(times.sum()),
+        softmax_option=settings.all_levels.index(SOFTMAX),
+    )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing that a sampler can be budgeted in."""
+
+    name: str
+    """In sentences: softmax's FLOPs."""
+    measure: Callable[[DiffusionTransformer, MediatorSettings, Sequence[int], int, int], Costs]
+    """(model, settings, calls of each cell, rows per sample, batch) -> costs."""
+    prefix: str = ""
+    """Of the files of schedules that were made for a budget in it."""
+    timed: bool = False
+    """Whether a schedule that was chosen is timed whole."""
+
+    def schedule_name(self, share: float) -> str:
+        """The file of the schedule for a budget: `0.80.json`, `latency-0.725.json`."""
+        text = f"{share:.6f}".rstrip("0")
+        return f"{self.prefix}{text.ljust(4, '0')}.json"
+
+
+COSTS: dict[str, Unit] = {
+    "flops": Unit("FLOPs", flops_costs),
+    "latency": Unit("time", latency_costs, prefix="latency-", timed=True),
+}
+"""What can be budgeted, by name. To add one: a function that measures it, and an entry."""
+
+
+def read_budget(given: float | str) -> float:
+    """A share of the softmax sampler's cost, from 0.75 or 75%."""
+    hint = "Pass a share such as 0.75 or 75%."
+    try:
+        share = float(given.removesuffix("%")) / 100 if isinstance(given, str) and given.endswith("%") else float(given)
+    except ValueError:
+        raise UserError(f"{given!r} is no budget.", hint=hint) from None
+    if not 0 < share <= 1:
+        raise UserError(f"{given} is no share of the softmax sampler's cost.", hint=hint)
+    return round(share, 6)
+
+
+def refuse_out_of_reach(budget: float, costs: Costs, settings: MediatorSettings, unit: Unit) -> None:
+    """A budget below the cheapest levels' cost: the message says what can be reached, and what would widen that."""
+    if budget >= costs.least:
+        return
+    levels = ", ".join(title(level) for level in settings.levels)
+    fewest = min(kind_of(level).mediators(level) for level in settings.levels)
+    wider = [*(["smaller --levels"] if fewest > 1 else []), *(["a smaller --local-rank"] if settings.local_rank else [])]
+    hint = f"Convert with {' or '.join(wider)}; " if wider else ""
+    raise UserError(
+        f"can go down to {costs.least:.1%} of softmax's {unit.name} with levels {levels}; you asked for {budget:.1%}.",
+        hint=f"{hint}{'a' if hint else 'A'} higher resolution widens the range too. Or ask for {math.ceil(costs.least * 1000) / 10:.1f}%.",
+    )
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, times: int = TIMINGS) -> float:
     """The median time of a call, after one to warm up."""
+    from mediatorize.devices import seconds
+
     return statistics.median([seconds(call, device) for _ in range(times + 1)][1:])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.optim import NAdamW
@@ -13,39 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.muon import StackedMuon
+from mediatorize.compression.records import DistillSettings
 from mediatorize.compression.trajectories import Targets
-from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.block import Block, call
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained
 from mediatorize.model.transformer import DiffusionTransformer
-
-Trained = Literal["mediators", "all"]
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How a model is distilled; with the weights and the states, all that the result depends on."""
-
-    steps: int = 2000
-    batch: int = 16
-    """States per step, of all processes together."""
-    learning_rate: float = 1.5e-3
-    """Peak, for weights of width 128; a wider model takes it in proportion to 128 / width."""
-    warmup: int = 50
-    ema: float = 0.0
-    """Decay of the averaged weights, which are then what is kept; 0 keeps the last ones."""
-    feature_weight: float = 0.0
-    """Weight of matching every block's output, beside the model's."""
-    data_weight: float = 0.0
-    """Weight of the error against what the data say was to be predicted, where there are data."""
-    train: Trained = "mediators"
-    accumulate: int = 1
-    """Parts that every process takes its share of a batch in."""
-    checkpointing: bool = False
-    """Recompute a block's activations in the backward pass."""
-    clip: float = 1.0
-    seed: int = 0
+from mediatorize.randomness import generator
 
 
-def levels_of_step(levels: Sequence[int], depth: int, seed: int, step: int) -> list[Level]:
+def levels_of_step(levels: Sequence[Level], depth: int, seed: int, step: int) -> list[Level]:
     """The level of every layer in one step: all at the smallest, all at the largest, all at a drawn one, each at a drawn one, in turn.
 
     ("Sandwich", arXiv 1903.05134: the ends are always among the steps.) A mixture has softmax among its levels, as schedules do; one layer
@@ -54,13 +30,13 @@ def levels_of_step(levels: Sequence[int], depth: int, seed: int, step: int) -> l
     turn = step % 4
     if turn < 2:
         return [levels[-turn]] * depth
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    random = generator(seed, "levels", step)
     if turn == 2:
-        return [levels[int(torch.randint(0, len(levels), (1,), generator=generator))]] * depth
-    options: list[Level] = [*levels, SOFTMAX]
-    drawn = [options[int(index)] for index in torch.randint(0, len(options), (depth,), generator=generator)]
-    if all(level == SOFTMAX for level in drawn):
-        drawn[int(torch.randint(0, depth, (1,), generator=generator))] = levels[0]
+        return [levels[int(torch.randint(0, len(levels), (1,), generator=random))]] * depth
+    options = [*levels, SOFTMAX]
+    drawn = [options[int(index)] for index in torch.randint(0, len(options), (depth,), generator=random)]
+    if all(is_pretrained(level) for level in drawn):
+        drawn[int(torch.randint(0, depth, (1,), generator=random))] = levels[0]
     return drawn
 
 
@@ -69,15 +45,13 @@ def forward_with_features(
 ) -> tuple[Tensor, list[Tensor]]:
     """The model's output, and every block's (b, n, c)."""
     conditioning = model.condition(t, y)
-    tokens = model.embed(x)
-    features = []
-    for block, level in zip(model.layers(), levels, strict=True):
-        if checkpointing:
-            tokens = checkpoint(block, tokens, conditioning, level, use_reentrant=False)
-        else:
-            tokens = block(tokens, conditioning, level)
-        features.append(tokens)
-    return model.unpatchify(model.final_layer(tokens, conditioning)), features
+    _, *features = model.walk(model.embed(x), conditioning, levels, run=recomputed if checkpointing else call)
+    return model.finish(features[-1], conditioning), features
+
+
+def recomputed(block: Block, tokens: Tensor, conditioning: Tensor, level: Level) -> Tensor:
+    """Runs a block so that its activations are computed again in the backward pass."""
+    return checkpoint(block, tokens, conditioning, level, use_reentrant=False)
 
 
 def output_loss(output: Tensor, target: Tensor, channels: int, size: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -121,13 +95,12 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> dict[int, float]:
+def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> dict[Level, float]:
     """|student - teacher| / |teacher| of the prediction over all `states`, every layer at one level, by level."""
-    assert model.settings is not None
     channels = model.arch.channels
     device = next(model.parameters()).device
-    errors = {}
-    for level in model.settings.levels:
+    errors: dict[Level, float] = {}
+    for level in model.added().levels:
         gap, size = torch.zeros((), device=device), torch.zeros((), device=device)
         for rows in torch.arange(len(states)).split(batch):
             part = states.at(rows).to(device)
@@ -176,8 +149,7 @@ class Distiller:
 
     def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:
         self.model, self.teacher, self.settings = model, teacher, settings
-        assert model.settings is not None
-        self.levels = model.settings.levels
+        self.levels = model.added().levels
         trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
         trained.pop("pos_embed", None)  # fixed in the originals
         self.parameters = trained

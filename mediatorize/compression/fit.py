@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mediatorize.compression.initialise import Initialiser
+from mediatorize.compression.initialise import CLUSTER_STATES, states_looked_at
+from mediatorize.compression.records import FitSettings, LayerErrors
+from mediatorize.compression.store import Kept, Store
 from mediatorize.compression.trajectories import States
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import SOFTMAX
 from mediatorize.model.attention import MediatorAttention
-from mediatorize.model.transformer import Block, DiffusionTransformer, modulate
+from mediatorize.model.block import Block
+from mediatorize.model.levels import SOFTMAX, Level, kind_of
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.randomness import generator, seed_for
+
+if TYPE_CHECKING:
+    from mediatorize.compression.initialise import Initialiser
 
 HELD_OUT = 8
 """One state in this many is kept from fitting, and errors are measured on those."""
-
-CLUSTER_STATES = 32
-"""How many states initialisers look at."""
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    steps: int = 500
-    """Optimiser steps per layer; each trains every level. 0 leaves the mediators as initialised."""
-    batch: int = 16
-    """States per step."""
-    learning_rate: float = 3e-3
-    """Adam's peak, for weights of width 128; projections of a wider model take it in proportion to 128 / width."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class LayerErrors:
-    """Relative error |mediator - softmax| / |softmax| of a layer's output on held-out states, by mediator count."""
-
-    layer: int
-    before: dict[int, float]
-    after: dict[int, float]
 
 
 def fit_layers(
@@ -48,14 +33,18 @@ def fit_layers(
     states: States,
     initialise: Initialiser,
     settings: FitSettings,
+    store: Store | None = None,
     *,
-    restored: Mapping[int, tuple[dict[str, Tensor], LayerErrors]] | None = None,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Iterator[LayerErrors]:
     """Fits the layers of a model that has mediators, in order, and yields each one's errors when it is done.
 
-    Streams: beside the model and the states' tokens only one layer's inputs and outputs are in memory. A layer in `restored` is taken from
-    there. Fitting a layer depends on the teacher, the states and (seed, layer) alone.
+    Streams: beside the model and the states' tokens only one layer's inputs and outputs are in memory. Fitting a layer depends on the
+    teacher, the states and (seed, layer) alone.
+
+    Args:
+        store: keeps what was fitted, as `layer_name` says; a layer that it has is not fitted again.
+        on_step: called after every step of fitting; where there are none, after every layer.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -63,19 +52,35 @@ def fit_layers(
         embedded = [(model.embed(x.to(device)), model.condition(t.to(device), y.to(device))) for x, t, y in calls]
         tokens, condition = (torch.cat(parts) for parts in zip(*embedded, strict=True))
         del embedded
-    for index, block in enumerate(model.layers()):
-        if restored is not None and index in restored:
-            weights, errors = restored[index]
-            block.attn.mediated().load_state_dict(weights)
-        else:
-            errors = _fit_layer(index, block, tokens, condition, initialise, settings, on_step)
-            if not all(math.isfinite(error) for error in errors.after.values()):
-                raise UserError(f"Fitting layer {index} diverged.", hint="Pass a smaller --learning-rate.")
-        yield errors
-        if index + 1 < len(model.blocks):
-            with torch.no_grad():
-                for rows in torch.arange(len(tokens)).split(settings.batch):
-                    tokens[rows] = block(tokens[rows], condition[rows], SOFTMAX)
+
+    @torch.no_grad()
+    def in_batches(block: Block, tokens: Tensor, condition: Tensor, level: Level) -> Tensor:  # in place: one layer's tokens in memory
+        for rows in torch.arange(len(tokens)).split(settings.batch):
+            tokens[rows] = block(tokens[rows], condition[rows], level)
+        return tokens
+
+    def fitted(index: int, block: Block, tokens: Tensor) -> Kept:
+        errors = _fit_layer(index, block, tokens, condition, initialise, settings, on_step)
+        weights = {name: value.to("cpu", copy=True) for name, value in block.attn.mediated().state_dict().items()}
+        return Kept(weights, errors.to_json())
+
+    walk = model.walk(tokens, condition, SOFTMAX, run=in_batches)
+    for index, (block, tokens) in enumerate(zip(model.layers(), walk, strict=False)):
+        make = partial(fitted, index, block, tokens)
+        kept = make() if store is None else store.once(layer_name(index), make)
+        block.attn.mediated().load_state_dict(kept.tensors)
+        yield LayerErrors.from_json(kept.facts)
+
+
+def layer_name(index: int) -> str:
+    """What a fitted layer is called in a store."""
+    return f"layer-{index:03d}"
+
+
+def held_out(states: int, initialise: Initialiser, settings: FitSettings) -> int:
+    """How many of `states` errors are measured on: one in `HELD_OUT`, or all that the initialiser does not need where nothing is fitted."""
+    share = states // HELD_OUT
+    return share if settings.steps else max(share, states - states_looked_at(initialise))
 
 
 def _fit_layer(
@@ -85,23 +90,28 @@ def _fit_layer(
     condition: Tensor,
     initialise: Initialiser,
     settings: FitSettings,
-    on_step: Callable[[], None] | None,
+    on_step: Callable[[], object] | None,
 ) -> LayerErrors:
     layer = block.attn
     mediator = layer.mediated()
     inputs, targets, gates = _inputs_and_outputs(block, tokens, condition, settings.batch)
-    held_out = len(inputs) // HELD_OUT
-    seed = settings.seed * 1_000_003 + index
-    seen = inputs[held_out:]
-    for mediators in mediator.settings.levels:
-        pool = initialise(layer, seen[:: max(1, len(seen) // CLUSTER_STATES)], mediators, seed)
-        mediator.level(mediators).pool.data.copy_(pool)
+    judged = held_out(len(inputs), initialise, settings)
+    seen = inputs[judged:]
+    few = seen[:: max(1, len(seen) // CLUSTER_STATES)]
+    for level in mediator.settings.levels:
+        if count := kind_of(level).mediators(level):
+            pool = initialise(layer, few, count, seed_for(settings.seed, "layer", index))
+            mediator.count(count).pool.data.copy_(pool)
 
-    before = relative_errors(mediator, inputs[:held_out], targets[:held_out], settings.batch)
-    if settings.steps == 0:
-        return LayerErrors(index, before, before)
-    regress(mediator, seen, targets[held_out:], gates[held_out:], settings, seed, on_step)
-    return LayerErrors(index, before, relative_errors(mediator, inputs[:held_out], targets[:held_out], settings.batch))
+    before = relative_errors(mediator, inputs[:judged], targets[:judged], settings.batch)
+    if settings.steps:
+        regress(mediator, seen, targets[judged:], gates[judged:], settings, generator(settings.seed, "layer", index), on_step)
+    elif on_step is not None:
+        on_step()
+    after = relative_errors(mediator, inputs[:judged], targets[:judged], settings.batch) if settings.steps else before
+    if not all(math.isfinite(error) for error in after.values()):
+        raise UserError(f"Fitting layer {index} diverged.", hint="Pass a smaller --learning-rate.")
+    return LayerErrors(index, before, after)
 
 
 @torch.no_grad()
@@ -110,23 +120,21 @@ def _inputs_and_outputs(block: Block, tokens: Tensor, condition: Tensor, batch: 
     inputs, outputs = torch.empty_like(tokens), torch.empty_like(tokens)
     gates = torch.empty_like(tokens[:, :1])
     for rows in torch.arange(len(tokens)).split(batch):
-        shift, scale, gate = block.modulation(condition[rows], SOFTMAX)[:3]
-        gates[rows] = gate.unsqueeze(1)
-        inputs[rows] = modulate(block.norm1(tokens[rows]), shift, scale)
+        inputs[rows], gates[rows] = block.attention_input(tokens[rows], condition[rows])
         outputs[rows] = block.attn(inputs[rows], SOFTMAX)
     return inputs, outputs, gates
 
 
 @torch.no_grad()
-def relative_errors(mediator: MediatorAttention, inputs: Tensor, targets: Tensor, batch: int) -> dict[int, float]:
+def relative_errors(mediator: MediatorAttention, inputs: Tensor, targets: Tensor, batch: int) -> dict[Level, float]:
     """|mediator - softmax| / |softmax| over all of `inputs` and `targets` (s, n, c), per level."""
-    errors = {}
+    errors: dict[Level, float] = {}
     size = torch.stack([y.square().sum() for y in targets.split(batch)]).sum().clamp(min=1e-12)
-    for mediators in mediator.settings.levels:
+    for level in mediator.settings.levels:
         squared = torch.zeros((), device=inputs.device)
         for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-            squared += (mediator(x, mediators) - y).square().sum()
-        errors[mediators] = float((squared / size).sqrt())
+            squared += (mediator(x, level) - y).square().sum()
+        errors[level] = float((squared / size).sqrt())
     return errors
 
 
@@ -136,8 +144,8 @@ def regress(
     targets: Tensor,
     gates: Tensor,
     settings: FitSettings,
-    seed: int,
-    on_step: Callable[[], None] | None = None,
+    random: torch.Generator,
+    on_step: Callable[[], object] | None = None,
 ) -> None:
     """Trains the mediator path on (inputs, targets), (s, n, c) each, summed over levels, by Adam with a cosine to zero.
 
@@ -150,18 +158,17 @@ def regress(
     others = [parameter for parameter in mediator.parameters() if id(parameter) not in own]
     shrink = min(1.0, 128 / inputs.shape[2])
     optimizer = torch.optim.Adam([{"params": projections, "scale": shrink}, {"params": others, "scale": 1.0}], betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(seed)
     sizes = [(y * gate).abs().sum() for y, gate in zip(targets.split(settings.batch), gates.split(settings.batch), strict=True)]
     scale = (torch.stack(sizes).sum() / targets.numel()).clamp(min=1e-12)  # a dead block's gate is zero
     for step in range(settings.steps):
         rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        rows = torch.randint(0, len(inputs), (settings.batch,), generator=generator)
+        rows = torch.randint(0, len(inputs), (settings.batch,), generator=random)
         x, y, gate = inputs[rows], targets[rows], gates[rows] / scale
         optimizer.zero_grad()
-        for mediators in mediator.settings.levels:
-            ((mediator(x, mediators) - y) * gate).abs().mean().backward()
+        for level in mediator.settings.levels:
+            ((mediator(x, level) - y) * gate).abs().mean().backward()
         optimizer.step()
         if on_step is not None:
             on_step()

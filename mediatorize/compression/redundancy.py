@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mediatorize.compression.trajectories import teacher_states
-from mediatorize.diffusion.process import noise_level
-from mediatorize.diffusion.solvers import call_times, find_solver
-from mediatorize.model.architecture import SOFTMAX
-from mediatorize.model.attention import SwitchableAttention
-from mediatorize.model.transformer import DiffusionTransformer, modulate
+from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.sampling import Sampler
+from mediatorize.model.block import SwitchableAttention
+from mediatorize.model.levels import SOFTMAX
+from mediatorize.model.transformer import DiffusionTransformer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Redundancy:
     """Of every layer at every noise level, means over heads and states."""
 
@@ -32,9 +31,6 @@ class Redundancy:
     Attention through m mediators is a product of an n x m and an m x n matrix: it cannot come closer to A.
     """
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @torch.no_grad()
 def attention_redundancy(
@@ -44,7 +40,7 @@ def attention_redundancy(
     calls: int = 10,
     states_per_call: int = 4,
     seed: int = 0,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Redundancy:
     """Measures softmax attention along the model's own unguided trajectories of `calls` steps of its default sampler.
 
@@ -54,14 +50,11 @@ def attention_redundancy(
     """
     arch = model.arch
     device = next(model.parameters()).device
-    times = call_times(find_solver(arch, None), calls)
-    states = teacher_states(
-        model, states_per_call * len(times), steps=calls, cfg_scale=1.0, trajectories=states_per_call, seed=seed, on_call=on_step
-    )
-    levels, column = noise_level(arch, states.t).unique(return_inverse=True)
+    sampler = Sampler.resolve(arch, steps=calls, seed=seed)
+    states = teacher_states(model, states_per_call * len(sampler.times()), sampler, trajectories=states_per_call, on_call=on_step)
+    levels, column = process_of(arch).noise_level(states.t).unique(return_inverse=True)
     column = len(levels) - 1 - column  # noise first
     kept = [rank for rank in ranks if rank < arch.tokens]
-    tokens = model.embed(states.x.to(device))
     condition = model.condition(states.t.to(device), states.y.to(device))
     effective: list[tuple[float, ...]] = []
     errors: dict[int, list[tuple[float, ...]]] = {rank: [] for rank in kept}
@@ -69,18 +62,20 @@ def attention_redundancy(
     def by_column(values: Tensor) -> tuple[float, ...]:  # (s,) -> its mean at each noise level
         return tuple(float(values[column == index].mean()) for index in range(len(levels)))
 
-    for block in model.layers():
-        shift, scale = block.modulation(condition, SOFTMAX)[:2]
-        inputs = modulate(block.norm1(tokens), shift, scale)
+    for block, tokens in zip(model.layers(), model.walk(model.embed(states.x.to(device)), condition, SOFTMAX), strict=False):
+        inputs, _ = block.attention_input(tokens, condition)
         singular = torch.cat([torch.linalg.svdvals(attention_matrices(block.attn, one)).cpu() for one in inputs.split(1)])  # (s, h, n)
         effective.append(by_column(effective_rank(singular).mean(1)))
         for rank in kept:
             errors[rank].append(by_column(best_rank_error(singular, rank).mean(1)))
-        tokens = block(tokens, condition, SOFTMAX)
         if on_step is not None:
             on_step()
-    descending = tuple(levels.flip(0).tolist())
-    return Redundancy(descending, len(states), tuple(effective), {rank: tuple(values) for rank, values in errors.items()})
+    return Redundancy(
+        noise_levels=tuple(levels.flip(0).tolist()),
+        states=len(states),
+        effective_rank=tuple(effective),
+        errors={rank: tuple(values) for rank, values in errors.items()},
+    )
 
 
 def attention_matrices(layer: SwitchableAttention, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The error table: how far a sample moves when one layer of one model call runs at one level (design 2.5).
+"""The error table: how far a sample moves when one layer of one model call runs at one level (design 5).
 
 A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order a change d of the k-th call's guided output moves
 the sample by J_k d. J_k is never built: for random directions v of unit variance, `g_k = J_k' v` comes out of one walk back through the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,24 +19,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.allocate import Choice, chosen_vectors, joint_error
-from mediatorize.diffusion.solvers import Channels, GuidedModel, find_solver, noise_for
-from mediatorize.model.architecture import SOFTMAX, Level
+from mediatorize.diffusion.sampling import GuidedModel, Sampler, draw_noise
+from mediatorize.model.levels import SOFTMAX, Level
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
-
-FIRST_DIRECTION = 1_000_000
-"""Random directions are drawn as the noise of steps that no sampler takes."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the samples are made whose error counts."""
-
-    solver: str
-    steps: int
-    cfg_scale: float = 1.0
-    cfg_channels: Channels = 3
-    seed: int = 0
+from mediatorize.randomness import gaussian, generator
 
 
 @dataclass(frozen=True)
@@ -69,20 +57,19 @@ def probe(
     first_index: int = 0,
     on_call: Callable[[], object] | None = None,
 ) -> Probes:
-    """Samples with the teacher from `noise_for(seed, first_index + i)` and walks back from each sample along `directions` random vectors.
+    """Samples with the teacher, sample i with index `first_index` + i, and walks back from each sample along `directions` random vectors.
 
     Activations of one call at a time are in memory: each is computed again on the way back.
     """
     arch = model.arch
     device = next(model.parameters()).device
-    guided = GuidedModel(model, labels.to(device), sampler.cfg_scale, sampler.cfg_channels)
+    guided = GuidedModel(model, labels.to(device), sampler)
     indices = range(first_index, first_index + len(labels))
     shape = (arch.channels, *arch.input_size)
     states: list[Tensor] = []
     changes: list[Tensor] = []
 
-    def draw(count: int) -> Tensor:
-        return noise_for(sampler.seed, indices, count, shape).to(device)
+    draw = partial(draw_noise, sampler, indices, shape, device)
 
     def predict(x: Tensor, t: float) -> Tensor:
         states.append(x.detach().cpu())
@@ -93,10 +80,10 @@ def probe(
         return output + changes[-1]
 
     with torch.enable_grad():
-        end = find_solver(arch, sampler.solver).run(predict, draw(-1), sampler.steps, draw)
+        end = sampler.how.run(predict, draw(-1), sampler.steps, draw)
     gradients = []
     for direction in range(directions):
-        toward = noise_for(sampler.seed, indices, FIRST_DIRECTION + direction, shape).to(device)
+        toward = gaussian(sampler.seed, "direction", indices, shape, direction).to(device)
         found = torch.autograd.grad(end, changes, toward, retain_graph=direction + 1 < directions, allow_unused=True)
         gradients.append(torch.stack([torch.zeros_like(c) if g is None else g for g, c in zip(found, changes, strict=True)]).cpu())
     return Probes(labels.cpu(), torch.stack(states), torch.stack(gradients, dim=1), end.detach().cpu())
@@ -113,7 +100,7 @@ def probe_all(
 
 def spread_labels(classes: int, count: int, seed: int) -> Tensor:
     """(count,) classes in random order, none again before all others."""
-    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(classes, generator=generator(seed, "states"))
     return order.repeat(-(-count // classes))[:count]
 
 
@@ -135,24 +122,22 @@ def effects_on_samples(
     model: DiffusionTransformer,
     sampler: Sampler,
     probes: Probes,
-    times: Sequence[float],
-    noise_levels: Sequence[float],
     levels: Sequence[Level],
     batch: int,
 ) -> Effects:
     """|J d| / |d| of every call, over the changes d that whole-model `levels` make on the teacher's trajectories.
 
-    Squares of calls at one noise level add up. d counts without a DiT's variance rows. Of uneven steps, a longer one's effect is that of
-    all the noise levels that it passes, and is divided by their number.
+    Squares of calls at one noise level add up. d counts without a DiT's variance rows. A step that spans several noise levels spreads its
+    effect evenly over them.
     """
     channels = model.arch.channels
     device = next(model.parameters()).device
-    cells, place = cells_of(noise_levels)
+    cells, place = cells_of(sampler.noise_levels(model.arch))
     squares = np.zeros(len(cells))
-    for call, t in enumerate(times):
+    for call, t in enumerate(sampler.times()):
         moved, changed = torch.zeros((), device=device), torch.zeros((), device=device)
         for rows in torch.arange(len(probes.labels)).split(batch):
-            guided = GuidedModel(model, probes.labels[rows].to(device), sampler.cfg_scale, sampler.cfg_channels)
+            guided = GuidedModel(model, probes.labels[rows].to(device), sampler)
             inputs = guided.inputs(probes.states[call, rows].to(device), t)
             teacher, gradients = guided.output(model(*inputs)), probes.gradients[call][:, rows].to(device)
             for level in levels:
@@ -185,16 +170,10 @@ def output_changes(
 
     def finish(tokens: Tensor, first: int) -> Tensor:
         copies = conditioning.repeat(len(tokens) // len(conditioning), 1)
-        for block, level in zip(layers[first:], base[first:], strict=True):
-            tokens = block(tokens, copies, level)
-        patches = model.unpatchify(model.final_layer(tokens, copies))
-        return torch.stack([guided.output(part) for part in patches.split(len(batch))])
+        outputs = model.finish(model.run_blocks(tokens, copies, base[first:], first), copies)
+        return torch.stack([guided.output(part) for part in outputs.split(len(batch))])
 
-    tokens = model.embed(batch)
-    inputs = []
-    for block, level in zip(layers, base, strict=True):
-        inputs.append(tokens)
-        tokens = block(tokens, conditioning, level)
+    *inputs, tokens = model.walk(model.embed(batch), conditioning, base)
     teacher = finish(tokens, len(layers))[0] if around is None else guided.output(model(batch, times, labels))
     changes = []
     for index, block in enumerate(layers):
@@ -215,7 +194,7 @@ class ErrorTable:
     calls: tuple[int, ...]
     """Of each cell."""
     options: tuple[Level, ...]
-    """Ascending mediator counts, then softmax."""
+    """Levels in the order of their rank."""
     products: NDArray[np.float64]
     """(cells, layers, options, probes): squares are shares of the samples' squared norm."""
 
@@ -285,7 +264,7 @@ def products_of_call(
     device = next(model.parameters()).device
     parts = []
     for rows in torch.arange(len(probes.labels)).split(batch):
-        guided = GuidedModel(model, probes.labels[rows].to(device), sampler.cfg_scale, sampler.cfg_channels)
+        guided = GuidedModel(model, probes.labels[rows].to(device), sampler)
         changes = output_changes(model, guided, probes.states[call, rows].to(device), t, options, around)
         parts.append(torch.einsum("ljnchw,knchw->ljnk", changes, probes.gradients[call][:, rows].to(device)).cpu())
     return torch.cat(parts, dim=2)

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mediatorize.diffusion.process import TRAIN_STEPS, noised, own_time, target
-from mediatorize.diffusion.solvers import Channels, call_times, find_solver, rows_per_sample, sample
-from mediatorize.model.architecture import SOFTMAX, Architecture
+from mediatorize.diffusion.process import noised, process_of
+from mediatorize.diffusion.sampling import Sampler, refuse_guidance, sample_batch
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -30,55 +32,37 @@ class States:
 def teacher_states(
     model: DiffusionTransformer,
     count: int,
+    sampler: Sampler,
     *,
-    solver: str | None = None,
-    steps: int | None = None,
-    cfg_scale: float = 1.5,
-    cfg_channels: Channels = 3,
     trajectories: int = 32,
-    seed: int = 0,
-    on_call: Callable[[], None] | None = None,
+    on_call: Callable[[], object] | None = None,
 ) -> States:
     """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes, in random order.
 
     Args:
+        sampler: if it guides, half of the states are unconditional.
         trajectories: how many samples are drawn at once; as many times as it takes for no state to be used twice.
-        cfg_scale: guidance; half of the states are then unconditional. Without a null class nothing is guided.
         on_call: called after every model call.
     """
-    chosen = find_solver(model.arch, solver)
-    steps = chosen.default_steps if steps is None else steps
-    cfg_scale = cfg_scale if model.arch.null_class else 1.0
-    calls = len(call_times(chosen, steps))
-    batches = batches_for(count, calls, trajectories, cfg_scale)
+    calls = len(sampler.times())
+    batches = batches_for(count, calls, trajectories, sampler)
     wanted = torch.linspace(0, batches * calls, count + 1, dtype=torch.float64)[:-1].long().bincount(minlength=batches * calls)
-    generator = torch.Generator().manual_seed(seed)
+    random = generator(sampler.seed, "states")
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     call = 0
 
     def keep(x: Tensor, t: Tensor, y: Tensor) -> None:
         nonlocal call
-        rows = torch.randperm(len(t), generator=generator)[: int(wanted[call])]
+        rows = torch.randperm(len(t), generator=random)[: int(wanted[call])]
         kept.append((x.cpu()[rows], t.cpu()[rows], y.cpu()[rows]))
         call += 1
         if on_call is not None:
             on_call()
 
     for index in range(batches):
-        labels = torch.randint(0, model.arch.classes, (trajectories,), generator=generator)
-        sample(
-            model,
-            labels,
-            solver=solver,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            cfg_channels=cfg_channels,
-            seed=seed,
-            schedule=SOFTMAX,
-            first_index=index * trajectories,
-            observe=keep,
-        )
-    order = torch.randperm(count, generator=generator)
+        labels = torch.randint(0, model.arch.classes, (trajectories,), generator=random)
+        sample_batch(model, labels, sampler, SOFTMAX, first_index=index * trajectories, observe=keep)
+    order = torch.randperm(count, generator=random)
     x, t, y = (torch.cat(parts)[order] for parts in zip(*kept, strict=True))
     return States(x, t, y)
 
@@ -126,20 +110,10 @@ class Targets:
         return Targets(change(self.x), change(self.t), change(self.y), change(self.output), truth, weight)
 
 
-def teacher_targets(
-    teacher: DiffusionTransformer,
-    labels: Tensor,
-    *,
-    solver: str | None = None,
-    steps: int | None = None,
-    cfg_scale: float = 1.5,
-    cfg_channels: Channels = 3,
-    seed: int = 0,
-    first_index: int = 0,
-) -> tuple[Targets, Samples]:
+def teacher_targets(teacher: DiffusionTransformer, labels: Tensor, sampler: Sampler, first_index: int = 0) -> tuple[Targets, Samples]:
     """Every call of the teacher (level softmax) while it samples `labels`, sample after sample, and what it sampled.
 
-    What the teacher answers moves its sample on, so that targets cost nothing beside the states.
+    Sampling with the teacher already computes the targets, so they are free.
     """
     kept: list[tuple[Tensor, ...]] = []
 
@@ -148,17 +122,7 @@ def teacher_targets(
 
     hook = teacher.register_forward_hook(keep)
     try:
-        samples = sample(
-            teacher,
-            labels,
-            solver=solver,
-            steps=steps,
-            cfg_scale=cfg_scale if teacher.arch.null_class else 1.0,
-            cfg_channels=cfg_channels,
-            seed=seed,
-            schedule=SOFTMAX,
-            first_index=first_index,
-        )
+        samples = sample_batch(teacher, labels, sampler, SOFTMAX, first_index=first_index)
     finally:
         hook.remove()
     by_call = (torch.stack(parts) for parts in zip(*kept, strict=True))  # (calls, halves * samples, ...)
@@ -166,9 +130,9 @@ def teacher_targets(
     return targets, Samples(samples.float().cpu(), labels.cpu())
 
 
-def batches_for(count: int, calls: int, trajectories: int, cfg_scale: float) -> int:
+def batches_for(count: int, calls: int, trajectories: int, sampler: Sampler) -> int:
     """How many times `trajectories` samples are drawn, so that no state is used twice."""
-    return -(-count // (calls * trajectories * rows_per_sample(cfg_scale)))
+    return -(-count // (calls * trajectories * sampler.rows))
 
 
 class DataSet(Protocol):
@@ -185,24 +149,25 @@ def data_states(
     data: DataSet,
     count: int,
     *,
-    cfg_scale: float = 1.5,
+    cfg_scale: float,
     seed: int = 0,
     read_at_once: int = 64,
-    on_read: Callable[[int], None] | None = None,
+    on_read: Callable[[int], object] | None = None,
 ) -> tuple[States, Tensor]:
     """`count` states of noised data at times drawn evenly, in random order, and what a model is trained to predict at them (s, c, h, w).
 
     No item is used twice before all are used once.
 
-    Times are DiT's whole timesteps 0..999, or a SiT's noise levels in [0, 1], as each is trained. The same seed gives the same states.
+    Times are those that the model's process is trained at. The same seed gives the same states.
 
     Args:
-        cfg_scale: guidance that will be sampled with: unless it is 1, or there is no null class, half of the labels are null.
+        cfg_scale: guidance that will be sampled with: unless it is 1, half of the labels are null.
         on_read: called with the number of items read.
     """
-    generator = torch.Generator().manual_seed(seed)
+    refuse_guidance(arch, cfg_scale)
+    process, random = process_of(arch), generator(seed, "states")
     rounds = -(-count // len(data))
-    indices = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(rounds)])[:count]
+    indices = torch.cat([torch.randperm(len(data), generator=random) for _ in range(rounds)])[:count]
     clean, labels = [], []
     for part in indices.split(read_at_once):
         x, y = data.read(part.tolist(), seed)
@@ -211,14 +176,11 @@ def data_states(
         if on_read is not None:
             on_read(len(part))
     x, y = torch.cat(clean), torch.cat(labels)
-    if arch.family == "dit":
-        t = torch.randint(0, TRAIN_STEPS, (count,), generator=generator).float()
-    else:
-        t = own_time(arch, torch.rand(count, generator=generator))
-    if cfg_scale != 1 and arch.null_class:
-        y[torch.randperm(count, generator=generator)[: count // 2]] = arch.classes
-    noise = torch.randn(x.shape, generator=generator)
-    return States(noised(arch, x, noise, t), t, y), target(arch, x, noise)
+    t = process.training_times(count, random)
+    if cfg_scale != 1:
+        y[torch.randperm(count, generator=random)[: count // 2]] = arch.classes
+    noise = torch.randn(x.shape, generator=random)
+    return States(noised(process, x, noise, t), t, y), process.target(x, noise)
 
 
 @torch.no_grad()
@@ -227,7 +189,7 @@ def data_targets(
     data: DataSet,
     count: int,
     *,
-    cfg_scale: float = 1.5,
+    cfg_scale: float,
     seed: int = 0,
     batch: int = 64,
     part: slice = slice(None),

@@ -1,16 +1,21 @@
-"""What the model's input and output mean: how data is noised, what is predicted, how far along a time is.
+"""What a model's input and output mean, as one object per process: noising, target, noise level, times, what solvers are told.
 
-DiT (`family="dit"`): 1000-step DDPM, linear betas from 1e-4 to 0.02, predicts the noise (arXiv 2006.11239, 2212.09748).
-SiT (`family="sit"`): x_t = t data + (1 - t) noise, predicts the velocity data - noise (arXiv 2401.08740); REPA's runs t and v backwards.
+Times are in the checkpoint's own unit unless they are called a solver's: a DDPM's timesteps 0..999, a flow's 0..1 from noise to data.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from mediatorize.model.architecture import Architecture
+import numpy as np
+
+from mediatorize.model.architecture import Architecture, Family
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TRAIN_STEPS = 1000
 BETAS = np.linspace(1e-4, 0.02, TRAIN_STEPS)
@@ -19,45 +24,147 @@ BETAS = np.linspace(1e-4, 0.02, TRAIN_STEPS)
 
 def alphas_cumprod() -> Tensor:
     """The share of the data's variance that is left at each of DiT's timesteps: (1000,) float64."""
+    import torch  # here, so that tables of solvers are read without it
+
     return torch.from_numpy(np.cumprod(1 - BETAS))
 
 
-def noised(arch: Architecture, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The state at time `t` (b,), in the checkpoint's own time, of `data` and `noise` (b, c, h, w)."""
-    data_scale, noise_scale = (s.to(data.dtype).view(-1, 1, 1, 1) for s in signal_and_noise(arch, t))
-    return data_scale * data + noise_scale * noise
+class Process(Protocol):
+    """How data become noise, and what a model of that process predicts."""
+
+    @property
+    def name(self) -> str:
+        """What solvers of this process are listed under."""
+
+    @property
+    def title(self) -> str:
+        """What its models are called, for messages."""
+
+    @property
+    def default_solver(self) -> str: ...
+
+    @property
+    def time_in_words(self) -> str:
+        """What a model's time is, for people who call it themselves."""
+
+    @property
+    def noise_level_in_words(self) -> str:
+        """The noise level as a formula of the time t."""
+
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of data and noise in the state at time `t` (b,)."""
+
+    def target(self, data: Tensor, noise: Tensor) -> Tensor:
+        """What the model is trained to predict (without DiT's variance rows)."""
+
+    def told_to_solver(self, output: Tensor) -> Tensor:
+        """The model's output as solvers take it."""
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """A time as a share in [0, 1]: 0 is data, 1 is noise."""
+
+    def time_at(self, noise_level: Tensor) -> Tensor:
+        """The inverse of `noise_level`; a DDPM's is not rounded to a step."""
+
+    def own_time(self, t: float) -> float:
+        """A solver's time as the checkpoint's."""
+
+    def training_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times (count,) as the originals draw them in training."""
 
 
-def signal_and_noise(arch: Architecture, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of data and noise in the state at time `t` (b,)."""
-    if arch.family == "dit":
+@dataclass(frozen=True)
+class DDPM:
+    """1000 steps, linear betas from 1e-4 to 0.02, predicts the noise (arXiv 2006.11239, 2212.09748). Solvers use the checkpoint's times."""
+
+    name = "ddpm"
+    title = "DIT"
+    default_solver = "ddim"
+    time_in_words = "0 to 999, 999 is noise"
+    noise_level_in_words = "t / 999"
+
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         kept = alphas_cumprod().to(t.device)[t.long()]
         return kept.sqrt(), (1 - kept).sqrt()
-    share = noise_level(arch, t)
-    return 1 - share, share
 
-
-def target(arch: Architecture, data: Tensor, noise: Tensor) -> Tensor:
-    """What the model is trained to predict (without DiT's variance rows)."""
-    if arch.family == "dit":
+    def target(self, data: Tensor, noise: Tensor) -> Tensor:
         return noise
-    return noise - data if arch.reversed_time else data - noise
 
+    def told_to_solver(self, output: Tensor) -> Tensor:
+        return output
 
-def velocity(arch: Architecture, output: Tensor) -> Tensor:
-    """A SiT's output as data - noise."""
-    return -output if arch.reversed_time else output
-
-
-def noise_level(arch: Architecture, t: Tensor) -> Tensor:
-    """The checkpoint's own time as a share in [0, 1]: 0 is data, 1 is noise."""
-    if arch.family == "dit":
+    def noise_level(self, t: Tensor) -> Tensor:
         return t / (TRAIN_STEPS - 1)
-    return t if arch.reversed_time else 1 - t
+
+    def time_at(self, noise_level: Tensor) -> Tensor:
+        return noise_level * (TRAIN_STEPS - 1)
+
+    def own_time(self, t: float) -> float:
+        return t
+
+    def training_times(self, count: int, generator: torch.Generator) -> Tensor:
+        import torch
+
+        return torch.randint(0, TRAIN_STEPS, (count,), generator=generator).float()
 
 
-def own_time(arch: Architecture, level: Tensor) -> Tensor:
-    """The inverse of `noise_level`; DiT's is not rounded to a step."""
-    if arch.family == "dit":
-        return level * (TRAIN_STEPS - 1)
-    return level if arch.reversed_time else 1 - level
+@dataclass(frozen=True)
+class LinearFlow:
+    """x_t = t data + (1 - t) noise, predicts the velocity data - noise (arXiv 2401.08740)."""
+
+    reversed_time: bool = False
+    """REPA's: t = 1 is noise, and the output is noise - data."""
+
+    name = "flow"
+    title = "SIT"
+    default_solver = "euler"
+
+    @property
+    def time_in_words(self) -> str:
+        return f"0 to 1, 1 is {'noise' if self.reversed_time else 'data'}"
+
+    @property
+    def noise_level_in_words(self) -> str:
+        return "t" if self.reversed_time else "1 - t"
+
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.noise_level(t)
+        return 1 - share, share
+
+    def target(self, data: Tensor, noise: Tensor) -> Tensor:
+        return noise - data if self.reversed_time else data - noise
+
+    def told_to_solver(self, output: Tensor) -> Tensor:
+        return -output if self.reversed_time else output
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return t if self.reversed_time else 1 - t
+
+    def time_at(self, noise_level: Tensor) -> Tensor:
+        return noise_level if self.reversed_time else 1 - noise_level
+
+    def own_time(self, t: float) -> float:
+        return 1 - t if self.reversed_time else t
+
+    def training_times(self, count: int, generator: torch.Generator) -> Tensor:
+        import torch
+
+        return self.time_at(torch.rand(count, generator=generator))
+
+
+PROCESSES: dict[Family, Callable[[Architecture], Process]] = {
+    "dit": lambda arch: DDPM(),
+    "sit": lambda arch: LinearFlow(arch.reversed_time),
+}
+"""The process of every family."""
+
+
+def process_of(arch: Architecture) -> Process:
+    """What the inputs and outputs of a model of that architecture mean."""
+    return PROCESSES[arch.family](arch)
+
+
+def noised(process: Process, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The state at time `t` (b,) of `data` and `noise` (b, c, h, w)."""
+    data_scale, noise_scale = (s.to(data.dtype).view(-1, 1, 1, 1) for s in process.signal_and_noise(t))
+    return data_scale * data + noise_scale * noise

@@ -1,18 +1,30 @@
-"""What an evaluation found, as plain figures."""
+"""What an evaluation found, as plain figures. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from mediatorize.model.levels import read_level, title
+
+if TYPE_CHECKING:
+    from mediatorize.diffusion.sampling import Sampler
+
+RowKind = Literal["level", "schedule"]
+
+OWN_SCHEDULE = "schedule"
+"""The name of the row that runs at the model's own schedule."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowResult:
-    """The model at one level or schedule, against the teacher (level softmax) from the same noise."""
+    """The model at one level or schedule, against the teacher (the first row) from the same noise."""
 
     level: str
-    """A mediator count, `softmax`, or the name of a schedule."""
+    """A level as it is written, or the name of a schedule."""
+    kind: RowKind
     flops: float
     """Of one sample: all calls, guidance included. A multiply-add counts two."""
     macs: float
@@ -24,7 +36,7 @@ class RowResult:
     """The same of the final samples."""
     errors_by_call: tuple[float, ...]
     latency_ms: float | None = None
-    """Of one model call on `timing["batch"]` samples: `relative_time` times softmax's median."""
+    """Of one model call on `Timing.batch` samples: `relative_time` times softmax's median."""
     images_per_second: float | None = None
     """Model calls alone; the solver's own arithmetic and decoding do not count."""
     relative_time: float | None = None
@@ -36,8 +48,13 @@ class RowResult:
     precision: float | None = None
     recall: float | None = None
 
+    @property
+    def title(self) -> str:
+        """Its name in tables and pictures."""
+        return title(read_level(self.level)) if self.kind == "level" else self.level
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """How time was measured."""
 
@@ -50,36 +67,68 @@ class Timing:
     control_quartiles: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    model: str
-    name: str
-    out: Path
-    samples: int
-    sampling: dict[str, Any]
-    command: str
-    results: tuple[RowResult, ...]
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `evaluation.comparison.compare` found. Under torchrun, processes other than the first draw samples and have no results."""
+
+    drawn: int
+    """Samples per row that were this process's to draw."""
+    results: tuple[RowResult, ...] = ()
     """The teacher first."""
-    timing: Timing | None
-    features: str | None
+    timing: Timing | None = None
+    features: str | None = None
     """What judged the samples."""
-    reference: str | None
-    """What they were compared with."""
-    distance_of_halves: float | None
-    """Of the reference: what distances are to be read against."""
-    hardware: dict[str, Any]
-    versions: dict[str, str]
-    source: dict[str, Any] | None
-    """Of a bundle: the pretrained file that it was made from."""
-    log: tuple[dict[str, Any], ...]
+    feature_width: int | None = None
+    """How many features a sample has."""
+    reference: str | None = None
+    """What the samples were compared with."""
+    distance_of_halves: float | None = None
+    """Between halves of the reference: what distances are to be read against."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A comparison and all else that its report tells."""
+
+    model: str
+    """Where the model was loaded from."""
+    name: str
+    """Of its architecture."""
+    out: Path
+    """The folder of the report."""
+    samples: int
+    """Per row."""
+    sampler: Sampler
+    batch: int
+    dtype: str
+    processes: int
+    vae: str | None
+    command: str
+    """The shell command that repeats it."""
+    comparison: Comparison
+    hardware: Mapping[str, Any]
+    versions: Mapping[str, str]
+    source: Mapping[str, str] | None
+    """Of a bundle: the pretrained checkpoint that it was made from."""
+    log: tuple[Mapping[str, Any], ...]
     """Of a bundle: what was done to it."""
-    notes: tuple[str, ...]
-    pictures: dict[str, str]
+    pictures: Mapping[str, str]
     """File in `out` -> what it shows."""
-    arrays: tuple[str, ...] = ()
+    arrays: tuple[str, ...]
     """Files in `out` for the ADM evaluator."""
-    noise_levels: tuple[float, ...] = field(default=())
+    noise_levels: tuple[float, ...]
     """Of each model call: 1 is noise, 0 data."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "out": str(self.out)}
+    @property
+    def results(self) -> tuple[RowResult, ...]:
+        return self.comparison.results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What a process under torchrun did that is not the first, which reports."""
+
+    rank: int
+    processes: int
+    drawn: int
+    """Samples per row."""

@@ -28,6 +28,9 @@ class PairedTime:
 def paired_time(call: Call, reference: Call, pairs: int, device: torch.device) -> PairedTime:
     """Runs the two in turn, first one and then the other first, after one warm-up each.
 
+    `torch.utils.benchmark.Timer` is not used: it warms up by two calls before every timed one, which triples the work and keeps the two
+    calls of a pair apart.
+
     Raises:
         ValueError: fewer than two pairs.
     """

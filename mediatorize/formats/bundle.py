@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,43 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mediatorize.compression.records import Distillation, LayerErrors
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
-from mediatorize.model.architecture import SOFTMAX, Architecture, MediatorSettings
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import Level, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
 
 BUNDLE_FORMAT = "mediatorize"
 BUNDLE_VERSION = 1
-PLAN_FILE = "plan.json"
-"""In an unfinished bundle: what it is going to be."""
-STATES_FILE = "states.safetensors"
-TRAINING_FILE = "state.pt"
-"""In an unfinished fine-tuning: weights and optimiser, to go on from."""
 LOG_FILE = "log.jsonl"
+WORK_FOLDER = "work"
+"""In a folder that becomes a bundle: what is kept of the work until it is done."""
 
 
 OWN_TRAJECTORIES = "the model's own sampling trajectories"
 """What layers are fitted on where no data are given."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The pretrained checkpoint that a bundle was made from."""
+
+    file: str
+    format: str = ""
+    weights: str = ""
+    """Which set of weights of a training checkpoint; empty if it held one."""
+    sha256: str = ""
+    """Of the weights (`hash_of_weights`)."""
+
+    def to_json(self) -> dict[str, str]:
+        return vars(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Origin:
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,9 @@ class BundleConfig:
 
     arch: Architecture
     settings: MediatorSettings
-    source: dict[str, Any]
-    """File name, format, chosen weights and hash of the pretrained checkpoint."""
-    layer_errors: list[dict[str, Any]] = field(default_factory=list)
-    """Relative error of every layer and level, before and after fitting."""
-    finetuned: dict[str, Any] | None = None
-    """How it was distilled last, and the relative error of the model's output by level, before and after."""
+    source: Origin
+    layer_errors: tuple[LayerErrors, ...] = ()
+    finetuned: Distillation | None = None
     fitted_on: str = OWN_TRAJECTORIES
     """Where the states came from that layers were fitted and judged on."""
 
@@ -58,11 +73,23 @@ class BundleConfig:
             "version": BUNDLE_VERSION,
             "architecture": self.arch.to_json(),
             "mediators": self.settings.to_json(),
-            "source": self.source,
-            "layer_errors": self.layer_errors,
-            "finetuned": self.finetuned,
+            "source": self.source.to_json(),
+            "layer_errors": [errors.to_json() for errors in self.layer_errors],
+            "finetuned": self.finetuned.to_json() if self.finetuned else None,
             "fitted_on": self.fitted_on,
         }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> BundleConfig:
+        finetuned = fields.get("finetuned")
+        return cls(
+            Architecture.from_json(fields["architecture"]),
+            MediatorSettings.from_json(fields["mediators"]),
+            Origin.from_json(fields["source"]),
+            tuple(LayerErrors.from_json(errors) for errors in fields["layer_errors"]),
+            Distillation.from_json(finetuned) if finetuned else None,
+            str(fields.get("fitted_on", OWN_TRAJECTORIES)),
+        )
 
 
 def is_bundle(path: Path) -> bool:
@@ -80,21 +107,9 @@ def read_config(path: Path) -> BundleConfig:
         if content["version"] != BUNDLE_VERSION:
             raise UserError(f"{file}: bundle version {content['version']} is not known.", hint="Update mediatorize.")
         with about(file):
-            return BundleConfig(
-                Architecture.from_json(content["architecture"]),
-                MediatorSettings.from_json(content["mediators"]),
-                content["source"],
-                [_with_level_keys(errors) for errors in content["layer_errors"]],
-                _with_level_keys(finetuned) if (finetuned := content.get("finetuned")) else None,
-                str(content.get("fitted_on", OWN_TRAJECTORIES)),
-            )
+            return BundleConfig.from_json(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a whole bundle config ({error}).", hint="Convert again, or copy the bundle again.") from error
-
-
-def _with_level_keys(errors: dict[str, Any]) -> dict[str, Any]:
-    """Errors before and after something with levels as numbers, which JSON turns into text."""
-    return {key: {int(level): e for level, e in value.items()} if key in ("before", "after") else value for key, value in errors.items()}
 
 
 def open_bundle(path: Path) -> tuple[BundleConfig, DiffusionTransformer, dict[str, Weight]]:
@@ -130,19 +145,19 @@ def load_bundle(path: Path) -> DiffusionTransformer:
 def read_schedule(path: Path, config: BundleConfig) -> Schedule | None:
     """The bundle's schedule, where it has one: for its number of layers, of levels that it has."""
     file = path / "schedule.json"
-    return read_schedule_file(file, config.arch.depth, config.settings.levels) if file.exists() else None
+    return read_schedule_file(file, config.arch.depth, config.settings.all_levels) if file.exists() else None
 
 
-def read_schedule_file(file: Path, depth: int, levels: Sequence[int]) -> Schedule:
-    """The schedule in a JSON file: for `depth` layers, of softmax and `levels`."""
+def read_schedule_file(file: Path, depth: int, levels: Collection[Level]) -> Schedule:
+    """The schedule in a JSON file: for `depth` layers, of `levels` alone."""
     try:
         with about(file):
             schedule = Schedule.from_json(json.loads(file.read_text()))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}).", hint="Calibrate again.") from error
-    if len(schedule.levels[0]) != depth:
-        raise UserError(f"{file}: is for {len(schedule.levels[0])} layers, the model has {depth}.", hint="Calibrate again.")
-    if unknown := {level for piece in schedule.levels for level in piece} - {SOFTMAX, *levels}:
+    if schedule.depth != depth:
+        raise UserError(f"{file}: is for {schedule.depth} layers, the model has {depth}.", hint="Calibrate again.")
+    if unknown := schedule.used - set(levels):
         raise UserError(f"{file}: the model has no level {unknown.pop()}.", hint="Calibrate again.")
     return schedule
 
@@ -171,15 +186,14 @@ def recover(path: Path) -> None:
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Renames a prepared folder to `path`, then drops its working files. An older bundle there is moved away first and deleted last."""
+    """Renames a prepared folder to `path`, then drops its work folder. An older bundle there is moved away first and deleted last."""
     replaced = _replaced_folder(path)
     if path.exists():
         if replaced.exists():
             shutil.rmtree(replaced)
         path.rename(replaced)
     partial.rename(path)
-    for file in [*path.glob("layer-*.safetensors"), path / PLAN_FILE, path / STATES_FILE, path / TRAINING_FILE]:
-        file.unlink(missing_ok=True)
+    shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -258,35 +272,3 @@ def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         flat: Any = value.detach().float().cpu().contiguous().view(-1).numpy()
         digest.update(memoryview(flat).cast("B"))
     return digest.hexdigest()
-
-
-# --- progress of an unfinished conversion --------------------------------------------------------------------------------------
-
-
-def save_layer(partial: Path, index: int, weights: dict[str, Tensor], errors: Mapping[str, Any]) -> None:
-    """Keeps one fitted layer, so that a conversion can go on where it was killed."""
-    metadata = {"errors": json.dumps(errors)}
-    state = {name: value.contiguous() for name, value in weights.items()}
-    write_beside(partial / f"layer-{index:03d}.safetensors", lambda path: save_tensors(state, path, metadata))
-
-
-def saved_layers(partial: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
-    """The layers that an unfinished conversion has kept."""
-    layers = {}
-    for file in sorted(partial.glob("layer-*.safetensors")):
-        tensors, metadata = read_safetensors(file)
-        layers[int(file.stem.removeprefix("layer-"))] = (
-            {name: stored.read() for name, stored in tensors.items()},
-            _with_level_keys(json.loads(metadata["errors"])),
-        )
-    return layers
-
-
-def save_states(partial: Path, states: Mapping[str, Tensor]) -> None:
-    """Keeps the calibration states of an unfinished conversion."""
-    write_beside(partial / STATES_FILE, lambda path: save_tensors(dict(states), path))
-
-
-def saved_states(partial: Path) -> dict[str, Tensor] | None:
-    file = partial / STATES_FILE
-    return {name: stored.read() for name, stored in read_safetensors(file)[0].items()} if file.exists() else None

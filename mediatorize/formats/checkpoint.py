@@ -15,7 +15,7 @@ import torch
 
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import StoredTensor, Weight, load_weights, read_pickle, read_safetensors, refuse_non_finite
-from mediatorize.model.architecture import HEADS_OF_WIDTH, Architecture, Family
+from mediatorize.model.architecture import FAMILIES, HEADS_OF_WIDTH, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
 FOREIGN = {
@@ -225,17 +225,18 @@ def family_of(source: Source, hints: Hints) -> tuple[Family, str]:
         return hints.family, "as --family says"
     facts = source.facts
     declared = str(facts.get("family", "") or facts.get("model", "")).lower()
-    if declared.startswith(("dit", "sit")):
-        return ("dit" if declared.startswith("dit") else "sit"), "as the file says"
+    if named := next((family for family in FAMILIES if declared.startswith(family)), None):
+        return named, "as the file says"
     if "path_type" in facts or "prediction" in facts:
         return "sit", "as the file says"
     weight = source.tensors["final_layer.linear.weight"]
     _, channels, patch, _ = source.tensors["x_embedder.proj.weight"].shape
     if weight.shape[0] == 2 * channels * patch**2:
-        variance_rows = weight.mapped().unflatten(0, (patch**2, 2, channels))[:, 1]
+        variance_rows = weight.mapped.unflatten(0, (patch**2, 2, channels))[:, 1]
         if not variance_rows.any():
             return "sit", "by variance rows that were never trained"
-    raise UserError(f"{source.path}: DiT and SiT have the same weights' names and shapes.", hint="Pass --family dit or --family sit.")
+    options = " or ".join(f"--family {family}" for family in FAMILIES)
+    raise UserError(f"{source.path}: DiT and SiT have the same weights' names and shapes.", hint=f"Pass {options}.")
 
 
 def infer_architecture(
@@ -374,13 +375,13 @@ def _open_official(name: str, source: Source, hints: Hints, **conventions: Any) 
     arch, notes = infer_architecture(source, hints, family, _grid_of(source), **conventions)
     weights = {key: Weight((value,)) for key, value in source.tensors.items()}
     _check_names_and_shapes(source.path, arch, weights, optional=set())
-    return Checkpoint(source.path, name, arch, weights, source.part, (f"{'DiT' if family == 'dit' else 'SiT'}, {how}", *notes))
+    return Checkpoint(source.path, name, arch, weights, source.part, (f"{FAMILIES[family].name}, {how}", *notes))
 
 
 def _open_repa(name: str, source: Source, hints: Hints) -> Checkpoint:
     """REPA's SiT: projectors are dropped; time runs from data (0) to noise (1), the output is noise - data."""
     tensors = {key: value for key, value in source.tensors.items() if not key.startswith("projectors.")}
-    if hints.family == "dit":
+    if hints.family not in (None, "sit"):
         raise UserError(f"{source.path}: a REPA checkpoint is a SiT.", hint="Leave --family out.")
     source = Source(source.path, tensors, source.facts | {"family": "sit"}, source.part)
     return _open_official(name, source, hints, reversed_time=True)
@@ -408,7 +409,7 @@ DIFFUSERS_EMBEDDERS = {
 
 def _open_diffusers(name: str, source: Source, hints: Hints) -> Checkpoint:
     """diffusers' DiT: other names, a copy of the embedders in every block, its own timestep frequencies and epsilon."""
-    if hints.family == "sit":
+    if hints.family not in (None, "dit"):
         raise UserError(f"{source.path}: a diffusers DiTTransformer2DModel is a DiT.", hint="Leave --family out.")
     weights: dict[str, Weight] = {}
     joined: dict[str, dict[str, StoredTensor]] = {}

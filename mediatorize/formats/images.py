@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from mediatorize.errors import UserError
 from mediatorize.formats.tensors import write_beside
@@ -55,15 +56,14 @@ def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
 
 
 def write_grid(path: Path, pixels: Pixels, columns: int, scale: int = 1) -> None:
-    """A PNG of pictures in rows of `columns`, a thin white line between them."""
-    count, height, width, channels = pixels.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height * scale + 2) + 2, columns * (width * scale + 2) + 2, channels), 255, np.uint8)
-    for index, picture in enumerate(pixels):
-        row, column = divmod(index, columns)
-        top, left = 2 + row * (height * scale + 2), 2 + column * (width * scale + 2)
-        sheet[top : top + height * scale, left : left + width * scale] = picture.repeat(scale, 0).repeat(scale, 1)
-    image = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    """A PNG of pictures in rows of `columns`, or of all where there are fewer; a white line of two pixels is around each."""
+    from torchvision.utils import make_grid
+
+    tiles = torch.from_numpy(pixels.repeat(scale, axis=1).repeat(scale, axis=2)).permute(0, 3, 1, 2)
+    sheet = make_grid(tiles, nrow=columns, padding=2, pad_value=255)
+    if len(tiles) == 1:  # make_grid leaves a single picture as it is
+        sheet = F.pad(sheet, (2, 2, 2, 2), value=255)
+    image = Image.fromarray(sheet[0].numpy() if pixels.shape[3] == 1 else sheet.permute(1, 2, 0).numpy())
     write_beside(path, lambda beside: image.save(beside, format="PNG"))
 
 

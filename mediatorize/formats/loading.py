@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mediatorize.errors import UserError
+from mediatorize.formats.adapter import apply_adapter
 from mediatorize.formats.bundle import is_bundle, load_bundle
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
-from mediatorize.formats.export.weights import apply_adapter
 from mediatorize.model.architecture import Family
 from mediatorize.model.transformer import DiffusionTransformer
 

@@ -1,83 +1,49 @@
-"""Tensors in files: listed without reading them, mapped when used, checked in a stream. Nothing in a pickle is executed."""
+"""Tensors in files: memory-mapped when they are listed, read when they are used. Nothing in a pickle is executed."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import re
-import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mediatorize.errors import UserError
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+SAFETENSORS_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie."""
+    """A tensor in a file."""
 
     path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the file."""
+    mapped: Tensor
+    """Memory-mapped and copied on write: its pages are read from the file when they are touched."""
 
     @property
-    def bytes(self) -> int:
-        if 0 in self.shape:
-            return 0
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        return self.mapped.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.mapped.shape)
 
     @property
     def is_weight(self) -> bool:
         """Whether it can be one: floating-point and not empty."""
         return self.dtype.is_floating_point and 0 not in self.shape
 
-    def mapped(self, file: np.ndarray | None = None) -> Tensor:
-        """The tensor, memory-mapped and copied on write: pages are read from the file when they are touched.
-
-        `file` is the whole file as `map_file` gives it, for many tensors to share.
-        """
-        whole = map_file(self.path) if file is None else file
-        return self._view(whole[self.offset : self.offset + self.bytes])
-
     def read(self) -> Tensor:
         """The tensor in memory of its own, which goes when it does."""
-        return self._view(np.fromfile(self.path, dtype=np.uint8, count=self.bytes, offset=self.offset))
-
-    def _view(self, raw: np.ndarray) -> Tensor:
-        if self.offset % self.dtype.itemsize:
-            raw = raw.copy()
-        return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
-
-
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file, memory-mapped and copied on write."""
-    return np.memmap(path, mode="c", dtype=np.uint8)
+        return self.mapped.clone()
 
 
 @dataclass(frozen=True)
@@ -93,47 +59,38 @@ class Weight:
 
 
 def load_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """All weights in float32, none sharing memory; memory-mapped where they can be, one mapping per file."""
-    parts = sorted((part for weight in weights.values() for part in weight.parts), key=lambda part: (part.path, part.offset))
-    files = {path: map_file(path) for path in {part.path for part in parts}}
-    shared, ends = set(), dict.fromkeys(files, 0)
-    for part in parts:
-        if part.offset < ends[part.path]:
-            shared.add(part)
-        ends[part.path] = max(ends[part.path], part.offset + part.bytes)
-    loaded = {}
+    """All weights in float32, none sharing memory; memory-mapped where they can be."""
+    loaded: dict[str, Tensor] = {}
+    storages = set()
     for name, weight in weights.items():
-        tensors = [part.read() if part in shared else part.mapped(files[part.path]) for part in weight.parts]
-        loaded[name] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).float()
+        parts = [part.mapped for part in weight.parts]
+        tensor = (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+        storage = tensor.untyped_storage().data_ptr()
+        shared, unaligned = storage in storages, storage % tensor.itemsize
+        loaded[name] = tensor.clone() if shared or unaligned else tensor
+        storages.add(storage)
     return loaded
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata, from the header alone, which safetensors itself has checked."""
+    """The tensors of a safetensors file and its metadata. No tensor is read."""
     try:
-        with safe_open(path, framework="pt") as checked:
-            metadata = checked.metadata() or {}
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: StoredTensor(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         _refuse_what_is_no_checkpoint(path)
         raise UserError(
             f"{path}: not a whole safetensors file ({error}).", hint="It may be truncated: download or copy it again."
         ) from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} is of type {entry['dtype']}.", hint="Weights must be float64, float32, bfloat16 or float16.")
-        shape = tuple(entry["shape"])
-        offset = 8 + length + entry["data_offsets"][0]
-        tensors[name] = StoredTensor(path, SAFETENSORS_DTYPES[entry["dtype"]], shape, _contiguous_stride(shape), offset)
+    for name, stored in tensors.items():
+        if stored.dtype not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} is of type {stored.dtype}.", hint="Weights must be float64, float32, bfloat16 or float16.")
     return tensors, metadata
 
 
 def read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, with a `StoredTensor` for every tensor.
+    """What `torch.save` wrote, with a `StoredTensor` for every tensor. No tensor is read.
 
     Only tensors, plain containers, numbers, strings and `argparse.Namespace` are accepted; anything else is refused by name, unexecuted.
     """
@@ -147,8 +104,8 @@ def read_pickle(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise UserError(f"{path}: the archive was compressed again.", hint="Take the original file.")
-        with torch.serialization.safe_globals([argparse.Namespace]), FakeTensorMode():
-            content = torch.load(path, weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except UserError:
         raise
     except Exception as error:
@@ -166,7 +123,7 @@ def read_pickle(path: Path) -> Any:
             hint="It may be damaged: download or copy it again.",
         ) from error
     try:
-        return _locate(content, path, path.stat().st_size)
+        return _stored(content, path)
     except RecursionError as error:
         raise UserError(f"{path}: its containers hold themselves.", hint="Save a state dict.") from error
 
@@ -188,31 +145,22 @@ def _refuse_what_is_no_checkpoint(path: Path) -> None:
         raise UserError(f"{path}: seems to be safetensors.", hint="Name it .safetensors.")
 
 
-def _locate(content: Any, path: Path, file_size: int) -> Any:
-    """`content` with every fake tensor replaced by where its bytes are."""
+def _stored(content: Any, path: Path) -> Any:
+    """`content` with a `StoredTensor` for every tensor."""
     if isinstance(content, dict):
-        return {key: _locate(value, path, file_size) for key, value in content.items()}
-    if isinstance(content, FakeTensor):
-        start = content.untyped_storage()._checkpoint_offset
-        if start is None:
-            raise UserError(f"{path}: holds a tensor without stored bytes.", hint="Save the weights from the CPU or a GPU.")
-        offset = start + int(content.storage_offset()) * content.dtype.itemsize
-        stored = StoredTensor(path, content.dtype, tuple(content.shape), content.stride(), offset)
-        if offset + stored.bytes > file_size:
-            raise UserError(f"{path}: the file ends before its tensors do.", hint="Download or copy it again.")
-        return stored
+        return {key: _stored(value, path) for key, value in content.items()}
+    if isinstance(content, Tensor):
+        if content.is_meta or content.is_nested or content.layout != torch.strided:
+            raise UserError(f"{path}: holds a tensor without plain stored bytes.", hint="Save the weights from the CPU or a GPU.")
+        return StoredTensor(path, content.detach())
     return content
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def refuse_non_finite(weights: Iterable[tuple[str, Weight]]) -> None:
     """Reads every weight once, one at a time, and refuses what is not finite in float32 by the name of the first that has any."""
     for name, weight in weights:
         for part in weight.parts:
-            values = part.read().float()
+            values = part.mapped.float()
             # A finite sum has finite terms, and is faster than looking at each.
             if not values.sum().isfinite() and (bad := int((~values.isfinite()).sum())):
                 raise UserError(

@@ -1,20 +1,26 @@
-"""What the network is: frozen sizes, and the settings of what is added to it. No torch here."""
+"""What the network is: frozen sizes and conventions. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mediatorize.errors import UserError
 
 Family = Literal["dit", "sit"]
-Level = int | Literal["softmax"]
-Space = Literal["queries", "keys"]
-MlpOwner = Literal["own", "shared"]
 
-SOFTMAX: Literal["softmax"] = "softmax"
-"""The level at which an attention layer is the pretrained one, bit for bit."""
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """What a family of models is called, and what its forward gives."""
+
+    name: str
+    keeps_variance: bool
+    """Whether the rows for the variance are part of the output, where the last layer has them."""
+
+
+FAMILIES: dict[Family, FamilyFacts] = {"dit": FamilyFacts("DiT", keeps_variance=True), "sit": FamilyFacts("SiT", keeps_variance=False)}
+"""Families of models. What their outputs mean is in `diffusion/process.py`."""
 
 HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Head counts of DiT's and SiT's published sizes; a checkpoint's tensors do not hold them."""
@@ -56,8 +62,8 @@ class Architecture:
     reversed_time: bool = False
 
     def __post_init__(self) -> None:
-        if self.family not in ("dit", "sit"):
-            raise UserError(f"{self.family!r} is no family.", hint="Families are dit and sit.")
+        if self.family not in FAMILIES:
+            raise UserError(f"{self.family!r} is no family.", hint=f"Families are {' and '.join(FAMILIES)}.")
         counts = {name: getattr(self, name) for name in ("depth", "width", "heads", "patch", "channels", "classes", "mlp_width")}
         if len(self.grid) != 2:
             raise UserError(f"A token grid of {list(self.grid)} has not two sides.", hint="It must be rows and columns.")
@@ -89,7 +95,7 @@ class Architecture:
     @property
     def output_channels(self) -> int:
         """Channels of the forward's output: SiT drops the variance rows, DiT keeps them."""
-        return self.channels * (2 if self.learn_sigma and self.family == "dit" else 1)
+        return self.channels * (2 if self.learn_sigma and FAMILIES[self.family].keeps_variance else 1)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -101,9 +107,8 @@ class Architecture:
     @property
     def name(self) -> str:
         """The published name (`DiT-XL/2`) where the sizes have one, else the sizes."""
-        family = "DiT" if self.family == "dit" else "SiT"
         size = SIZE_OF_WIDTH_AND_DEPTH.get((self.width, self.depth), f"{self.depth}x{self.width}")
-        return f"{family}-{size}/{self.patch}"
+        return f"{FAMILIES[self.family].name}-{size}/{self.patch}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"grid": list(self.grid)}
@@ -119,12 +124,12 @@ def preset(name: str) -> Architecture:
         model, image_size = name.split("@")
         prefix, size = model.split("-")
         letter, patch = size.split("/")
-        family: Family = {"dit": "dit", "sit": "sit"}[prefix.lower()]  # type: ignore[assignment]
+        family = next(family for family, facts in FAMILIES.items() if facts.name.lower() == prefix.lower())
         width, depth = {letter: sizes for sizes, letter in SIZE_OF_WIDTH_AND_DEPTH.items()}[letter.upper()]
         side, rest = divmod(int(image_size), 8 * int(patch))
         if rest or side < 1:
             raise ValueError(f"{image_size} pixels are not a multiple of {8 * int(patch)}")
-    except (KeyError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, StopIteration, ValueError, ZeroDivisionError) as error:
         raise UserError(f"No preset is called {name!r}.", hint="They look like DiT-XL/2@256 or SiT-S/4@512.") from error
     return Architecture(
         family=family,
@@ -141,42 +146,6 @@ def preset(name: str) -> Architecture:
     )
 
 
-@dataclass(frozen=True)
-class MediatorSettings:
-    """What conversion adds to every block (design 2)."""
-
-    levels: tuple[int, ...]
-    """Mediator counts that every layer can run at, ascending."""
-    space: Space = "queries"
-    """Which of the model's projections makes mediators out of pooled tokens."""
-    local_rank: int = 0
-    """Rank of the local branch; 0 leaves it out."""
-    modulation_rank: int = 0
-    """Rank of the change that a block's modulation makes at mediator levels; 0 leaves it out."""
-    mlp: MlpOwner = "shared"
-    """Whether mediator levels share every block's MLP with softmax, or have their own: the same FLOPs, and as many weights again."""
-
-    def __post_init__(self) -> None:
-        if not self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < 1:
-            raise UserError(
-                f"Levels {list(self.levels)} are not distinct, ascending counts of at least 1.",
-                hint="Pass for instance --levels 1,4,16.",
-            )
-        if self.space not in ("queries", "keys"):
-            raise UserError(f"Mediators cannot come from {self.space!r}.", hint="Choose queries or keys.")
-        if self.mlp not in ("own", "shared"):
-            raise UserError(f"MLPs cannot be {self.mlp!r}.", hint="Choose own or shared.")
-        if min(self.local_rank, self.modulation_rank) < 0:
-            raise UserError(f"A rank of {min(self.local_rank, self.modulation_rank)} is negative.", hint="Pass 0 to leave a part out.")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"levels": list(self.levels)}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> MediatorSettings:
-        return cls(**(fields | {"levels": tuple(fields["levels"])}))
-
-
 def default_local_rank(width: int) -> int:
     """A quarter of the width up to 64, where the branch costs a few per cent of softmax attention."""
     return min(64, width // 4)
@@ -190,12 +159,3 @@ def default_modulation_rank(width: int) -> int:
 def coarse_grid(grid: tuple[int, int]) -> tuple[int, int]:
     """The grid that position-dependent weights are stored on: the token grid, at most 16 a side."""
     return min(grid[0], COARSE_GRID), min(grid[1], COARSE_GRID)
-
-
-def levels_per_layer(levels: Level | Sequence[Level], depth: int) -> list[Level]:
-    """One level for each of `depth` layers, from one for all or one each."""
-    if isinstance(levels, int | str):
-        return [levels] * depth
-    if len(levels) != depth:
-        raise UserError(f"{len(levels)} levels were given for {depth} layers.", hint="Pass one level, or one per layer.")
-    return list(levels)

@@ -1,44 +1,22 @@
-"""Attention that can run as pretrained softmax attention or through a few mediator tokens (design 2).
+"""Mediator attention: the projections that a layer's added levels share, and the two forms of running them (design 2).
 
 Axes: b batch, n tokens, c width, h heads, d head width, m mediators.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from mediatorize.errors import UserError
-from mediatorize.model import cost
-from mediatorize.model.architecture import SOFTMAX, Level, MediatorSettings, coarse_grid
+from mediatorize.model.architecture import coarse_grid
+from mediatorize.model.levels import Level, MediatorSettings, kind_of
+from mediatorize.model.mediators import MediatorLevel
 
 flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
 """torch's counter knows the product, but not in place, where it saves a copy of the layer's output."""
-
-SHARPNESS = 8.0
-"""How much sharper than 1/sqrt(d) the assignment of tokens to mediators starts (design 2.2)."""
-
-
-class MediatorLevel(nn.Module):
-    """What one mediator count owns in one layer: pooling R, position terms B1 and B2, and two scales per head.
-
-    R and the position terms live on a coarse grid (gh, gw) and are interpolated to the tokens at hand. R is stored as weights of a mean: a
-    row that sums to 1 on the coarse grid sums to 1 on any token grid.
-    """
-
-    def __init__(self, mediators: int, heads: int, grid: tuple[int, int], key_scale: float, query_scale: float) -> None:
-        super().__init__()
-        shape = (heads, mediators, *grid)
-        self.pool = nn.Parameter(grid_partition(mediators, grid).view(1, mediators, *grid).repeat(heads, 1, 1, 1))
-        self.key_bias = nn.Parameter(torch.zeros(shape))
-        self.query_bias = nn.Parameter(torch.zeros(shape))
-        self.log_key_scale = nn.Parameter(torch.full((heads,), math.log(key_scale)))
-        self.log_query_scale = nn.Parameter(torch.full((heads,), math.log(query_scale)))
 
 
 class LocalBranch(nn.Module):
@@ -83,25 +61,26 @@ class MediatorAttention(nn.Module):
         self.heads, self.grid, self.settings = heads, grid, settings
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        unit = (width // heads) ** -0.5
-        scales = (unit, SHARPNESS * unit) if settings.space == "queries" else (SHARPNESS * unit, unit)
-        self.levels = nn.ModuleDict({str(m): MediatorLevel(m, heads, coarse_grid(grid), *scales) for m in settings.levels})
+        self.levels = nn.ModuleDict()
+        for level in settings.levels:
+            module = kind_of(level).module
+            assert module is not None, "settings hold added levels alone"
+            self.levels[str(level)] = module(level, width, heads, grid, settings)
         self.local = LocalBranch(width, settings.local_rank) if settings.local_rank else None
 
-    def level(self, mediators: int) -> MediatorLevel:
-        try:
-            return self.levels[str(mediators)]  # type: ignore[return-value]
-        except KeyError:
-            have = ", ".join([*self.levels, SOFTMAX])
-            raise UserError(f"No level has {mediators} mediators.", hint=f"This model has {have}.") from None
+    def level(self, level: Level) -> nn.Module:
+        """What the layer owns at one of its levels alone."""
+        if str(level) not in self.levels:
+            raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, self.settings.all_levels))}.")
+        return self.levels[str(level)]
 
-    def forward(self, x: Tensor, mediators: int) -> Tensor:
-        """(b, n, c) -> (b, n, c) with `mediators` per head, in the form that costs fewer FLOPs."""
-        local = None if self.local is None else self.local(x, self.grid)
-        if cost.absorbed_is_cheaper(x.shape[1], x.shape[2], self.heads, mediators):
-            return self.absorbed(x, mediators, onto=local)
-        out = self.plain(x, mediators)
-        return out if local is None else out + local
+    def count(self, mediators: int) -> MediatorLevel:
+        """The same of a count of mediators."""
+        return self.level(mediators)  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, level: Level) -> Tensor:
+        """(b, n, c) -> (b, n, c) at one of the added levels."""
+        return self.level(level)(x, self)
 
     def absorbed(self, x: Tensor, mediators: int, onto: Tensor | None = None) -> Tensor:
         """The absorbed form (design 2.1): every product with all n tokens has h * m rows, never c. `onto` (b, n, c) is added to in place.
@@ -111,7 +90,7 @@ class MediatorAttention(nn.Module):
         """
         b, _, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
-        level = self.level(m)
+        level = self.count(m)
         wq, wk, wv = self.qkv.weight.view(3, h, d, c)
         bq, bk, bv = self.qkv.bias.view(3, h, 1, d)
         wo = self.proj.weight.view(c, h, d).permute(1, 2, 0)  # (h, d, c)
@@ -146,7 +125,7 @@ class MediatorAttention(nn.Module):
         """The published order of operations: q, k and v for every token first."""
         b, n, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
-        level = self.level(m)
+        level = self.count(m)
         q, k, v = F.linear(x, self.qkv.weight).view(b, n, 3, h, d).permute(2, 0, 3, 1, 4)  # (b, h, n, d) each
         bq, bk, bv = self.qkv.bias.view(3, h, 1, d)
         pool, key_bias, query_bias = (y.view(h, m, n) for y in self.on_tokens(level))
@@ -172,74 +151,7 @@ class MediatorAttention(nn.Module):
         return pool, key_bias, query_bias
 
 
-class SwitchableAttention(Attention):
-    """timm's attention, as DiT and SiT use it, that can run at any of its mediator levels instead.
-
-    Until `add_mediators` is called it has the pretrained layer's parameters and names, and only level `softmax`.
-    """
-
-    def __init__(self, width: int, heads: int, grid: tuple[int, int]) -> None:
-        super().__init__(width, num_heads=heads, qkv_bias=True)
-        self.grid = grid
-        self.mediator: MediatorAttention | None = None
-
-    def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> MediatorAttention:
-        """Gives the layer a mediator path that starts from a copy of its own projections. `seed` is of the local branch."""
-        width = self.qkv.in_features
-        mediator = MediatorAttention(width, self.num_heads, self.grid, settings)
-        if not self.qkv.weight.is_meta:
-            if mediator.local is not None:
-                mediator.local.reset(torch.Generator().manual_seed(seed))
-            mediator.qkv.load_state_dict(self.qkv.state_dict())
-            mediator.proj.load_state_dict(self.proj.state_dict())
-        mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
-        self.mediator = mediator.train(self.training)
-        return mediator
-
-    def forward(self, x: Tensor, level: Level = SOFTMAX) -> Tensor:  # type: ignore[override]
-        """(b, n, c) -> (b, n, c). Level `softmax` is timm's own forward on the pretrained weights."""
-        if level == SOFTMAX:
-            return super().forward(x)
-        return self.mediated()(x, level)
-
-    def mediated(self) -> MediatorAttention:
-        """The mediator path; an error where the model was never converted."""
-        if self.mediator is None:
-            raise UserError("This model has no mediators, only level softmax.", hint="Run `mediatorize convert` first.")
-        return self.mediator
-
-
-def grid_partition(mediators: int, grid: tuple[int, int]) -> Tensor:
-    """Average pooling of a (rows, columns) grid into any number of near-square cells: (mediators, rows * columns), rows sum to 1.
-
-    The grid is cut into bands and each band into cells, of equal area throughout; cells may cut through tokens. Where `mediators` is
-    a square that divides the grid this is ordinary average pooling. `mediators` = tokens gives the identity on square grids.
-    """
-    height, width = grid
-    if mediators > height * width:
-        raise UserError(f"{mediators} mediators do not fit {height * width} tokens ({height}x{width}).", hint="Pass smaller --levels.")
-    bands = max(1, min(mediators, round(math.sqrt(mediators * height / width))))
-    cells_of_band = [mediators // bands + (band < mediators % bands) for band in range(bands)]
-    weights = []
-    top = 0.0
-    for cells in cells_of_band:
-        bottom = top + height * cells / mediators
-        rows = _overlap(top, bottom, height)
-        for cell in range(cells):
-            columns = _overlap(width * cell / cells, width * (cell + 1) / cells, width)
-            weights.append(torch.outer(rows, columns).flatten())
-        top = bottom
-    partition = torch.stack(weights)
-    return (partition / partition.sum(1, keepdim=True)).float()
-
-
 def _interpolation(coarse: int, fine: int, like: Tensor) -> Tensor:
     """Linear interpolation from `coarse` to `fine` points as a matrix (coarse, fine); bilinear is one on each side."""
     unit = torch.eye(coarse, device=like.device, dtype=like.dtype).unsqueeze(0)
     return F.interpolate(unit, size=fine, mode="linear", align_corners=False)[0]
-
-
-def _overlap(start: float, stop: float, length: int) -> Tensor:
-    """How much of each unit interval [i, i + 1) lies in [start, stop): (length,)."""
-    edges = torch.arange(length, dtype=torch.float64)
-    return ((edges + 1).clamp(max=stop) - edges.clamp(min=start)).clamp(min=0)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import SOFTMAX, Level
+from mediatorize.model.levels import Level, kind_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,17 @@ class Schedule:
         if len({len(piece) for piece in self.levels}) != 1:
             raise UserError("Schedule pieces differ in their number of layers.", hint="Check schedule.json.")
         for level in (level for piece in self.levels for level in piece):
-            if level != SOFTMAX and not (type(level) is int and level > 0):
-                raise UserError(f"{level!r} is no level.", hint="Levels are softmax or a count of mediators.")
+            kind_of(level)  # refuses what is none
+
+    @property
+    def depth(self) -> int:
+        """How many layers it is for."""
+        return len(self.levels[0])
+
+    @property
+    def used(self) -> set[Level]:
+        """Every level that some layer runs at somewhere."""
+        return {level for piece in self.levels for level in piece}
 
     def at(self, noise_level: float) -> tuple[Level, ...]:
         """The level of every layer at a noise level in [0, 1]."""

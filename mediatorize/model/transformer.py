@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
 import torch
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mediatorize.model.architecture import FREQUENCIES, SOFTMAX, Architecture, Level, MediatorSettings, levels_per_layer
-from mediatorize.model.attention import SwitchableAttention
+from mediatorize.errors import UserError
+from mediatorize.model.architecture import FREQUENCIES, Architecture
+from mediatorize.model.block import Block, Run, SwitchableAttention, call, modulate, walk
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
 from mediatorize.model.schedule import Schedule
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(b, n, c) with shift and scale (b, c): adaptive layer norm's affine part."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+from mediatorize.randomness import generator
 
 
 class TimestepEmbedder(nn.Module):
@@ -49,81 +46,6 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """(b,) integers -> (b, c)"""
         return self.embedding_table(labels)
-
-
-class ModulationUpdate(nn.Module):
-    """A low-rank change of a block's modulation at mediator levels (LoRA, arXiv 2106.09685). Starts as zero."""
-
-    def __init__(self, width: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(rank, 6 * width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Draws `down` anew, uniform in +-1/sqrt(inputs); `up` stays zero."""
-        bound = self.down.in_features**-0.5
-        nn.init.uniform_(self.down.weight, -bound, bound, generator=generator)
-
-    def forward(self, conditioning: Tensor) -> Tensor:
-        """(b, c), as the pretrained modulation gets it -> (b, 6c)"""
-        return self.up(self.down(F.silu(conditioning)))
-
-
-class BlockMediator(nn.Module):
-    """What a block has of its own at mediator levels, beside its attention: a change of the modulation, and its MLP."""
-
-    def __init__(self, arch: Architecture, settings: MediatorSettings) -> None:
-        super().__init__()
-        self.modulation = ModulationUpdate(arch.width, settings.modulation_rank) if settings.modulation_rank else None
-        self.mlp = block_mlp(arch) if settings.mlp == "own" else None
-
-
-class Block(nn.Module):
-    """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
-
-    def __init__(self, arch: Architecture) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
-        self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid)
-        self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
-        self.mlp = block_mlp(arch)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
-        self.mediator: BlockMediator | None = None
-
-    def add_mediators(self, arch: Architecture, settings: MediatorSettings, seed: int) -> None:
-        """Adds the mediator path, which starts from the block's own projections and MLP; all else depends on the seed."""
-        self.attn.add_mediators(settings, seed)
-        if not (settings.modulation_rank or settings.mlp == "own"):
-            return
-        weight = self.attn.qkv.weight
-        update = BlockMediator(arch, settings)
-        if not weight.is_meta:
-            if update.modulation is not None:
-                update.modulation.reset(torch.Generator().manual_seed(seed))
-            if update.mlp is not None:
-                update.mlp.load_state_dict(self.mlp.state_dict())
-        self.mediator = update.to(device=weight.device, dtype=weight.dtype).train(self.training)
-
-    def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
-        """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
-        vectors = self.adaLN_modulation(conditioning)
-        if level != SOFTMAX and self.mediator is not None and self.mediator.modulation is not None:
-            vectors = vectors + self.mediator.modulation(conditioning)
-        return vectors.chunk(6, dim=1)
-
-    def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
-        """(b, n, c), (b, c) -> (b, n, c)"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, level)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), level)
-        mlp = self.mlp if level == SOFTMAX or self.mediator is None or self.mediator.mlp is None else self.mediator.mlp
-        return x + gate2.unsqueeze(1) * mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-def block_mlp(arch: Architecture) -> Mlp:
-    """timm's MLP as DiT and SiT use it."""
-    return Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
 
 
 class LastLayer(nn.Module):
@@ -169,7 +91,7 @@ class DiffusionTransformer(nn.Module):
     def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
         """Gives every block a mediator path that starts from its own projections and MLP; all else depends on (seed, layer)."""
         for index, block in enumerate(self.layers()):
-            block.add_mediators(self.arch, settings, seed * 1_000_003 + index)
+            block.add_mediators(self.arch, settings, partial(generator, seed, "layer", index))
         self.settings = settings
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
@@ -194,10 +116,30 @@ class DiffusionTransformer(nn.Module):
             SiT: velocity (b, channels, height, width), data - noise (REPA: noise - data).
         """
         conditioning = self.condition(t, y)
-        tokens = self.embed(x)
-        for block, level in zip(self.blocks, levels_per_layer(levels, self.arch.depth), strict=True):
-            tokens = block(tokens, conditioning, level)
+        return self.finish(self.run_blocks(self.embed(x), conditioning, levels), conditioning)
+
+    def walk(
+        self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], first: int = 0, run: Run = call
+    ) -> Iterator[Tensor]:
+        """The tokens (b, n, c) before every block from the `first` on, and after the last."""
+        blocks = self.layers()[first:]
+        return walk(blocks, tokens, conditioning, levels_per_layer(levels, len(blocks)), run)
+
+    def run_blocks(self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], first: int = 0) -> Tensor:
+        """The tokens (b, n, c) after the last block, from those before the block `first`."""
+        for after in self.walk(tokens, conditioning, levels, first):
+            tokens = after
+        return tokens
+
+    def finish(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        """(b, n, c) after the last block -> the model's output."""
         return self.unpatchify(self.final_layer(tokens, conditioning))
+
+    def added(self) -> MediatorSettings:
+        """What conversion added; an error where the model was never converted."""
+        if self.settings is None:
+            raise UserError("This model has no mediators, only level softmax.", hint="Run `mediatorize convert` first.")
+        return self.settings
 
     def mediator_parameters(self) -> dict[str, nn.Parameter]:
         """What conversion added to the pretrained weights, by name."""
@@ -214,12 +156,6 @@ class DiffusionTransformer(nn.Module):
 def is_mediator(name: str) -> bool:
     """Whether a parameter of that name was added by conversion; all others are the pretrained ones."""
     return ".mediator." in name
-
-
-def count_parameters(arch: Architecture, settings: MediatorSettings | None = None) -> int:
-    """Parameters of a model, its position embedding included as the published counts do."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in DiffusionTransformer(arch, settings).parameters())
 
 
 def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:

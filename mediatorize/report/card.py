@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mediatorize.formats.bundle import BundleConfig
 from mediatorize.model import cost
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.levels import SOFTMAX, title
+
+if TYPE_CHECKING:
+    from mediatorize.formats.bundle import BundleConfig
+    from mediatorize.model.schedule import Schedule
 
 
 def model_card(config: BundleConfig) -> str:
@@ -75,9 +78,9 @@ Made with `mediatorize` from {_origin(config)}
 
 def _origin(config: BundleConfig) -> str:
     source = config.source
-    weights = f", its {source['weights']} weights" if source["weights"] else ""
-    return f"""`{source["file"]}` ({source["format"]}{weights}).
-SHA-256 of those weights: `{source["sha256"]}`."""
+    weights = f", its {source.weights} weights" if source.weights else ""
+    return f"""`{source.file}` ({source.format}{weights}).
+SHA-256 of those weights: `{source.sha256}`."""
 
 
 def _levels(config: BundleConfig) -> str:
@@ -85,28 +88,30 @@ def _levels(config: BundleConfig) -> str:
     arch, settings = config.arch, config.settings
     softmax = cost.forward_flops(arch)
     rows = []
-    for m in settings.levels:
-        flops = cost.forward_flops(arch, m, settings)
-        before, after = (sum(layer[when][m] for layer in config.layer_errors) / arch.depth for when in ("before", "after"))
-        rows.append(f"| {m} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before:.3f} | {after:.3f} |")
+    for level in settings.levels:
+        flops = cost.forward_flops(arch, level, settings)
+        before, after = (sum(getattr(layer, when)[level] for layer in config.layer_errors) / arch.depth for when in ("before", "after"))
+        rows.append(f"| {title(level)} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before:.3f} | {after:.3f} |")
     table = "\n".join(rows)
     training, kept = "", "Level `softmax` is that model, bit for bit."
     if config.finetuned is not None:
-        plan, before, after = (config.finetuned[key] for key in ("plan", "before", "after"))
-        errors = ", ".join(f"{after[m]:.3f} at {m} (before: {before[m]:.3f})" for m in after)
-        training = (
-            f" Then distilled by `mediatorize finetune`, {plan['distill']['steps']} steps of {plan['distill']['batch']} states: relative "
-            f"error of the model's output on held-out trajectories of the teacher, all layers at one level, {errors}."
+        distilled, how = config.finetuned, config.finetuned.settings
+        errors = ", ".join(
+            f"{error:.3f} at {title(level)} (before: {distilled.before[level]:.3f})" for level, error in distilled.after.items()
         )
-        if plan["distill"]["train"] == "all":
+        training = (
+            f" Then distilled by `mediatorize finetune`, {how.steps} steps of {how.batch} states: relative error of the model's output on "
+            f"held-out trajectories of the teacher, all layers at one level, {errors}."
+        )
+        if how.train == "all":
             kept = "All weights were trained: level `softmax` is no longer that model."
     own = {"own": ", and each block has an MLP of its own", "shared": ""}[config.settings.mlp]
     return f"""{kept} Every other level runs each attention layer through a few mediator tokens
 (arXiv 2408.05710, with absorbed projections){own}.
 
-| mediators | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
+| level | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
 |---|---|---|---|---|
-| softmax | {softmax / 2e9:.4g} | 100% | 0 | 0 |
+| {title(SOFTMAX)} | {softmax / 2e9:.4g} | 100% | 0 | 0 |
 {table}
 
 A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax. Those it was fitted
@@ -139,5 +144,5 @@ def _versions(entry: Mapping[str, Any]) -> str:
 
 
 def _licence(config: BundleConfig) -> str:
-    return f"""Licence: this contains the weights of `{config.source["file"]}` and carries their licence on. (Official DiT
+    return f"""Licence: this contains the weights of `{config.source.file}` and carries their licence on. (Official DiT
 weights are CC BY-NC 4.0, official SiT weights MIT.)"""

@@ -1,13 +1,25 @@
-"""The words, tables and pictures of an evaluation."""
+"""How an evaluation is told: words, facts, tables, pictures, and the whole report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mediatorize.evaluation.results import Evaluation, RowResult
-from mediatorize.report.document import Block, Code, Document, Heading, Picture, Table, Text
-from mediatorize.report.tables import gmacs
+from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation, RowResult
+from mediatorize.model.schedule import Schedule
+from mediatorize.report.document import Block, Code, Document, Heading, Picture, Table, Text, markdown
+from mediatorize.report.html import html_page
+from mediatorize.report.pictures import write_comparison, write_error_cost, write_schedule_map, write_trajectory_errors
+from mediatorize.report.tables import gmacs, text_table
+
+if TYPE_CHECKING:
+    from mediatorize.evaluation.comparison import Samples
+    from mediatorize.evaluation.features import Pictures
+
+RESULT_FILE = "evaluation.json"
 
 Column = tuple[str, Callable[[RowResult], str | None]]
 
@@ -36,19 +48,68 @@ QUALITY: tuple[Column, ...] = (
 SHORT = (COST[0], COST[2], COST[3], *QUALITY)
 
 
+def words(found: Evaluation | Contribution) -> str:
+    """For the terminal."""
+    if isinstance(found, Contribution):
+        return f"Process {found.rank} of {found.processes} drew {found.drawn} samples per level; process 0 reports."
+    short = table(found, SHORT)
+    files = ", ".join(["report.html", "report.md", RESULT_FILE, *found.pictures, *found.arrays])
+    blocks = [title(found), text_table(short.header, short.rows), lead(found), *notes(found)]
+    return "\n\n".join([*blocks, f"Wrote {files} in {found.out}."])
+
+
+def facts(found: Evaluation | Contribution) -> dict[str, Any]:
+    """For machines: what `--json` prints and `evaluation.json` holds."""
+    if isinstance(found, Contribution):
+        return asdict(found)
+    return {
+        "model": found.model,
+        "name": found.name,
+        "out": str(found.out),
+        "samples": found.samples,
+        "sampling": _sampling(found),
+        "command": found.command,
+        "results": [asdict(row) for row in found.results],
+        "timing": None if found.comparison.timing is None else asdict(found.comparison.timing),
+        "features": found.comparison.features,
+        "reference": found.comparison.reference,
+        "distance_of_halves": found.comparison.distance_of_halves,
+        "hardware": dict(found.hardware),
+        "versions": dict(found.versions),
+        "source": None if found.source is None else dict(found.source),
+        "log": [dict(entry) for entry in found.log],
+        "notes": notes(found),
+        "pictures": dict(found.pictures),
+        "arrays": list(found.arrays),
+        "noise_levels": list(found.noise_levels),
+    }
+
+
+def _sampling(found: Evaluation) -> dict[str, Any]:
+    own = {"batch": found.batch, "dtype": found.dtype, "processes": found.processes, "vae": found.vae}
+    return found.sampler.to_json() | own
+
+
+def notes(found: Evaluation) -> list[str]:
+    """What a reader has to know of these figures."""
+    width = found.comparison.feature_width
+    if width is None or width < found.samples:
+        return []
+    return [f"Frechet distances of {found.samples} samples in {width} features are far too rough: take several times as many samples."]
+
+
 def table(found: Evaluation, columns: Sequence[Column], first: str = "level") -> Table:
     """A row per level or schedule; columns that no row has are left out."""
     cells = {name: [of(row) for row in found.results] for name, of in columns}
     kept = {name: values for name, values in cells.items() if any(value is not None for value in values)}
-    rows = [(row.level, *(values[index] or "-" for values in kept.values())) for index, row in enumerate(found.results)]
+    rows = [(row.title, *(values[index] or "-" for values in kept.values())) for index, row in enumerate(found.results)]
     return Table((first, *kept), rows)
 
 
 def title(found: Evaluation) -> str:
-    how = found.sampling
+    how = found.sampler
     return (
-        f"{found.name}: {found.samples} samples per level from the same noise, {how['solver']} {how['steps']} steps, "
-        f"guidance {how['cfg_scale']:g}"
+        f"{found.name}: {found.samples} samples per level from the same noise, {how.solver} {how.steps} steps, guidance {how.cfg_scale:g}"
     )
 
 
@@ -58,43 +119,86 @@ def lead(found: Evaluation) -> str:
     if not students:
         judged = "" if teacher.frechet_distance is None else f" For the teacher, {_quality(teacher, found)}."
         return f"Only the pretrained model was judged: {gmacs(teacher.flops)} GMACs per sample.{judged}"
-    scheduled = [row for row in students if not row.level.isdigit()]
-    shown = scheduled or list({row.level: row for row in (min(students, key=_cost), min(students, key=_error))}.values())
+    scheduled = [row for row in students if row.kind == "schedule"]
+    cheapest = min(students, key=lambda row: row.relative_flops)
+    closest = min(students, key=lambda row: row.sample_error)
+    shown = scheduled or [cheapest, *([closest] if closest is not cheapest else [])]
     sentences = []
     for row in shown:
-        name = f"With every layer at {row.level} mediator{'s' * (row.level != '1')}" if row.level.isdigit() else f"At {_named(row.level)}"
         time = "" if row.relative_time is None else f" and {row.relative_time:.0%} of its time per model call"
         text = (
-            f"{name} the model spends {row.relative_flops:.1%} of softmax's FLOPs{time}; "
+            f"{_how(row)} the model spends {row.relative_flops:.1%} of softmax's FLOPs{time}; "
             f"from the same noise its samples differ from the teacher's by {row.sample_error:.1%}"
         )
         text += "" if row.frechet_distance is None else f"; {_quality(row, found)} (the teacher: {_brief(teacher)})"
         sentences.append(f"{text}.")
-    if found.distance_of_halves is not None:
-        sentences.append(f"Two halves of {found.reference} are {found.distance_of_halves:.2f} apart.")
+    if found.comparison.distance_of_halves is not None:
+        sentences.append(f"Two halves of {found.comparison.reference} are {found.comparison.distance_of_halves:.2f} apart.")
     return " ".join(sentences)
 
 
-def _named(schedule: str) -> str:
-    return "its calibrated schedule" if schedule == "schedule" else f"schedule {schedule}"
-
-
-def _cost(row: RowResult) -> float:
-    return row.relative_flops
-
-
-def _error(row: RowResult) -> float:
-    return row.sample_error
+def _how(row: RowResult) -> str:
+    if row.kind == "level":
+        return f"With every layer at {row.title}"
+    return "At its calibrated schedule" if row.level == OWN_SCHEDULE else f"At schedule {row.title}"
 
 
 def _quality(row: RowResult, found: Evaluation) -> str:
     accuracy = "" if row.accuracy is None else f" and {row.accuracy:.1%} are recognised as their class"
-    return f"the Frechet distance to {found.reference} is {row.frechet_distance:.2f}{accuracy}"
+    return f"the Frechet distance to {found.comparison.reference} is {row.frechet_distance:.2f}{accuracy}"
 
 
 def _brief(row: RowResult) -> str:
     accuracy = "" if row.accuracy is None else f" and {row.accuracy:.1%}"
     return f"{row.frechet_distance:.2f}{accuracy}"
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------------
+
+
+def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], noise_levels: Sequence[float]) -> dict[str, str]:
+    """Writes the pictures of the report: file name -> caption.
+
+    Args:
+        results: of the samples' rows.
+        noise_levels: of every model call.
+    """
+    written = {}
+    shown = _shown_pictures(samples)
+    if shown is not None:
+        teacher, *students = results
+        names = [f"teacher ({teacher.title})", *(row.title for row in students)]
+        write_comparison(out / "comparison.png", list(zip(names, shown, captions(results), strict=True)))
+        written["comparison.png"] = "Samples, the same noise and class in each column"
+    if len(results) > 1:
+        write_error_cost(out / "error-cost.png", results)
+        written["error-cost.png"] = "Error against cost: each level and schedule"
+        write_trajectory_errors(out / "trajectory.png", results, noise_levels)
+        written["trajectory.png"] = "Where along the trajectory the students leave the teacher"
+    schedules = [(row.name, row.levels) for row in samples.rows if isinstance(row.levels, Schedule)]
+    for index, (name, schedule) in enumerate(schedules):
+        file = f"schedule-{index}.png" if index else "schedule.png"
+        write_schedule_map(out / file, schedule, name)
+        written[file] = f"{name}: the level of every layer at every noise level"
+    return written
+
+
+def _shown_pictures(samples: Samples) -> list[Pictures] | None:
+    """The first samples of every row, where they are pictures: twenty small ones or eight large."""
+    _, height, _, channels = next(samples.pictures(samples.rows[0])).shape
+    if channels not in (1, 3):
+        return None
+    return [_first(samples.pictures(row), 20 if height <= 64 else 8) for row in samples.rows]
+
+
+def _first(parts: Iterator[Pictures], count: int) -> Pictures:
+    """The first `count` pictures of all parts together, or as many as there are."""
+    import numpy as np
+
+    kept: list[Pictures] = []
+    while sum(map(len, kept)) < count and (part := next(parts, None)) is not None:
+        kept.append(part)
+    return np.concatenate(kept)[:count]
 
 
 def captions(results: Sequence[RowResult]) -> list[str]:
@@ -107,26 +211,40 @@ def captions(results: Sequence[RowResult]) -> list[str]:
     return texts
 
 
+# --- the report ----------------------------------------------------------------------------------------------------------------
+
+
+def write_report(found: Evaluation) -> None:
+    """Writes the report beside its pictures: for people as HTML and Markdown, for machines as JSON."""
+    from mediatorize.formats.bundle import write_json, write_text
+
+    text = document(found)
+    write_text(found.out / "report.md", markdown(text))
+    write_text(found.out / "report.html", html_page(text))
+    write_json(found.out / RESULT_FILE, facts(found))
+
+
 def document(found: Evaluation) -> Document:
     """The whole report."""
-    how = found.sampling
-    blocks: list[Block] = [Text(f"{title(found)}, seed {how['seed']}, {how['dtype']} on {found.hardware['device']}.")]
-    blocks += _pictures(found, "comparison.png")
+    how = f"{title(found)}, seed {found.sampler.seed}, {found.dtype} on {found.hardware['device']}."
+    blocks: list[Block] = [Text(how), *_pictures(found, "comparison.png")]
     blocks += [Heading("Cost"), table(found, COST), Text(_about_time(found)), Heading("Distance from the teacher, and quality")]
     blocks += [table(found, QUALITY), Text(_about_quality(found)), *_pictures(found, "error-cost.png", "trajectory.png")]
     maps = [file for file in found.pictures if file.startswith("schedule")]
     if maps:
         blocks += [Heading("Schedule"), *_pictures(found, *maps)]
-    if found.notes:
-        blocks += [Heading("Notes"), *(Text(note) for note in found.notes)]
+    if notes(found):
+        blocks += [Heading("Notes"), *(Text(note) for note in notes(found))]
     blocks += [Heading("Repeat it"), Code(found.command)]
-    facts = [("samples", f"{found.samples}, classes in turn, sample i from noise (seed {how['seed']}, i)")]
-    facts += [(name.replace("_", " "), str(value)) for name, value in {**how, **found.hardware}.items() if value is not None]
-    facts += [("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))]
-    blocks += [Table(("setting", "value"), facts, words=True)]
+    settings = [("samples", f"{found.samples}, classes in turn, sample i from noise (seed {found.sampler.seed}, i)")]
+    settings += [
+        (name.replace("_", " "), str(value)) for name, value in {**_sampling(found), **found.hardware}.items() if value is not None
+    ]
+    settings += [("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))]
+    blocks += [Table(("setting", "value"), settings, words=True)]
     if found.source is not None:
-        facts = [(name, str(value)) for name, value in found.source.items() if value]
-        blocks += [Heading("Where the bundle comes from"), Table(("pretrained file", "value"), facts, words=True)]
+        origin = [(name, value) for name, value in found.source.items() if value]
+        blocks += [Heading("Where the bundle comes from"), Table(("pretrained file", "value"), origin, words=True)]
         for entry in found.log:
             heading = f"{entry.get('time', '?')}  {entry.get('command', '?')}"
             blocks.append(Code(json.dumps(entry, indent=1), summary=heading))
@@ -143,9 +261,9 @@ def _pictures(found: Evaluation, *files: str) -> list[Block]:
 
 def _about_time(found: Evaluation) -> str:
     flops = "FLOPs count matrix products and convolutions, two per multiply-add (MAC); they are computed, not measured."
-    if found.timing is None:
+    if found.comparison.timing is None:
         return f"{flops} Time was not measured (--pairs 0)."
-    timing = found.timing
+    timing = found.comparison.timing
     low, high = timing.control_quartiles
     memory = "" if any(row.peak_bytes for row in found.results) else " Peak memory is measured on CUDA devices only."
     return (
@@ -162,11 +280,12 @@ def _about_quality(found: Evaluation) -> str:
         "sample error is the same of the final samples. Both are 0 for level softmax, which is the pretrained model, and neither is a "
         "measure of how good pictures look."
     )
-    if found.features is None:
+    judged = found.comparison
+    if judged.features is None:
         return f"{text} No features judged the samples (--features none)."
-    halves = "" if found.distance_of_halves is None else f" Two halves of it are {found.distance_of_halves:.2f} apart."
+    halves = "" if judged.distance_of_halves is None else f" Two halves of it are {judged.distance_of_halves:.2f} apart."
     return (
         f"{text} Frechet distance (arXiv 1706.08500), precision and recall (arXiv 1904.06991, 3 neighbours) compare features of "
-        f"{found.features} with those of {found.reference}.{halves} Such figures depend on the number of samples: compare them at equal "
+        f"{judged.features} with those of {judged.reference}.{halves} Such figures depend on the number of samples: compare them at equal "
         "numbers only."
     )

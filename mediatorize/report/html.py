@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import base64
-from html import escape
+from pathlib import Path
 
-from mediatorize.report.document import Block, Code, Document, Heading, Picture, Table, Text
+from mediatorize.report.document import Document
 
-STYLE = """
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ document.title }}</title>
+<style>
 :root { color-scheme: light; --ink: #1c2228; --soft: #5b6670; --line: #dfe4e8; --tint: #f6f8f9; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -38,47 +44,53 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem; margin-bottom:
   .wide img { max-width: none; width: 44rem; }
 }
 @media print { details > * { display: block; } }
-"""
-
-
-def html_page(document: Document) -> str:
-    """The whole page as text. Reads the pictures' files."""
-    body = "\n".join(_block(block) for block in document.blocks)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(document.title)}</title>
-<style>{STYLE}</style>
+</style>
 </head>
 <body>
 <main>
-<h1>{escape(document.title)}</h1>
-<p class="lead">{escape(document.lead)}</p>
-{body}
+<h1>{{ document.title }}</h1>
+<p class="lead">{{ document.lead }}</p>
+{% for block in document.blocks %}
+{% set kind = block.__class__.__name__ %}
+{% if kind == "Heading" %}
+<h2>{{ block.text }}</h2>
+{% elif kind == "Text" %}
+<p>{{ block.text }}</p>
+{% elif kind == "Table" %}
+<div class="scroll"><table{% if block.words %} class="words"{% endif %}>
+<thead><tr>{% for cell in block.header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in block.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% elif kind == "Picture" %}
+<figure>
+<div class="scroll{% if block.wide %} wide{% endif %}"><img alt="{{ block.caption }}" src="{{ block.path | data_url }}"></div>
+<figcaption>{{ block.caption }}</figcaption>
+</figure>
+{% elif block.summary %}
+<details><summary>{{ block.summary }}</summary><pre>{{ block.text }}</pre></details>
+{% else %}
+<pre>{{ block.text }}</pre>
+{% endif %}
+{% endfor %}
 </main>
 </body>
 </html>
 """
+"""In Jinja's language (jinja.palletsprojects.com): whatever stands in double braces is escaped."""
 
 
-def _block(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return f"<h2>{escape(text)}</h2>"
-        case Text(text):
-            return f"<p>{escape(text)}</p>"
-        case Table(header, rows, words):
-            head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-            body = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            kind = ' class="words"' if words else ""
-            return f'<div class="scroll"><table{kind}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-        case Picture(path, caption, wide):
-            data = base64.b64encode(path.read_bytes()).decode()
-            image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-            kind = "scroll wide" if wide else "scroll"
-            return f'<figure><div class="{kind}">{image}</div><figcaption>{escape(caption)}</figcaption></figure>'
-        case Code(text, summary):
-            code = f"<pre>{escape(text)}</pre>"
-            return f"<details><summary>{escape(summary)}</summary>{code}</details>" if summary else code
+def html_page(document: Document) -> str:
+    """The whole page as text. Reads the pictures' files."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    environment.filters["data_url"] = _data_url
+    return environment.from_string(TEMPLATE).render(document=document)
+
+
+def _data_url(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"

@@ -7,39 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mediatorize.evaluation.results import RowResult
-from mediatorize.formats.images import Pixels
-from mediatorize.formats.tensors import write_beside
-from mediatorize.model.architecture import SOFTMAX, Level
+from mediatorize.model.levels import Level, in_order, is_pretrained, read_level
+from mediatorize.model.levels import title as title_of
 from mediatorize.model.schedule import Schedule
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from mediatorize.formats.images import Pixels
 
 INK, SOFT, STUDENT, SCHEDULED = "#1c2228", "#5b6670", "#2f6f9f", "#c8553d"
 
+Colour = str | tuple[float, float, float, float]
 
-def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[str]) -> None:
+
+def write_comparison(path: Path, rows: Sequence[tuple[str, Pixels, str]]) -> None:
     """A PNG with one labelled row of pictures per sampler, the same noise in each column.
 
     Args:
-        rows: name of the row -> (n, height, width, channels) bytes; every row has the same n.
-        captions: a line of figures under each row's name.
+        rows: name, pictures (n, height, width, channels) in bytes, and a line of figures that stands under the name; every row has the
+            same n.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    first = next(iter(rows.values()))
+    _, first, _ = rows[0]
     count, cell = len(first), min(max(first.shape[1] / 120, 0.55), 2.0)  # inches
     figure = Figure(figsize=(3.2 + cell * count, max(0.75, cell + 0.1) * len(rows)), dpi=120)
     FigureCanvasAgg(figure)
     widths = [3.0 / cell] + [1] * count
     axes = figure.subplots(len(rows), count + 1, squeeze=False, gridspec_kw={"width_ratios": widths, "wspace": 0.06, "hspace": 0.12})
-    for line, (name, pixels), caption in zip(axes, rows.items(), captions, strict=True):
+    for line, (name, pixels, caption) in zip(axes, rows, strict=True):
         for axis in line:
             axis.axis("off")
         line[0].text(0, 0.62, name, fontsize=11, fontweight="bold", va="center", transform=line[0].transAxes)
@@ -47,7 +49,7 @@ def write_comparison(path: Path, rows: Mapping[str, Pixels], captions: Sequence[
         for axis, picture in zip(line[1:], pixels, strict=True):
             axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     figure.subplots_adjust(left=0.01, right=0.995, top=0.99, bottom=0.01)
-    write_beside(path, lambda beside: figure.savefig(beside, format="png"))
+    _write(path, figure)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -60,6 +62,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _write(path: Path, figure: Figure) -> None:
+    from mediatorize.formats.tensors import write_beside
+
     write_beside(path, lambda beside: figure.savefig(beside, format="png"))
 
 
@@ -73,7 +77,11 @@ def _calm(axis: Axes) -> None:
 
 
 def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
-    """A PNG: how far samples are from the teacher's, and how far from the reference, against FLOPs and measured time."""
+    """A PNG: how far samples are from the teacher's, and how far from the reference, against FLOPs and measured time.
+
+    Args:
+        results: the teacher first.
+    """
     measures = [("sample error", [row.sample_error for row in results])]
     distances = [row.frechet_distance for row in results]
     if None not in distances:
@@ -81,16 +89,16 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
     figure = _figure(4.2 * len(measures), 3.4)
     for axis, (name, values) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
         for row, value in zip(results, values, strict=True):
-            level = row.level == SOFTMAX or row.level.isdigit()
-            colour = INK if row.level == SOFTMAX else STUDENT if level else SCHEDULED
-            if row.relative_time is not None and row.level != SOFTMAX:
+            level, teacher = row.kind == "level", row is results[0]
+            colour = INK if teacher else STUDENT if level else SCHEDULED
+            if row.relative_time is not None and not teacher:
                 axis.plot([100 * row.relative_flops, 100 * row.relative_time], [value] * 2, color=colour, linewidth=0.8, alpha=0.35)
                 axis.plot(100 * row.relative_time, value, "o", color="white", markeredgecolor=colour, markersize=5.5)
             axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6, clip_on=False)
             # levels are named above their marks, schedules at the lower left: often one lies just below a level
             offset, side, edge = ((0, 5), "center", "bottom") if level else ((-4, -3), "right", "top")
             place = (100 * row.relative_flops, value)
-            axis.annotate(_row_name(row), place, offset, textcoords="offset points", fontsize=8, color=colour, ha=side, va=edge)
+            axis.annotate(row.title, place, offset, textcoords="offset points", fontsize=8, color=colour, ha=side, va=edge)
         timed = any(row.relative_time is not None for row in results[1:])
         axis.set_xlabel(f"% of softmax's FLOPs{' (filled) and time (open)' if timed else ''}", fontsize=8.5, color=SOFT)
         axis.set_title(name, fontsize=10, loc="left", color=INK)
@@ -101,15 +109,22 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
 
 
 def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_levels: Sequence[float]) -> None:
-    """A PNG: |student - teacher| / |teacher| at each model call, noise to the left."""
+    """A PNG: |student - teacher| / |teacher| at each model call, noise to the left; a level of higher rank is darker.
+
+    Args:
+        results: the teacher first.
+        noise_levels: of every model call.
+    """
     figure = _figure(6.4, 3.2)
     axis = figure.subplots()
-    levels = [row for row in results[1:] if row.level.isdigit()]
-    schedules = [row for row in results[1:] if not row.level.isdigit()]
-    for rows, colours, line in ((schedules, "Oranges", "--"), (levels, "Blues", "-")):
-        for index, row in enumerate(rows):
-            colour = _shade(index, len(rows), colours)
-            axis.plot(noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=_row_name(row), linestyle=line)
+    schedules = [row for row in results[1:] if row.kind == "schedule"]
+    levels = [row for row in results[1:] if row.kind == "level"]
+    shades = level_colours([read_level(row.level) for row in levels])
+    for index, row in enumerate(schedules):
+        colour = _shade(index, len(schedules), "Oranges")
+        axis.plot(noise_levels, row.errors_by_call, color=colour, linewidth=1.6, label=row.title, linestyle="--")
+    for row in levels:
+        axis.plot(noise_levels, row.errors_by_call, color=shades[read_level(row.level)], linewidth=1.6, label=row.title)
     axis.invert_xaxis()
     axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
     axis.set_title("distance from the teacher along the trajectory", fontsize=10, loc="left", color=INK)
@@ -119,11 +134,13 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
     _write(path, figure)
 
 
-def _row_name(row: RowResult) -> str:
-    return f"m = {row.level}" if row.level.isdigit() else row.level
+def level_colours(levels: Sequence[Level]) -> dict[Level, Colour]:
+    """A colour for every level, in the order of their rank: a higher one is darker, and the pretrained layer's is ink."""
+    order = in_order(levels)
+    return {level: INK if is_pretrained(level) else _shade(index, len(order)) for index, level in enumerate(order)}
 
 
-def _shade(index: int, count: int, colours: str = "Blues") -> tuple[float, float, float, float]:
+def _shade(index: int, count: int, colours: str = "Blues") -> Colour:
     """One of `count` colours, from light to dark."""
     from matplotlib import colormaps
 
@@ -132,18 +149,17 @@ def _shade(index: int, count: int, colours: str = "Blues") -> tuple[float, float
 
 def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
     """A PNG: the level of every layer (up) at every noise level (noise to the left); darker is dearer."""
+    import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    used = {level for piece in schedule.levels for level in piece}
-    order: list[Level] = [*sorted(level for level in used if isinstance(level, int)), *([SOFTMAX] if SOFTMAX in used else [])]
-    depth = len(schedule.levels[0])
-    colours = [INK if level == SOFTMAX else _shade(index, len(order)) for index, level in enumerate(order)]
+    depth, colours = schedule.depth, level_colours(list(schedule.used))
+    order = list(colours)
     cells = np.array([[order.index(level) for level in piece] for piece in schedule.levels]).T  # (layers, pieces)
     figure = _figure(6.4, 1.4 + 0.16 * max(depth, 6))
     axis = figure.subplots()
     mesh: dict[str, Any] = {
-        "cmap": ListedColormap(colours),
+        "cmap": ListedColormap(list(colours.values())),
         "vmin": -0.5,
         "vmax": len(order) - 0.5,
         "edgecolors": "white",
@@ -157,7 +173,7 @@ def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
     axis.tick_params(colors=SOFT, labelsize=8)
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10, loc="left", color=INK)
-    patches = [Patch(color=colour, label=str(level)) for colour, level in zip(colours, order, strict=True)]
+    patches = [Patch(color=colour, label=title_of(level)) for level, colour in colours.items()]
     axis.legend(
         handles=patches,
         loc="center left",
@@ -181,6 +197,8 @@ def write_redundancy(
         errors: by rank, of the best approximation of attention of that rank, by layer and noise level, in [0, 1].
         noise_levels: of the columns, descending.
     """
+    import numpy as np
+
     panels: list[tuple[str, Any, float | None]] = [("effective rank", np.asarray(effective_rank), None)]
     panels += [(f"error of best rank {rank}", np.asarray(values), 1.0) for rank, values in errors.items()]
     depth = len(effective_rank)
@@ -209,12 +227,13 @@ def _label_cells(axis: Any, noise_levels: Sequence[float], layers: int) -> None:
     axis.set_yticks(range(0, layers, -(-layers // 14)))
 
 
-def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequence[int], errors: NDArray[np.float64]) -> None:
-    """A PNG of the error table: one panel per mediator level, layers by noise level, on one logarithmic scale.
+def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequence[Level], errors: NDArray[np.float64]) -> None:
+    """A PNG of the error table: one panel per level beside softmax, layers by noise level, on one logarithmic scale.
 
     Args:
         errors: (cells, layers, levels), relative errors of the samples.
     """
+    import numpy as np
     from matplotlib.colors import LogNorm
 
     cells, layers, _ = errors.shape
@@ -227,7 +246,7 @@ def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequenc
         image = axis.imshow(table.T.clip(min=scale.vmin), norm=scale, cmap="magma", aspect="auto", interpolation="nearest")
         _label_cells(axis, noise_levels, layers)
         axis.set_xticks(axis.get_xticks()[::2])
-        axis.set(title=f"m = {level}", xlabel="noise level")
+        axis.set(title=title_of(level), xlabel="noise level")
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="relative error of the sample")
     figure.suptitle("Error that one layer at one noise level makes alone")

@@ -19,3 +19,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def gmacs(flops: float) -> str:
     """Billions of multiply-adds, two decimals or, of a small number, three digits."""
     return f"{flops / 2e9:.2f}" if flops >= 2e9 else f"{flops / 2e9:.3g}"
+
+
+def seconds_in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from mediatorize.compression.fit import FitSettings, LayerErrors, fit_layers
+import typer
+
+from mediatorize.compression.conversion import Conversion, ConversionPlan, check_plan, convert_model, states_needed
 from mediatorize.compression.initialise import INITIALISERS
-from mediatorize.compression.trajectories import States, batches_for, data_states, teacher_states
-from mediatorize.diffusion.solvers import DEFAULT_SOLVER, Channels, call_times, find_solver, refuse_steps, rows_per_sample
+from mediatorize.compression.records import FitSettings
 from mediatorize.errors import UserError
-from mediatorize.formats import bundle
-from mediatorize.formats.checkpoint import Hints, open_checkpoint
-from mediatorize.formats.latents import DataFacts, Latents, open_data
-from mediatorize.model import cost
-from mediatorize.model.architecture import (
-    SOFTMAX,
-    Architecture,
-    MediatorSettings,
-    MlpOwner,
-    Space,
-    coarse_grid,
-    default_local_rank,
-    default_modulation_rank,
-    preset,
-)
-from mediatorize.model.transformer import DiffusionTransformer, count_parameters
-from mediatorize.report.card import model_card
+from mediatorize.model.architecture import default_local_rank, default_modulation_rank, preset
+from mediatorize.model.levels import Level, MediatorSettings, MlpOwner, Space, in_order, read_level
+from mediatorize.signatures import OneOf, listed
 from mediatorize.stages.options import (
+    DATA,
+    SAMPLING,
+    WHAT,
     ChannelsOption,
     ClassesOption,
     DataOption,
@@ -40,191 +29,55 @@ from mediatorize.stages.options import (
     FamilyOption,
     ForceOption,
     HeadsOption,
-    Option,
     SeedOption,
     SolverOption,
     StepsOption,
     VaeOption,
     WeightsOption,
+    option,
 )
-from mediatorize.stages.running import (
-    gmacs,
-    measured_flops_per_second,
-    pick_device,
-    progress_bar,
-    refuse_below,
-    seconds_in_words,
-    text_table,
-)
-from mediatorize.version import VERSION
+from mediatorize.stages.running import progress_bar, refuse_below
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion will do; the same plan on the same weights gives the same bundle."""
-
-    arch: Architecture
-    settings: MediatorSettings
-    init: str
-    fit: FitSettings
-    states: int
-    trajectories: int
-    solver: str
-    steps: int
-    cfg_scale: float
-    cfg_channels: Channels
-    data: DataFacts | None = None
-    """What states are made of; None is the model's own trajectories."""
-
-    def fingerprint(self, weights_hash: str) -> dict[str, Any]:
-        """Everything that the result depends on, as JSON keeps it."""
-        fields = {
-            "architecture": self.arch.to_json(),
-            "mediators": self.settings.to_json(),
-            "init": self.init,
-            "fit": vars(self.fit),
-            "states": [self.states, self.trajectories],
-            "solver": [self.solver, self.steps, self.cfg_scale, self.cfg_channels],
-            "data": vars(self.data) if self.data else None,
-            "weights": weights_hash,
-            "version": VERSION,
-        }
-        return json.loads(json.dumps(fields))
-
-    def added_parameters(self) -> int:
-        """Parameters that the mediators add."""
-        return count_parameters(self.arch, self.settings) - count_parameters(self.arch)
-
-    def flops(self) -> int:
-        """FLOPs of the conversion: states, the teacher's pass over them, and fitting (a backward counts as two forwards)."""
-        arch = self.arch
-        forward = cost.forward_flops(arch)
-        levels = sum(cost.attention_flops(arch, level, self.settings) for level in self.settings.levels)
-        return self.states_flops() + 2 * self.states * forward + arch.depth * self.fit.steps * self.fit.batch * 3 * levels
-
-    def states_flops(self) -> int:
-        """FLOPs of sampling the teacher, or of encoding pictures; latents and pixels on disk cost none."""
-        if self.data:
-            return self.states * self.data.encode_flops
-        calls = len(call_times(find_solver(self.arch, self.solver), self.steps))
-        batches = batches_for(self.states, calls, self.trajectories, self.cfg_scale)
-        return batches * calls * self.trajectories * rows_per_sample(self.cfg_scale) * cost.forward_flops(self.arch)
-
-    def fitted_on(self) -> str:
-        return f"noised data: {self.data}" if self.data else bundle.OWN_TRAJECTORIES
-
-    def peak_bytes(self) -> int:
-        """The model with its mediators, all states at one layer, and one step of fitting."""
-        arch, widest = self.arch, self.settings.levels[-1]
-        tokens = 4 * self.states * arch.tokens * arch.width
-        step = 4 * self.fit.batch * arch.tokens * (6 * arch.width + 4 * arch.heads * widest + arch.mlp_width)
-        return 4 * (count_parameters(arch) + self.added_parameters()) + 16 * self.added_parameters() // arch.depth + 3 * tokens + step
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` did, or with `dry_run` would do."""
-
-    out: Path
-    plan: Plan
-    notes: tuple[str, ...]
-    errors: tuple[LayerErrors, ...] = ()
-    seconds: float = 0.0
-    estimated_seconds: float | None = None
-    """Only of a dry run: FLOPs over this device's measured rate."""
-    resumed_layers: int = 0
-    relative_flops: dict[int, float] = field(default_factory=dict)
-    """Of the whole model, every layer at one level."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "dry_run": self.estimated_seconds is not None,
-            "architecture": self.plan.arch.to_json(),
-            "mediators": self.plan.settings.to_json(),
-            "init": self.plan.init,
-            "fit": vars(self.plan.fit),
-            "states": self.plan.states,
-            "data": vars(self.plan.data) if self.plan.data else None,
-            "added_parameters": self.plan.added_parameters(),
-            "flops_of_conversion": self.plan.flops(),
-            "peak_bytes": self.plan.peak_bytes(),
-            "relative_flops": self.relative_flops,
-            "layer_errors": [vars(errors) for errors in self.errors],
-            "seconds": round(self.seconds, 1),
-            "estimated_seconds": self.estimated_seconds,
-            "resumed_layers": self.resumed_layers,
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        plan = self.plan
-        rows = [
-            (f"m={m}", gmacs(cost.forward_flops(plan.arch, m, plan.settings)), f"{self.relative_flops[m]:.1%}")
-            for m in plan.settings.levels
-        ]
-        rows.insert(0, (SOFTMAX, gmacs(cost.forward_flops(plan.arch)), "100%"))
-        lines = [
-            f"{plan.arch.name}: {plan.arch.depth} attention layers get levels {', '.join(map(str, plan.settings.levels))} beside softmax",
-            f"  mediators from {plan.settings.space}, {plan.init}, local rank {plan.settings.local_rank}, {plan.settings.mlp} MLPs; "
-            f"{plan.added_parameters() / 1e6:.1f}M parameters more",
-            *(f"  {note}" for note in self.notes),
-            "",
-            text_table(("all layers at", "GMACs per forward", "of softmax's"), rows),
-            "",
-        ]
-        if self.estimated_seconds is not None:
-            how = f"guidance {plan.cfg_scale}" if plan.data else f"{plan.solver}, {plan.steps} steps, guidance {plan.cfg_scale}"
-            lines += [
-                f"Would take {plan.states} states of {plan.fitted_on()} ({how})",
-                f"and fit {plan.fit.steps} steps of {plan.fit.batch} states per layer:",
-                f"  {plan.flops() / 1e12:.1f} TFLOPs, about {seconds_in_words(self.estimated_seconds)} at this device's rate; "
-                f"memory up to {plan.peak_bytes() / 2**30:.1f} GiB",
-                f"  {self.out} would be written.",
-            ]
-            return "\n".join(lines)
-        if plan.data:
-            lines.append(f"States were of {plan.fitted_on()}.")
-        if plan.fit.steps == 0:
-            lines.append("Not fitted (--fit-steps 0): mediators are as initialised. Relative error of each layer's output:")
-        else:
-            lines.append("Relative error of each layer's output on held-out states, before -> after fitting:")
-        levels = plan.settings.levels
-        table = [(f"{e.layer}", *(f"{e.before[m]:.3f} -> {e.after[m]:.3f}" for m in levels)) for e in self.errors]
-        means = [tuple(sum(getattr(e, when)[m] for e in self.errors) / len(self.errors) for when in ("before", "after")) for m in levels]
-        table.append(("mean", *(f"{before:.3f} -> {after:.3f}" for before, after in means)))
-        lines.append(text_table(("layer", *(f"m={m}" for m in plan.settings.levels)), table))
-        resumed = f" ({self.resumed_layers} layers were there from before)" if self.resumed_layers else ""
-        lines += ["", f"Wrote {self.out} in {seconds_in_words(self.seconds)}{resumed}. Level softmax is the pretrained model, bit for bit."]
-        return "\n".join(lines)
+if TYPE_CHECKING:
+    from mediatorize.compression.store import Kept
+    from mediatorize.formats.data import Latents
+    from mediatorize.model.transformer import DiffusionTransformer
 
 
 def convert(
-    checkpoint: Annotated[str, Option("a pretrained DiT or SiT; with --dry-run also a published size, such as DiT-XL/2@256")],
-    out: Annotated[Path, Option("the bundle (a folder) to write")],
+    checkpoint: Annotated[str, typer.Argument(help="a pretrained DiT or SiT; with --dry-run also a published size, as DiT-XL/2@256")],
+    out: Annotated[Path, typer.Argument(help="the bundle (a folder) to write")],
     *,
-    levels: Annotated[tuple[int, ...], Option("mediator counts that every layer can run at")] = (1, 4, 16),
-    init: Annotated[str, Option("where pooling starts", choices=INITIALISERS)] = "cluster-queries",
-    mediators_from: Annotated[Space, Option("which projection makes mediators: queries or keys")] = "queries",
-    local_rank: Annotated[int | None, Option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64")] = None,
+    levels: Annotated[
+        tuple[Level, ...],
+        option("levels that every layer gets beside softmax: mediator counts", WHAT, parser=listed(read_level), metavar="N,N,..."),
+    ] = (1, 4, 16),
+    init: Annotated[str, option("where pooling starts", WHAT), OneOf(INITIALISERS)] = "cluster-queries",
+    mediators_from: Annotated[Space, option("which projection makes mediators", WHAT)] = "queries",
+    local_rank: Annotated[
+        int | None, option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64", WHAT, min=0)
+    ] = None,
     modulation_rank: Annotated[
         int | None,
-        Option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32"),
+        option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32", WHAT, min=0),
     ] = None,
-    mlp: Annotated[MlpOwner, Option("own: mediator levels have MLPs of their own, which finetune trains; or shared")] = "own",
+    mlp: Annotated[MlpOwner, option("own: mediator levels have MLPs of their own, which finetune trains; or shared", WHAT)] = "own",
     data: DataOption = None,
     vae: VaeOption = None,
-    states: Annotated[int, Option("states to fit on: of the model's own trajectories, or of --data")] = 1024,
-    trajectories: Annotated[int, Option("samples drawn at a time to get them")] = 32,
-    fit_steps: Annotated[int, Option("steps of fitting per layer; 0 leaves mediators as initialised")] = FitSettings.steps,
-    batch: Annotated[int, Option("states per step of fitting")] = FitSettings.batch,
-    learning_rate: Annotated[float, Option("peak rate of fitting")] = FitSettings.learning_rate,
+    states: Annotated[
+        int, option("states to fit on, of the model's own trajectories or of --data; --fit-steps 0 takes few of them", DATA, min=16)
+    ] = 1024,
+    trajectories: Annotated[int, option("samples of the model drawn at a time to get states", DATA, min=1)] = 32,
+    fit_steps: Annotated[int, option("steps of fitting per layer; 0 leaves mediators as initialised", WHAT, min=0)] = FitSettings.steps,
+    batch: Annotated[int, option("states per step of fitting", WHAT, min=1)] = FitSettings.batch,
+    learning_rate: Annotated[float, option("peak rate of fitting", WHAT)] = FitSettings.learning_rate,
     solver: SolverOption = None,
-    steps: StepsOption = None,
+    sampler_steps: StepsOption = None,
     cfg_scale: Annotated[
         float,
-        Option(
-            "guidance of the trajectories, best what will be sampled with; 1 is none. With --data: half of the labels are null unless 1"
+        option(
+            "guidance of the trajectories, best what will be sampled with; 1 is none. With --data: half of the labels are null unless 1",
+            SAMPLING,
         ),
     ] = 1.5,
     cfg_channels: ChannelsOption = 3,
@@ -237,8 +90,25 @@ def convert(
     dry_run: DryRunOption = False,
     force: ForceOption = False,
 ) -> Conversion:
-    """Gives every attention layer a mediator path beside its softmax one, and fits it to the layer's own outputs. Resumes after a kill."""
+    """Gives every attention layer a mediator path beside its softmax one, and fits it to the layer's own outputs. Resumes after a kill.
+
+    Example: mediatorize convert DiT-XL-2-512x512.pt out --family dit
+    """
+    from mediatorize.compression.fit import layer_name
+    from mediatorize.compression.trajectories import States
+    from mediatorize.devices import measured_flops_per_second, pick_device
+    from mediatorize.diffusion.sampling import Sampler
+    from mediatorize.formats import bundle
+    from mediatorize.formats.checkpoint import Hints, open_checkpoint
+    from mediatorize.formats.data import open_data
+    from mediatorize.report.card import model_card
+    from mediatorize.report.conversion import fitted_on
+    from mediatorize.stages.work import Work
+
     start = time.monotonic()
+    refuse_below({"fit-steps": fit_steps}, 0)
+    refuse_below({"batch": batch, "trajectories": trajectories}, 1)
+    refuse_below({"states": states}, 16)
     if vae and not data:
         raise UserError(f"{vae}: without --data there is nothing for a VAE to encode.", hint="Pass --data, or leave --vae out.")
     source = Path(checkpoint)
@@ -247,129 +117,82 @@ def convert(
     published = dry_run and "@" in checkpoint and not source.exists()
     opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), weights)
     arch = preset(checkpoint) if opened is None else opened.arch
-    local = default_local_rank(arch.width) if local_rank is None else local_rank
-    modulation = default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank
-    settings = MediatorSettings(tuple(sorted(set(levels))), mediators_from, local, modulation, mlp)
-    name = solver or DEFAULT_SOLVER[arch.family]
-    chosen = find_solver(arch, name)
-    if chosen.adaptive:
-        raise UserError(f"{name} takes as many steps as it needs; states are spread over a fixed number.", hint="Pass --solver euler.")
-    fit = FitSettings(fit_steps, batch, learning_rate, seed)
-    taken = chosen.default_steps if steps is None else steps
-    refuse_steps(chosen, taken)
-    guidance = cfg_scale if arch.null_class else 1.0
-    plan = Plan(arch, settings, init, fit, states, trajectories, name, taken, guidance, cfg_channels)
-    relative, notes = _check_plan(plan)
-    notes += list(opened.notes) if opened else []
+
+    fit = FitSettings(steps=fit_steps, batch=batch, learning_rate=learning_rate, seed=seed)
+    taken, at_a_time = states_needed(states, trajectories, init, fit)
+    plan = ConversionPlan(
+        arch=arch,
+        settings=MediatorSettings(
+            levels=tuple(in_order(levels)),
+            space=mediators_from,
+            local_rank=default_local_rank(arch.width) if local_rank is None else local_rank,
+            modulation_rank=default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank,
+            mlp=mlp,
+        ),
+        init=init,
+        fit=fit,
+        states=taken,
+        trajectories=at_a_time,
+        sampler=Sampler.resolve(
+            arch, solver=solver, steps=sampler_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed, fixed_for="states need"
+        ),
+    )
+    notes = check_plan(plan) + (opened.notes if opened else ())
+    if taken < states:
+        notes += (f"without fitting, {taken} states are enough to start mediators and to measure errors",)
     dataset = open_data(data, arch, vae, pick_device(device)) if data else None
     plan = replace(plan, data=dataset.facts() if dataset else None)
-    if dry_run:
+    if dry_run or opened is None:
         rate = measured_flops_per_second(pick_device(device), arch.width, arch.tokens)
-        return Conversion(out, plan, tuple(notes), estimated_seconds=plan.flops() / rate, relative_flops=relative)
+        return Conversion(out=out, plan=plan, notes=notes, estimated_seconds=plan.flops() / rate)
 
-    assert opened is not None
     refuse_occupied(out, force)
     opened.verify()
     model = opened.load()
     weights_hash = bundle.hash_of_weights(model)
-    partial = _open_partial(out, plan.fingerprint(weights_hash), force)
+    partial = bundle.partial_folder(out)
+    if not (partial / bundle.WORK_FOLDER).exists():
+        shutil.rmtree(partial, ignore_errors=True)  # nobody's work
+    unfinished = UserError(
+        f"{partial}: an unfinished conversion with other settings, data or weights.", hint="Repeat its command, or pass --force to drop it."
+    )
+    work = Work.open(partial / bundle.WORK_FOLDER, plan.fingerprint(weights_hash), force=force, refusal=lambda before: unfinished)
     model = model.to(pick_device(device))
 
-    saved = bundle.saved_states(partial)
-    collected = States(**saved) if saved else _collect(model, plan, dataset)
-    if not saved:
-        bundle.save_states(partial, vars(collected))
-    del dataset  # and the VAE with it
-    model.add_mediators(settings, seed)
-    model.requires_grad_(False)
-    restored = {
-        index: (state, LayerErrors(index, errors["before"], errors["after"]))
-        for index, (state, errors) in bundle.saved_layers(partial).items()
-    }
-    done: list[LayerErrors] = []
-    with progress_bar((arch.depth - len(restored)) * max(fit_steps, 1), "fitting layers") as bar:
-        for errors in fit_layers(model, collected, INITIALISERS[init], fit, restored=restored, on_step=lambda: bar.update()):
-            done.append(errors)
-            if errors.layer not in restored:
-                state = {key: value.cpu() for key, value in model.attention_layers()[errors.layer].mediated().state_dict().items()}
-                bundle.save_layer(partial, errors.layer, state, {"before": errors.before, "after": errors.after})
+    collected = States(**work.once("states", lambda: _collect(model, plan, dataset)).tensors)
+    dataset = None  # and the VAE with it
+    resumed = sum(work.has(layer_name(index)) for index in range(arch.depth))
+    with progress_bar((arch.depth - resumed) * max(fit.steps, 1), "fitting layers") as bar:
+        errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, on_step=bar.update)
 
-    result = Conversion(out, plan, tuple(notes), tuple(done), time.monotonic() - start, None, len(restored), relative)
-    provenance = {"file": source.name, "format": opened.format, "weights": opened.part, "sha256": weights_hash}
-    config = bundle.BundleConfig(arch, settings, provenance, [vars(errors) for errors in done], fitted_on=plan.fitted_on())
+    result = Conversion(out=out, plan=plan, notes=notes, errors=tuple(errors), seconds=time.monotonic() - start, resumed_layers=resumed)
+    origin = bundle.Origin(file=source.name, format=opened.format, weights=opened.part, sha256=weights_hash)
+    config = bundle.BundleConfig(arch, plan.settings, origin, result.errors, fitted_on=fitted_on(plan))
     bundle.write_bundle(partial, model.cpu(), config, model_card(config))
-    arguments = {"checkpoint": checkpoint, "out": str(out), **plan.fingerprint(weights_hash)}
     (partial / bundle.LOG_FILE).unlink(missing_ok=True)  # of a try that was killed at the very end
-    bundle.append_log(partial, "convert", arguments, {"seconds": round(result.seconds, 1), "resumed_layers": len(restored)})
+    arguments = {"checkpoint": checkpoint, "out": str(out), **work.plan}
+    bundle.append_log(partial, "convert", arguments, {"seconds": round(result.seconds, 1), "resumed_layers": resumed})
     bundle.commit(partial, out)
     return result
 
 
-def _collect(model: DiffusionTransformer, plan: Plan, dataset: Latents | None) -> States:
-    if dataset is not None:
-        with progress_bar(plan.states, "reading data", "item") as bar:
-            return data_states(
-                plan.arch, dataset, plan.states, cfg_scale=plan.cfg_scale, seed=plan.fit.seed, on_read=lambda count: bar.update(count)
-            )[0]
-    calls = len(call_times(find_solver(plan.arch, plan.solver), plan.steps))
-    total = calls * batches_for(plan.states, calls, plan.trajectories, plan.cfg_scale)
-    with progress_bar(total, "sampling the teacher", "call") as bar:
-        return teacher_states(
-            model,
-            plan.states,
-            solver=plan.solver,
-            steps=plan.steps,
-            cfg_scale=plan.cfg_scale,
-            cfg_channels=plan.cfg_channels,
-            trajectories=plan.trajectories,
-            seed=plan.fit.seed,
-            on_call=lambda: bar.update(),
-        )
+def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents | None) -> Kept:
+    """The states of a plan, with a progress bar."""
+    from mediatorize.compression.store import Kept
+    from mediatorize.compression.trajectories import data_states, teacher_states
 
-
-def _check_plan(plan: Plan) -> tuple[dict[int, float], list[str]]:
-    """The model's relative cost per level; refuses a plan that saves nothing or cannot be."""
-    arch, settings = plan.arch, plan.settings
-    cells = coarse_grid(arch.grid)[0] * coarse_grid(arch.grid)[1]
-    if settings.levels[-1] > cells:
-        raise UserError(f"{settings.levels[-1]} mediators do not fit {cells} positions.", hint="Pass smaller --levels.")
-    refuse_below({"fit-steps": plan.fit.steps, "seed": plan.fit.seed}, 0)
-    refuse_below({"batch": plan.fit.batch, "trajectories": plan.trajectories}, 1)
-    refuse_below({"states": plan.states}, 16)
-    softmax = cost.forward_flops(arch)
-    relative = {m: cost.forward_flops(arch, m, settings) / softmax for m in settings.levels}
-    idle = [m for m, share in relative.items() if share >= 1]
-    if len(idle) == len(relative):
-        raise UserError(
-            f"Nothing was converted: with {arch.tokens} tokens of width {arch.width} none of levels {list(settings.levels)} is cheaper "
-            "than softmax.",
-            hint="Pass smaller --levels or a smaller --local-rank.",
-        )
-    notes = [f"level {m} is no cheaper than softmax here ({relative[m]:.1%})" for m in idle]
-    return relative, notes
-
-
-def _open_partial(out: Path, fingerprint: dict[str, Any], force: bool) -> Path:
-    """The folder that the bundle is prepared in: a new one, or an unfinished one of the same plan."""
-    partial = bundle.partial_folder(out)
-    plan_file = partial / bundle.PLAN_FILE
-    if plan_file.exists():
-        if json.loads(plan_file.read_text()) == fingerprint:
-            return partial
-        if not force:
-            raise UserError(
-                f"{partial}: an unfinished conversion with other settings, data or weights.",
-                hint="Repeat its command, or pass --force to drop it.",
-            )
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    bundle.write_json(plan_file, fingerprint)
-    return partial
+    if dataset is None:
+        with progress_bar(plan.calls(), "sampling the teacher", "call") as bar:
+            return Kept(vars(teacher_states(model, plan.states, plan.sampler, trajectories=plan.trajectories, on_call=bar.update)))
+    guidance, seed = plan.sampler.cfg_scale, plan.sampler.seed
+    with progress_bar(plan.states, "reading data", "item") as bar:
+        return Kept(vars(data_states(plan.arch, dataset, plan.states, cfg_scale=guidance, seed=seed, on_read=bar.update)[0]))
 
 
 def refuse_occupied(out: Path, force: bool) -> None:
     """Only a bundle or an empty folder is ever replaced, and a bundle only by force."""
+    from mediatorize.formats import bundle
+
     bundle.recover(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mediatorize.diffusion import process
+from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, alphas_cumprod, noised, process_of
 from mediatorize.evaluation.digits import digit_images
-from mediatorize.model.architecture import Architecture, Family
+from mediatorize.model.architecture import FAMILIES, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, initialise_from_scratch
+from mediatorize.randomness import generator
 
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.9975
@@ -48,31 +49,30 @@ def teacher_architecture(family: Family) -> Architecture:
         grid=(8, 8),
         classes=10,
         null_class=True,
-        learn_sigma=family == "dit",
+        learn_sigma=FAMILIES[family].keeps_variance,
         mlp_width=512,
     )
 
 
-def training_loss(
-    model: DiffusionTransformer, data: Tensor, labels: Tensor, generator: torch.Generator, velocity_weighting: bool
-) -> Tensor:
+def training_loss(model: DiffusionTransformer, data: Tensor, labels: Tensor, random: torch.Generator, velocity_weighting: bool) -> Tensor:
     arch = model.arch
     batch = len(data)
-    noise = torch.randn(data.shape, generator=generator)
-    dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
+    process = process_of(arch)
+    noise = torch.randn(data.shape, generator=random)
+    dropped = torch.rand(batch, generator=random) < LABEL_DROPOUT
     labels = labels.masked_fill(dropped, arch.classes)
-    if arch.family == "sit":
-        t = torch.randn(batch, generator=generator).sigmoid()  # logit-normal: most steps where the task is hard
-        output = model(process.noised(arch, data, noise, t), t, labels)
-        return (output - process.target(arch, data, noise)).square().mean()
-    t = torch.randint(0, process.TRAIN_STEPS, (batch,), generator=generator)
-    noisy = process.noised(arch, data, noise, t)
+    if not arch.learn_sigma:
+        t = torch.randn(batch, generator=random).sigmoid()  # logit-normal: most steps where the task is hard
+        output = model(noised(process, data, noise, t), t, labels)
+        return (output - process.target(data, noise)).square().mean()
+    t = torch.randint(0, TRAIN_STEPS, (batch,), generator=random)
+    noisy = noised(process, data, noise, t)
     output, logits = model(noisy, t, labels).chunk(2, dim=1)
     weight = torch.ones(1)
     if velocity_weighting:  # |v - v'|^2 = |noise - noise'|^2 / (data's share of the variance)
-        weight = (1 / process.alphas_cumprod()[t]).clamp(max=HIGHEST_WEIGHT).float()
+        weight = (1 / alphas_cumprod()[t]).clamp(max=HIGHEST_WEIGHT).float()
     noise_loss = (weight.view(-1, 1, 1, 1) * (output - noise).square()).mean()
-    return noise_loss + 1e-3 * process.TRAIN_STEPS * variance_loss(data, noisy, output.detach(), logits, t)
+    return noise_loss + 1e-3 * TRAIN_STEPS * variance_loss(data, noisy, output.detach(), logits, t)
 
 
 def variance_loss(data: Tensor, noisy: Tensor, output: Tensor, logits: Tensor, t: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ def variance_loss(data: Tensor, noisy: Tensor, output: Tensor, logits: Tensor, t
 
     At t = 0, where the true step has no variance, the variance of t = 1 stands in.
     """
-    betas = torch.from_numpy(process.BETAS)
-    kept = process.alphas_cumprod()
+    betas = torch.from_numpy(BETAS)
+    kept = alphas_cumprod()
     kept_before = torch.cat([torch.ones(1), kept[:-1]])
     posterior = betas * (1 - kept_before) / (1 - kept)
     posterior[0] = posterior[1]
@@ -137,11 +137,11 @@ def train(
 
     progress = tqdm(range(first, steps), initial=first, total=steps, desc=f"training {family}", mininterval=10)
     for step in progress:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        chosen = torch.randint(0, len(images), (batch,), generator=generator)
+        random = generator(seed, "training step", step)
+        chosen = torch.randint(0, len(images), (batch,), generator=random)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_rate)
-        loss = training_loss(model, images[chosen], labels[chosen], generator, velocity_weighting)
+        loss = training_loss(model, images[chosen], labels[chosen], random, velocity_weighting)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mediatorize.errors import UserError
@@ -325,7 +326,6 @@ class LightningDitItems:
 
     shape: tuple[int, ...]
     files: tuple[Path, ...]
-    shards: tuple[dict[str, StoredTensor], ...]
     ends: tuple[int, ...]
     """Items up to and with each shard."""
     labels: Tensor
@@ -346,15 +346,12 @@ class LightningDitItems:
 
     def stored(self, index: int) -> tuple[Tensor, int]:
         shard, row = self.place(index)
-        both = []
-        for key in ("latents", "latents_flip"):
-            whole = self.shards[shard][key]
-            offset = whole.offset + row * whole.stride[0] * whole.dtype.itemsize
-            try:
-                both.append(replace(whole, shape=whole.shape[1:], stride=whole.stride[1:], offset=offset).read())
-            except (OSError, RuntimeError, ValueError) as error:  # whole when it was opened
-                raise UserError(f"{self.name(index)}: cannot be read any more ({_first_line(error)}).", hint="Copy it again.") from error
-        return torch.stack(both), int(self.labels[index])
+        try:
+            with safe_open(self.files[shard], framework="pt") as file:
+                both = [file.get_slice(key)[row] for key in ("latents", "latents_flip")]
+                return torch.stack(both), int(self.labels[index])
+        except (OSError, IndexError, RuntimeError, SafetensorError) as error:  # whole when it was opened
+            raise UserError(f"{self.name(index)}: cannot be read any more ({_first_line(error)}).", hint="Copy it again.") from error
 
     def clean(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         latent = stored[int(torch.randint(2, (), generator=generator))]
@@ -385,7 +382,7 @@ def open_lightning_dit(path: Path, shape: Shape, classes: int) -> LightningDitIt
     labels = torch.cat([shard["labels"].read().long() for shard in shards])
     ends = tuple(accumulate(shard["labels"].shape[0] for shard in shards))
     statistics = None if shape[0] == 4 else read_statistics(path / "latents_stats.pt", shape[0])
-    items = LightningDitItems((2, *shape), files, tuple(shards), ends, labels, statistics)
+    items = LightningDitItems((2, *shape), files, ends, labels, statistics)
     refuse_labels(labels.numpy(), classes, items.name)
     return items
 

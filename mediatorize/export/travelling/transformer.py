@@ -10,8 +10,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from mediatorize.diffusion.process import noise_level
-from mediatorize.model.architecture import SOFTMAX, Architecture, Level, MediatorSettings
+from mediatorize.diffusion.process import Process, process_of
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 
@@ -26,7 +27,7 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
         architecture: sizes and conventions of the model.
         mediators: what was added to its blocks.
         schedule: pieces of noise level (0 data, 1 noise), each with a level per layer.
-        level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or a count of mediators.
+        level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or one that was added.
             Without a schedule, `None` is softmax. It can be set at any time: `pipe.transformer.level = 4`.
         sample_size, in_channels, out_channels: as diffusers' pipelines read them; they follow from the architecture.
     """
@@ -53,11 +54,16 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
         size = height if height == width else (height, width)
         self.register_to_config(sample_size=size, in_channels=arch.channels, out_channels=arch.output_channels)
 
+    @property
+    def process(self) -> Process:
+        """What its inputs and outputs mean."""
+        return process_of(self.model.arch)
+
     def levels_at(self, timestep: Tensor) -> Level | tuple[Level, ...]:
         """The level of every layer at a batch of equal timesteps, or of timesteps within one piece of the schedule."""
         if self.level is not None or self.schedule is None:
             return SOFTMAX if self.level is None else self.level
-        chosen = {self.schedule.at(noise) for noise in noise_level(self.model.arch, timestep).tolist()}
+        chosen = {self.schedule.at(noise) for noise in self.process.noise_level(timestep).tolist()}
         if len(chosen) > 1:
             raise ValueError("One call cannot mix timesteps at which the schedule differs: call once for each, or set `level`.")
         return chosen.pop()

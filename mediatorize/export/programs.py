@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mediatorize.diffusion import process
+from mediatorize.diffusion.process import process_of
+from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.formats.bundle import write_json
-from mediatorize.formats.export.contract import Choices, Probe, Subject
-from mediatorize.model.architecture import Level, levels_per_layer
+from mediatorize.model.levels import Level, levels_per_layer
 from mediatorize.model.transformer import DiffusionTransformer
 
 INDEX_FILE = "index.json"
@@ -32,7 +32,7 @@ class AtLevels(nn.Module):
         return self.model(x, t, y, levels=self.levels)
 
 
-def write_programs(folder: Path, subject: Subject, choices: Choices) -> None:
+def write(folder: Path, subject: Subject, choices: Choices) -> None:
     """A program per distinct pattern of the schedule, or per level where there is none, and an index of noise levels to programs."""
     model, schedule = subject.model, subject.model.schedule
     uniform: list[tuple[Level, ...]] = [tuple(levels_per_layer(level, subject.arch.depth)) for level in subject.levels]
@@ -41,7 +41,7 @@ def write_programs(folder: Path, subject: Subject, choices: Choices) -> None:
     for pattern, name in names.items():
         torch.export.save(_program(model, pattern), folder / name)
     pieces = [] if schedule is None else schedule.to_json()["pieces"]
-    arch = subject.arch
+    arch, process = subject.arch, process_of(subject.arch)
     index: dict[str, Any] = {
         "format": INDEX_FORMAT,
         "inputs": {
@@ -49,8 +49,8 @@ def write_programs(folder: Path, subject: Subject, choices: Choices) -> None:
             "t": ["batch"],
             "y": ["batch"],
         },
-        "time": "0 to 999, 999 is noise" if arch.family == "dit" else "0 to 1, 1 is " + ("noise" if arch.reversed_time else "data"),
-        "noise_level": "t / 999" if arch.family == "dit" else "t" if arch.reversed_time else "1 - t",
+        "time": process.time_in_words,
+        "noise_level": process.noise_level_in_words,
         "programs": {name: list(pattern) for pattern, name in names.items()},
         "pieces": [{**piece, "program": names[tuple(piece["levels"])]} for piece in pieces],
     }
@@ -76,22 +76,22 @@ def _program(model: DiffusionTransformer, pattern: Sequence[Level]) -> torch.exp
     return exported(light)
 
 
-def programs_outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
+def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
     index = json.loads((folder / INDEX_FILE).read_text())
-    outputs = {}
+    found = {}
     for case in probe.cases:
         if index["pieces"]:
-            noise = float(process.noise_level(subject.arch, torch.tensor(case.t)))
+            noise = float(process_of(subject.arch).noise_level(torch.tensor(case.t)))
             name = [piece["program"] for piece in index["pieces"] if piece["noise_from"] <= noise][-1] if case.scheduled else None
         else:
             pattern = levels_per_layer(case.levels, subject.arch.depth)
             name = next(name for name, levels in index["programs"].items() if levels == pattern)
         if name is not None:
-            outputs[case.name] = torch.export.load(folder / name).module()(probe.x, probe.times(case), probe.y)
-    return outputs
+            found[case.name] = torch.export.load(folder / name).module()(probe.x, probe.times(case), probe.y)
+    return found
 
 
-def programs_usage(subject: Subject, choices: Choices) -> str:
+def usage(subject: Subject, choices: Choices) -> str:
     if subject.model.schedule is None:
         pick = 'name = next(iter(index["programs"]))  # its values are the levels of every layer'
     else:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mediatorize.diffusion import process
+from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
 from mediatorize.errors import UserError
+from mediatorize.export.contract import Choices, Probe, Subject
+from mediatorize.export.standalone import standalone
 from mediatorize.formats.bundle import save_tensors, write_json, write_text
-from mediatorize.formats.export.contract import Choices, Probe, Subject
-from mediatorize.formats.export.standalone import standalone
 from mediatorize.formats.images import load_vae
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
@@ -27,19 +27,45 @@ from mediatorize.version import VERSION
 
 TRANSFORMER_FILE, TRANSFORMER_CLASS = "mediator_transformer", "MediatorTransformer2DModel"
 PIPELINE_FILE, PIPELINE_CLASS = "mediator_pipeline", "MediatorPipeline"
-TRAVELLING = "mediatorize.formats.export.travelling"
+TRAVELLING = "mediatorize.export.travelling"
 
 STOCK_NULL_CLASS = 1000
 """What DiTPipeline sends as the null class; the transformer reads it as its own where it has fewer classes."""
 
 
+STOCK_PROCESS = "ddpm"
+"""The process of the models that DiTPipeline samples."""
+
+
+def _ddpm_scheduler() -> Any:
+    import diffusers
+
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=TRAIN_STEPS,
+        beta_start=float(BETAS[0]),
+        beta_end=float(BETAS[-1]),
+        beta_schedule="linear",
+        clip_sample=False,
+    )
+
+
+def _flow_scheduler() -> Any:
+    import diffusers
+
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+SCHEDULERS: dict[str, Callable[[], Any]] = {"ddpm": _ddpm_scheduler, "flow": _flow_scheduler}
+"""The scheduler that an export comes with, by the process of its model."""
+
+
 def suits_stock_pipeline(arch: Architecture, vae: Path | None) -> bool:
     """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents."""
-    square = arch.input_size[0] == arch.input_size[1]
-    return arch.family == "dit" and vae is not None and arch.null_class and arch.classes <= STOCK_NULL_CLASS and square
+    fits = arch.null_class and arch.classes <= STOCK_NULL_CLASS and arch.input_size[0] == arch.input_size[1]
+    return process_of(arch).name == STOCK_PROCESS and vae is not None and fits
 
 
-def write_pipeline(folder: Path, subject: Subject, choices: Choices) -> None:
+def write(folder: Path, subject: Subject, choices: Choices) -> None:
     import diffusers
 
     arch, model = subject.arch, subject.model
@@ -65,16 +91,7 @@ def write_pipeline(folder: Path, subject: Subject, choices: Choices) -> None:
     file = transformer / "diffusion_pytorch_model.safetensors"
     write_beside(file, lambda path: save_tensors(state, path, {"format": "pt"}))
 
-    if arch.family == "dit":
-        scheduler: Any = diffusers.DDIMScheduler(
-            num_train_timesteps=process.TRAIN_STEPS,
-            beta_start=float(process.BETAS[0]),
-            beta_end=float(process.BETAS[-1]),
-            beta_schedule="linear",
-            clip_sample=False,
-        )
-    else:
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler = SCHEDULERS[process_of(arch).name]()
     scheduler.save_pretrained(folder / "scheduler")
 
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
@@ -124,7 +141,7 @@ save_file(outputs, found)
 """Loads a folder in a process that has neither mediatorize nor timm, and calls its transformer."""
 
 
-def pipeline_outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
+def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
     """The transformer's outputs in another process, where mediatorize and timm cannot be imported."""
     cases = json.dumps([(case.name, case.t, None if case.scheduled else case.levels) for case in probe.cases])
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,21 +152,24 @@ def pipeline_outputs(folder: Path, subject: Subject, choices: Choices, probe: Pr
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"The export does not load back in diffusers: {last}.", hint="Check the installed diffusers, or report it.")
+            raise UserError(
+                f"The export does not load back in diffusers: {last.rstrip('.')}.", hint="Check the installed diffusers, or report it."
+            )
         return load_file(found)
 
 
-def pipeline_usage(subject: Subject, choices: Choices) -> str:
+def usage(subject: Subject, choices: Choices) -> str:
     arch = subject.arch
     stock = suits_stock_pipeline(arch, choices.vae)
     pictures = choices.vae is not None or arch.channels in (1, 3)
     labels = f"class_labels=[0, {min(1, arch.classes - 1)}]"
     steps = "" if stock else ", guidance_scale=1.5" if arch.null_class else ""
     result = f'pipe({labels}{steps}).images[0].save("sample.png")' if pictures else f"latents = pipe({labels}{steps}).images"
-    level = subject.config.settings.levels[-1]
-    ready = (
-        "follows the schedule" if subject.model.schedule else "is at softmax" if choices.level is None else f"is at level {choices.level}"
-    )
+    level = json.dumps(subject.config.settings.levels[-1])
+    if choices.level is not None:
+        ready = f"is at level {choices.level}"
+    else:
+        ready = "is at softmax" if subject.model.schedule is None else "follows the schedule"
     beside = "" if choices.vae is None else f"\n\n`vae` is a copy of `{choices.vae.name}`, under its own licence."
     return f"""```python
 from diffusers import DiffusionPipeline

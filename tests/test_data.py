@@ -20,10 +20,11 @@ from test_convert import QUICK, assert_same_state, state_of
 
 from mediatorize import Architecture, UserError
 from mediatorize.compression.trajectories import data_states
-from mediatorize.diffusion.process import signal_and_noise
+from mediatorize.diffusion.process import process_of
 from mediatorize.formats import bundle
+from mediatorize.formats.data import LAYOUTS, open_data
 from mediatorize.formats.images import VAE_SCALE, to_pixels
-from mediatorize.formats.latents import LAYOUTS, open_data
+from mediatorize.report.conversion import facts, words
 from mediatorize.stages.convert import convert
 
 PIXELS = dataclasses.replace(TINY, channels=3)
@@ -395,6 +396,10 @@ def test_what_is_wrong_with_lightning_dit_folders_is_said(tmp_path: Path) -> Non
     refused(path, TINY, f"{file}: not a whole safetensors file")
     with pytest.raises(UserError, match=f"{file}: item 2: cannot be read any more"):
         good_data.read([4], 0)
+    for changes in ({key: value[:2] for key, value in good.items()}, {"latents": good["latents"][..., :4].contiguous()}):
+        save_file(good | changes, file)
+        with pytest.raises(UserError, match=f"{file}: item 2: cannot be read any more"):
+            good_data.read([4], 0)
     file.unlink()
     with pytest.raises(UserError, match=f"{file}: item 0: cannot be read any more .*No such file"):
         good_data.read([2], 0)
@@ -492,7 +497,7 @@ def test_states_are_noised_data_at_even_times(change: dict[str, Any]) -> None:
     counts = states.y.bincount(minlength=10)
     assert counts.min() == 99
     assert counts.max() == 100
-    data, noise = signal_and_noise(arch, states.t)
+    data, noise = process_of(arch).signal_and_noise(states.t)
     assert (states.x.mean((1, 2, 3)) - data * states.y).abs().max() < 0.1
     assert (states.x.std((1, 2, 3)) - noise).abs().max() < 0.1
     clean = states.y.view(-1, 1, 1, 1).float().expand_as(states.x)
@@ -513,7 +518,10 @@ def test_states_are_noised_data_at_even_times(change: dict[str, Any]) -> None:
 def test_half_of_the_labels_are_null_where_guidance_needs_it() -> None:
     assert int((data_states(TINY, Constant(), 64, cfg_scale=4.0)[0].y == 10).sum()) == 32
     assert int((data_states(TINY, Constant(), 64, cfg_scale=1.0)[0].y == 10).sum()) == 0
-    assert int(data_states(dataclasses.replace(TINY, null_class=False), Constant(), 64, cfg_scale=4.0)[0].y.max()) < 10
+    without = dataclasses.replace(TINY, null_class=False)
+    assert int(data_states(without, Constant(), 64, cfg_scale=1.0)[0].y.max()) < 10
+    with pytest.raises(UserError, match=r"no null class.*--cfg-scale 1\."):
+        data_states(without, Constant(), 64, cfg_scale=4.0)
 
 
 def test_a_conversion_on_data_says_so_repeats_and_costs_no_sampling(official_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -521,11 +529,11 @@ def test_a_conversion_on_data_says_so_repeats_and_costs_no_sampling(official_fil
     free = convert(source, tmp_path / "out", **QUICK, dry_run=True)
     planned = convert(source, tmp_path / "out", **QUICK, data=data, dry_run=True)
     assert 0 < planned.plan.flops() == free.plan.flops() - free.plan.states_flops()
-    assert "states of noised data: data (5 items, REPA)" in str(planned)
+    assert "states of noised data: data (5 items, REPA)" in words(planned)
     assert not (tmp_path / "out").exists()
     result = convert(source, tmp_path / "out", **QUICK, data=data)
-    assert "States were of noised data: data (5 items, REPA)" in str(result)
-    assert result.to_json()["data"]["sha256"] == open_data(data, TINY).facts().sha256
+    assert "States were of noised data: data (5 items, REPA)" in words(result)
+    assert facts(result)["data"]["sha256"] == open_data(data, TINY).facts().sha256
     card = (tmp_path / "out" / "README.md").read_text()
     assert "came from noised data: data (5 items, REPA)" in card
     assert bundle.read_config(tmp_path / "out").fitted_on == "noised data: data (5 items, REPA)"
@@ -562,7 +570,7 @@ def test_a_conversion_on_pictures_counts_the_vae(official_file: Callable[..., Pa
     assert planned.plan.data is not None
     assert planned.plan.states_flops() == 48 * planned.plan.data.encode_flops > 0
     result = convert(source, tmp_path / "out", **QUICK, data=data, vae=vae)
-    assert "data (5 items, images, encoded by a VAE)" in str(result)
+    assert "data (5 items, images, encoded by a VAE)" in words(result)
 
 
 def test_the_command_takes_data(official_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for class-conditional DiT and SiT: with a VAE or without, any number of classes, any of the family's schedulers."""
+"""A diffusers pipeline for class-conditional DiT and SiT: with a VAE or without, any number of classes, any scheduler of the process."""
 
 from __future__ import annotations
 
@@ -14,6 +14,37 @@ from torch import Tensor
 
 PIXEL_CHANNELS = (1, 3)
 """Models of these many channels make pictures themselves; others make latents."""
+
+
+def ddpm_steps(process: Any, scheduler: Any, steps: int, device: torch.device) -> Tensor:
+    """Sets the steps of a scheduler of noise prediction; the model's own time at each of them, float32."""
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler.timesteps.float()
+
+
+def ddpm_output(process: Any, scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """The predicted noise, with the variance where the scheduler takes it."""
+    learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
+    return output if learned else output[:, :channels]
+
+
+def flow_steps(process: Any, scheduler: Any, steps: int, device: torch.device) -> Tensor:
+    """Sets the steps of a scheduler of flow matching; the model's own time at each of them, float32."""
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:  # an even grid from noise to data, as SiT's own sampler takes
+        even = (1 - torch.linspace(0, 1, steps + 1))[:-1].numpy()
+        scheduler.set_timesteps(sigmas=np.asarray(even), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+    return process.time_at(scheduler.sigmas.to(device=device, dtype=torch.float32))
+
+
+def flow_output(process: Any, scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """The velocity as noise - data, the other way round than SiT's own solvers take it."""
+    return -process.told_to_solver(output)
+
+
+SCHEDULING = {"ddpm": (ddpm_steps, ddpm_output), "flow": (flow_steps, flow_output)}
+"""How a scheduler's steps are set, and what it is told of the model's output, by the name of the model's process."""
 
 
 class MediatorPipeline(DiffusionPipeline):
@@ -73,7 +104,9 @@ class MediatorPipeline(DiffusionPipeline):
         shape = (count, arch.channels, *arch.input_size)
         x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
 
-        times = self._set_steps(num_inference_steps, device)
+        process = self.transformer.process
+        set_steps, for_scheduler = SCHEDULING[process.name]
+        times = set_steps(process, self.scheduler, num_inference_steps, device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         for own_time, t in self.progress_bar(list(zip(times, self.scheduler.timesteps, strict=False))):
@@ -85,33 +118,11 @@ class MediatorPipeline(DiffusionPipeline):
                 conditional, unconditional = output.chunk(2)
                 change = guidance_scale * (conditional[:, :channels] - unconditional[:, :channels])
                 output = torch.cat([unconditional[:, :channels] + change, conditional[:, channels:]], dim=1)
-            x = self.scheduler.step(self._for_scheduler(output), t, x, **extra, return_dict=False)[0]
+            x = self.scheduler.step(for_scheduler(process, self.scheduler, output, arch.channels), t, x, **extra, return_dict=False)[0]
 
         images = self._pictures(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _set_steps(self, steps: int, device: torch.device) -> Tensor:
-        """Sets the scheduler's steps; the model's own time at each of them, float32."""
-        arch, scheduler = self.transformer.model.arch, self.scheduler
-        if arch.family == "dit":
-            scheduler.set_timesteps(steps, device=device)
-            return scheduler.timesteps.float()
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:  # an even grid from noise to data, as SiT's own sampler takes
-            even = (1 - torch.linspace(0, 1, steps + 1))[:-1].numpy()
-            scheduler.set_timesteps(sigmas=np.asarray(even), device=device)
-        else:
-            scheduler.set_timesteps(steps, device=device)
-        sigmas = scheduler.sigmas.to(device=device, dtype=torch.float32)
-        return sigmas if arch.reversed_time else 1 - sigmas
-
-    def _for_scheduler(self, output: Tensor) -> Tensor:
-        """A DiT's noise, with the variance where the scheduler takes it; a SiT's velocity as noise - data."""
-        arch = self.transformer.model.arch
-        if arch.family == "sit":
-            return output if arch.reversed_time else -output
-        learned = str(getattr(self.scheduler.config, "variance_type", "")).startswith("learned")
-        return output if learned else output[:, : arch.channels]
 
     def _pictures(self, x: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -1,0 +1,97 @@
+"""Settings and results of the algorithms, as plain records that go to JSON and back. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mediatorize.model.levels import Level, read_level
+
+Trained = Literal["mediators", "all"]
+Weighting = Literal["sample", "even"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How layers are fitted, one by one."""
+
+    steps: int = 500
+    """Optimiser steps per layer; each trains every level. 0 leaves the mediators as initialised."""
+    batch: int = 16
+    """States per step."""
+    learning_rate: float = 3e-3
+    """Adam's peak, for weights of width 128; projections of a wider model take it in proportion to 128 / width."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """How a model is distilled; with the weights and the states, all that the result depends on."""
+
+    steps: int = 2000
+    batch: int = 16
+    """States per step, of all processes together."""
+    learning_rate: float = 1.5e-3
+    """Peak, for weights of width 128; a wider model takes it in proportion to 128 / width."""
+    warmup: int = 50
+    ema: float = 0.0
+    """Decay of the averaged weights, which are then what is kept; 0 keeps the last ones."""
+    feature_weight: float = 0.0
+    """Weight of matching every block's output, beside the model's."""
+    data_weight: float = 0.0
+    """Weight of the error against what the data say was to be predicted, where there are data."""
+    train: Trained = "mediators"
+    accumulate: int = 1
+    """Parts that every process takes its share of a batch in."""
+    checkpointing: bool = False
+    """Recompute a block's activations in the backward pass."""
+    clip: float = 1.0
+    seed: int = 0
+
+
+Errors = Mapping[Level, float]
+"""A relative error by level."""
+
+
+def errors_from_json(fields: Mapping[str, float]) -> dict[Level, float]:
+    """Errors by level, whose keys JSON has turned into text."""
+    return {read_level(level): error for level, error in fields.items()}
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Relative error |added level - softmax| / |softmax| of a layer's output on held-out states, by level."""
+
+    layer: int
+    before: Errors
+    after: Errors
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> LayerErrors:
+        return cls(int(fields["layer"]), errors_from_json(fields["before"]), errors_from_json(fields["after"]))
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a bundle was distilled last."""
+
+    plan: Mapping[str, Any]
+    """All that its result depends on, as the command was given it; `distill` holds `DistillSettings`."""
+    before: Errors
+    """Relative error of the model's output by level."""
+    after: Errors
+
+    @property
+    def settings(self) -> DistillSettings:
+        return DistillSettings(**self.plan["distill"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"plan": dict(self.plan), "before": dict(self.before), "after": dict(self.after)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Distillation:
+        return cls(fields["plan"], errors_from_json(fields["before"]), errors_from_json(fields["after"]))

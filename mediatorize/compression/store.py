@@ -1,0 +1,58 @@
+"""Where algorithms keep what they have made, so that it is not made again: handed in by whoever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that was made: tensors, and facts as JSON keeps them."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Store(Protocol):
+    def has(self, name: str) -> bool:
+        """Whether something of that name has been made."""
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives, made at the first call for that name and remembered ever after."""
+
+    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
+        """The same for one number of a group."""
+
+    def drop(self, pattern: str) -> None:
+        """Forgets what has names of a pattern, such as `call-*`."""
+
+
+class InMemory:
+    """A `Store` that lasts as long as the process does: for notebooks and tests."""
+
+    def __init__(self) -> None:
+        self.things: dict[str, Kept] = {}
+        self.numbers: dict[tuple[str, str], float] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self.things
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        if name not in self.things:
+            self.things[name] = make()
+        return self.things[name]
+
+    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
+        if (group, key) not in self.numbers:
+            self.numbers[group, key] = make()
+        return self.numbers[group, key]
+
+    def drop(self, pattern: str) -> None:
+        from fnmatch import fnmatch
+
+        self.things = {name: kept for name, kept in self.things.items() if not fnmatch(name, pattern)}

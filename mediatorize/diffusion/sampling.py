@@ -1,0 +1,303 @@
+"""Sampling: one `Sampler`, resolved once for a model, and what is done with it: samples, their cost, the calls it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.solvers import SOLVERS, Solver, find_solver, refuse_steps
+from mediatorize.errors import UserError
+from mediatorize.model import cost
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.randomness import gaussian
+
+Channels = int | Literal["all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How samples are made. Made by `resolve`, which checks it against a model."""
+
+    solver: str
+    steps: int
+    cfg_scale: float = 1.0
+    """Classifier-free guidance; 1 is none, and costs half."""
+    cfg_channels: Channels = 3
+    """How many channels are guided."""
+    seed: int = 0
+    """Of the initial and every step's noise."""
+
+    @classmethod
+    def resolve(
+        cls,
+        arch: Architecture,
+        *,
+        solver: str | None = None,
+        steps: int | None = None,
+        cfg_scale: float = 1.0,
+        cfg_channels: Channels = 3,
+        seed: int = 0,
+        fixed_for: str = "",
+    ) -> Sampler:
+        """A sampler for models of that architecture, its defaults filled in.
+
+        Args:
+            solver: a name in `SOLVERS`; None takes the default of the model's process.
+            steps: of the solver; None takes the solver's default.
+            fixed_for: what needs a fixed number of steps, for the message if the solver has none; empty if nothing does.
+
+        Raises:
+            UserError: the solver is for another process or adaptive, or steps, guidance, channels or seed cannot be.
+        """
+        name, chosen = find_solver(process_of(arch), solver)
+        if fixed_for and chosen.adaptive:
+            raise UserError(f"{name} takes as many steps as it needs; {fixed_for} a fixed number.", hint="Pass --solver euler.")
+        steps = chosen.default_steps if steps is None else steps
+        refuse_steps(chosen, steps)
+        if seed < 0 or (cfg_channels != "all" and cfg_channels < 1):
+            raise UserError(f"Seed {seed} or {cfg_channels} guided channels cannot be.", hint="Seeds are from 0, channels from 1 or all.")
+        refuse_guidance(arch, cfg_scale)
+        return cls(solver=name, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Sampler:
+        return cls(**fields)
+
+    @property
+    def how(self) -> Solver:
+        return SOLVERS[self.solver]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a model call that one sample takes: guidance doubles them."""
+        return 1 if self.cfg_scale == 1 else 2
+
+    def times(self) -> list[float]:
+        """The times at which the solver calls the model, by running it on nothing."""
+        times: list[float] = []
+
+        def record(x: Tensor, t: float) -> Tensor:
+            times.append(t)
+            return torch.zeros_like(x)
+
+        self.how.run(record, torch.zeros(1, 1, 1, 1), self.steps, lambda count: torch.zeros(1, 1, 1, 1))
+        return times
+
+    def noise_levels(self, arch: Architecture) -> list[float]:
+        """The noise level in [0, 1] of every model call, as it is looked up in a schedule."""
+        process = process_of(arch)
+        return [float(process.noise_level(torch.tensor(process.own_time(t)))) for t in self.times()]
+
+    def levels_of_calls(self, arch: Architecture, schedule: Schedule | Level | None) -> list[tuple[Level, ...]]:
+        """The level of every layer, for each model call; the solver's steps must be fixed."""
+        at = level_source(schedule)
+        return [tuple(levels_per_layer(at(noise_level), arch.depth)) for noise_level in self.noise_levels(arch)]
+
+    def flops(self, arch: Architecture, schedule: Schedule | Level | None, settings: MediatorSettings | None) -> float | None:
+        """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
+        if self.how.adaptive:
+            return None
+        return self.rows * sum(float(cost.forward_flops(arch, levels, settings)) for levels in self.levels_of_calls(arch, schedule))
+
+
+def refuse_guidance(arch: Architecture, cfg_scale: float) -> None:
+    """Guidance needs a null class."""
+    if cfg_scale != 1 and not arch.null_class:
+        raise UserError("This model has no null class, which guidance needs.", hint="Pass --cfg-scale 1.")
+
+
+@dataclass(frozen=True)
+class GuidedModel:
+    """What lies between a solver and its model: guidance, and the checkpoint's own time, sign and precision.
+
+    A solver's `predict(x, t)` is `output(model(*inputs(x, t)))`.
+    """
+
+    model: DiffusionTransformer
+    labels: Tensor
+    """(b,), on the model's device."""
+    sampler: Sampler
+    whole: bool = False
+    """Whether both halves of a guided batch go on to the solver: the originals' adaptive ones choose their steps by both."""
+
+    @property
+    def guided(self) -> bool:
+        return self.sampler.rows == 2
+
+    def inputs(self, x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's x, t and labels; guided, the batch twice, conditional first."""
+        labels = self.labels
+        x = x[: len(labels)]
+        if self.guided:
+            x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, self.model.arch.classes)])
+        times = torch.full((len(x),), process_of(self.model.arch).own_time(t), device=x.device, dtype=torch.float32)
+        return x.to(next(self.model.parameters()).dtype), times, labels  # only the model is in low precision
+
+    def output(self, output: Tensor) -> Tensor:
+        """What the solver is told, in float32, of what the model said."""
+        output, arch = output.float(), self.model.arch
+        if self.guided:
+            channels = self.sampler.cfg_channels
+            output = guide(output, self.sampler.cfg_scale, arch.channels if channels == "all" else min(channels, arch.channels))
+            output = output if self.whole else output[: len(self.labels)]
+        return process_of(arch).told_to_solver(output)
+
+
+def sample(
+    model: DiffusionTransformer,
+    labels: Tensor | Sequence[int],
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float = 1.0,
+    cfg_channels: Channels = 3,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    schedule: Schedule | Level | None = None,
+    first_index: int = 0,
+    observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+) -> Tensor:
+    """Samples one batch.
+
+    Args:
+        labels: (b,) class labels.
+        solver: a name in `SOLVERS`; `None` takes ddim (DiT) or euler (SiT).
+        steps: of the solver; euler, ddim and ddpm call the model once per step. `None` takes the solver's default.
+        cfg_scale: classifier-free guidance; 1 is none, and costs half.
+        cfg_channels: how many channels are guided. DiT and SiT guide the first 3, whatever there are; REPA and diffusers all.
+        noise: the initial state (b, c, h, w); `None` draws it from `seed`.
+        seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
+        schedule: a `Schedule`, one level for everything, or `None`: the model's own schedule where it has one, else softmax.
+        observe: called before every model call with its x, t and labels, the guided batch in full.
+
+    Returns:
+        Latents (b, c, h, w), on the model's device.
+    """
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed)
+    return sample_batch(model, labels, sampler, schedule, noise=noise, first_index=first_index, observe=observe)
+
+
+@torch.no_grad()
+def sample_batch(
+    model: DiffusionTransformer,
+    labels: Tensor | Sequence[int],
+    sampler: Sampler,
+    schedule: Schedule | Level | None = None,
+    *,
+    noise: Tensor | None = None,
+    first_index: int = 0,
+    observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+) -> Tensor:
+    """`sample` with a resolved sampler."""
+    arch, process = model.arch, process_of(model.arch)
+    parameter = next(model.parameters())
+    labels = torch.as_tensor(labels, device=parameter.device)
+    refuse_unknown_labels(arch, labels)
+    shape = (arch.channels, *arch.input_size)
+    draw = partial(draw_noise, sampler, range(first_index, first_index + len(labels)), shape, parameter.device)
+    x = draw(-1) if noise is None else noise.to(parameter.device, torch.float32)
+    if x.shape != (len(labels), *shape):
+        raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
+    levels_at = level_source(schedule if schedule is not None else model.schedule)
+    guided_model = GuidedModel(model, labels, sampler, whole=sampler.how.adaptive)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        levels = levels_at(float(process.noise_level(torch.tensor(process.own_time(t)))))
+        batch, times, batch_labels = guided_model.inputs(x, t)
+        if observe is not None:
+            observe(batch, times, batch_labels)
+        return guided_model.output(model(batch, times, batch_labels, levels=levels))
+
+    if guided_model.guided and sampler.how.adaptive:
+        x = torch.cat([x, x])  # the originals integrate both halves, and step sizes depend on both
+    return sampler.how.run(predict, x, sampler.steps, draw)[: len(labels)]
+
+
+def sample_part(
+    model: DiffusionTransformer,
+    labels: Tensor,
+    sampler: Sampler,
+    schedule: Schedule | Level | None,
+    first_index: int,
+    observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+) -> Tensor:
+    """One batch, whose samples have indices from `first_index`, on the CPU in float32; refuses what is not finite."""
+    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe)
+    if not latents.isfinite().all():
+        raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
+    return latents.float().cpu()
+
+
+def sample_many(
+    model: DiffusionTransformer,
+    labels: Tensor,
+    sampler: Sampler,
+    schedule: Schedule | Level | None,
+    batch: int,
+    on_samples: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Any number of samples, `batch` at a time, on the CPU in float32: (n, c, h, w).
+
+    Args:
+        on_samples: called with the number of samples after each batch.
+    """
+    parts = []
+    for first in range(0, len(labels), batch):
+        part = labels[first : first + batch]
+        parts.append(sample_part(model, part, sampler, schedule, first))
+        if on_samples is not None:
+            on_samples(len(part))
+    return torch.cat(parts)
+
+
+def draw_noise(sampler: Sampler, samples: Sequence[int], shape: Sequence[int], device: torch.device, count: int) -> Tensor:
+    """Noise of the sampler's k-th step (len(samples), *shape) for `count` = k, or the initial state for -1."""
+    if count < 0:
+        return gaussian(sampler.seed, "initial noise", samples, shape).to(device)
+    return gaussian(sampler.seed, "step noise", samples, shape, count).to(device)
+
+
+def guide(output: Tensor, scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) of the first `channels` in both halves; the others stay as they are.
+
+    (2b, c, h, w), conditional first, -> (2b, c, h, w)
+    """
+    conditional, unconditional = output[:, :channels].chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)
+
+
+def refuse_unknown_labels(arch: Architecture, labels: Tensor) -> None:
+    highest = arch.classes if arch.null_class else arch.classes - 1
+    if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
+        raise UserError(
+            f"Labels of shape {list(labels.shape)} and type {labels.dtype} are no batch of classes.", hint="Pass (b,) integers."
+        )
+    if not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
+        raise UserError(f"Classes {sorted(set(labels.tolist()))} are not all known.", hint=f"This model knows 0 to {arch.classes - 1}.")
+
+
+def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:
+    levels = model.settings.all_levels if model.settings else (SOFTMAX,)
+    if level is not None and level not in levels:
+        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, levels))}.")
+
+
+def level_source(schedule: Schedule | Level | None) -> Callable[[float], Level | Sequence[Level]]:
+    """Noise level -> levels; None is softmax throughout."""
+    if isinstance(schedule, Schedule):
+        return schedule.at
+    level: Level = SOFTMAX if schedule is None else schedule
+    return lambda noise_level: level

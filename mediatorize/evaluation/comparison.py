@@ -1,0 +1,395 @@
+"""The teacher beside every other way to run its model, from the same noise: samples drawn, followed, judged and timed.
+
+The first row is the teacher. Samples are made and kept in parts, one for each row and batch. A part depends on the model, the sampler and
+its place alone, so any process can make any of them, and what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mediatorize.devices import World
+from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_part
+from mediatorize.errors import UserError
+from mediatorize.evaluation.features import Extractor, Pictures, Reference, as_bytes, as_images, judge
+from mediatorize.evaluation.metrics import Features, distance_of_halves, statistics_of
+from mediatorize.evaluation.results import OWN_SCHEDULE, Comparison, RowKind, RowResult, Timing
+from mediatorize.evaluation.timing import paired_time, peak_bytes
+from mediatorize.model.levels import SOFTMAX, Level, in_order, is_pretrained
+from mediatorize.model.schedule import Schedule
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.randomness import gaussian
+
+Decode = Callable[[Tensor], Pictures]
+"""Samples (b, c, h, w) -> pictures (b, height, width, channels)"""
+
+
+class Bar(Protocol):
+    def update(self, n: int, /) -> object: ...
+
+
+class Progress(Protocol):
+    def __call__(self, total: int, description: str, unit: str, initial: int = 0) -> AbstractContextManager[Bar]:
+        """A bar of `total` units of work, of which `initial` are done."""
+
+
+class _NoBar:
+    def update(self, n: int, /) -> None:
+        pass
+
+
+def no_progress(total: int, description: str, unit: str, initial: int = 0) -> AbstractContextManager[Bar]:
+    """Shows nothing."""
+    return nullcontext(_NoBar())
+
+
+# --- what is compared ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the model."""
+
+    name: str
+    levels: Schedule | Level
+
+    @property
+    def kind(self) -> RowKind:
+        return "schedule" if isinstance(self.levels, Schedule) else "level"
+
+    @property
+    def key(self) -> str:
+        """A name of its own for what it does, whatever it is called, which a file can have."""
+        if isinstance(self.levels, Schedule):
+            return f"schedule-{hashlib.sha256(json.dumps(self.levels.to_json()).encode()).hexdigest()[:12]}"
+        return str(self.levels)
+
+    @property
+    def file_name(self) -> str:
+        """What a file of its own is called, for people."""
+        return f"level-{self.name}" if self.kind == "level" else self.name.replace("/", "-")
+
+
+def rows_of(
+    model: DiffusionTransformer, levels: Sequence[Level] | None = None, schedules: Mapping[str, Schedule] | None = None
+) -> list[Row]:
+    """The teacher, the model's own schedule where it has one, other schedules by name, then levels from the dearest.
+
+    Args:
+        levels: None is all that were added to the model.
+    """
+    added = model.settings.levels if model.settings else ()
+    rows = [Row(SOFTMAX, SOFTMAX)]
+    rows += [Row(OWN_SCHEDULE, model.schedule)] if model.schedule is not None else []
+    rows += [Row(name, schedule) for name, schedule in (schedules or {}).items()]
+    for level in reversed(in_order(added if levels is None else levels)):
+        refuse_unknown_level(model, level)
+        rows += [] if is_pretrained(level) else [Row(str(level), level)]
+    return rows
+
+
+# --- where samples are kept ----------------------------------------------------------------------------------------------------
+
+
+class Parts(Protocol):
+    """Keeps parts of samples, each some named arrays. A part's name has one `/`, after the row's key."""
+
+    def has(self, name: str) -> bool: ...
+
+    def write(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None: ...
+
+    def read(self, name: str, array: str) -> NDArray[Any]: ...
+
+
+class InMemoryParts:
+    """`Parts` that last as long as the process does: for notebooks and tests."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Mapping[str, NDArray[Any]]] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self.parts
+
+    def write(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.parts[name] = arrays
+
+    def read(self, name: str, array: str) -> NDArray[Any]:
+        return self.parts[name][array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The samples of every row: sample i of a row is of class `labels[i]`, from noise (seed, i)."""
+
+    rows: Sequence[Row]
+    """The teacher first, as `rows_of` gives them."""
+    labels: Tensor
+    """(n,), at least two."""
+    batch: int = 128
+    """Samples at a time."""
+    parts: Parts = field(default_factory=InMemoryParts)
+    decode: Decode | None = None
+    """What makes pictures of samples; None where samples are pictures already."""
+
+    def firsts(self) -> range:
+        """Index of each part's first sample."""
+        return range(0, len(self.labels), self.batch)
+
+    def labels_at(self, first: int) -> Tensor:
+        return self.labels[first : first + self.batch]
+
+    def name(self, row: Row, first: int) -> str:
+        return f"{row.key}/{first:07d}-{len(self.labels_at(first))}"
+
+    def has(self, row: Row, first: int) -> bool:
+        return self.parts.has(self.name(row, first))
+
+    def write(self, row: Row, first: int, samples: Tensor, squares: Tensor) -> None:
+        """Keeps a part: samples (b, c, h, w) and squares (b, calls), on the CPU, and the decoded pictures."""
+        pictures = {} if self.decode is None else {"pixels": self.decode(samples)}
+        self.parts.write(self.name(row, first), {"samples": samples.numpy(), "squares": squares.numpy(), **pictures})
+
+    def read(self, row: Row, array: str) -> Iterator[NDArray[Any]]:
+        """An array of every part of a row, in order."""
+        return (self.parts.read(self.name(row, first), array) for first in self.firsts())
+
+    def pictures(self, row: Row) -> Iterator[Pictures]:
+        """The pictures of every part of a row, in order: decoded ones, else the samples as bytes."""
+        if self.decode is not None:
+            return self.read(row, "pixels")
+        return (as_bytes(torch.from_numpy(samples)) for samples in self.read(row, "samples"))
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    model: DiffusionTransformer,
+    samples: Samples,
+    sampler: Sampler,
+    *,
+    extractor: Extractor | None = None,
+    reference: Reference | None = None,
+    pairs: int = 0,
+    timing_batch: int = 32,
+    world: World | None = None,
+    progress: Progress = no_progress,
+) -> Comparison:
+    """Draws what is missing of the samples, and judges every row by its distance from the teacher, its cost and its samples' quality.
+
+    Args:
+        extractor: gives features and class scores; None judges no quality.
+        reference: what features are compared with; None is the extractor's own reference, else the teacher's samples.
+        pairs: timed model calls per row, each beside one of softmax; 0 measures no time.
+        timing_batch: samples in a timed model call.
+        world: processes that share the drawing; they see the same `samples.parts`.
+
+    Raises:
+        UserError: the sampler has no fixed cost, samples are not finite, or the reference is of other features.
+    """
+    flops = [_flops(model, row, sampler) for row in samples.rows]
+    drawn = draw(model, samples, sampler, world, progress)
+    if world is not None:
+        world.barrier()
+        if not world.is_first:
+            return Comparison(drawn=drawn)
+    results = [_distance(samples, row, own, flops[0]) for row, own in zip(samples.rows, flops, strict=True)]
+    found = Comparison(drawn=drawn, results=tuple(results))
+    if extractor is not None:
+        found = _with_quality(found, samples, extractor, reference, progress)
+    if pairs:
+        found = _with_time(found, model, samples.rows, sampler, pairs, min(timing_batch, len(samples.labels)), progress)
+    return found
+
+
+def _flops(model: DiffusionTransformer, row: Row, sampler: Sampler) -> float:
+    flops = sampler.flops(model.arch, row.levels, model.settings)
+    if flops is None:
+        raise UserError(f"{sampler.solver} has no fixed cost to compare.", hint="Choose a solver with fixed steps.")
+    return flops
+
+
+def draw(
+    model: DiffusionTransformer, samples: Samples, sampler: Sampler, world: World | None = None, progress: Progress = no_progress
+) -> int:
+    """Draws this process's share of the parts that are not there yet.
+
+    Beside its samples, a part holds a square for every sample and model call: of the teacher |x|^2, of a student |x - teacher's x|^2.
+
+    Returns:
+        How many samples per row that share has.
+    """
+    teacher = samples.rows[0]
+    mine = samples.firsts()[world.rank :: world.size] if world else samples.firsts()
+    count = sum(len(samples.labels_at(first)) for first in mine)
+    there = sum(len(samples.labels_at(first)) for first in mine for row in samples.rows if samples.has(row, first))
+    with progress(count * len(samples.rows), f"sampling {len(samples.rows)} rows", "sample", there) as bar:
+        for first in mine:
+            missing = [row for row in samples.rows if not samples.has(row, first)]
+            if not missing:
+                continue
+            labels = samples.labels_at(first)
+            latents, trajectory = _follow(model, labels, first, sampler, teacher, lambda x, call: x)
+            for row in missing:
+                if row is teacher:
+                    squares = [_squares(x) for x in trajectory]
+                else:
+                    latents, squares = _follow(model, labels, first, sampler, row, partial(_squares_apart, trajectory))
+                samples.write(row, first, latents, torch.stack(squares, 1).cpu())
+                bar.update(len(labels))
+    return count
+
+
+def _follow(
+    model: DiffusionTransformer, labels: Tensor, first: int, sampler: Sampler, row: Row, keep: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """A batch of samples, and what `keep` makes of the state at every model call, on the model's device."""
+    kept: list[Tensor] = []
+
+    def observe(x: Tensor, t: Tensor, y: Tensor) -> None:
+        kept.append(keep(x[: len(labels)], len(kept)))
+
+    return sample_part(model, labels, sampler, row.levels, first, observe), kept
+
+
+def _squares_apart(trajectory: list[Tensor], x: Tensor, call: int) -> Tensor:
+    return _squares(x - trajectory[call])
+
+
+def _squares(x: Tensor) -> Tensor:
+    """(b, c, h, w) -> sums of squares (b,)"""
+    return x.float().square().flatten(1).sum(1)
+
+
+def _distance(samples: Samples, row: Row, flops: float, teacher_flops: float) -> RowResult:
+    """A row's cost, and how far its trajectories and its samples are from the teacher's."""
+    teacher = samples.rows[0]
+    sizes = sum(squares.sum(0, dtype=np.float64) for squares in samples.read(teacher, "squares"))  # (calls,)
+    apart = np.zeros_like(sizes)
+    if row is not teacher:
+        apart = sum(squares.sum(0, dtype=np.float64) for squares in samples.read(row, "squares"))
+    by_call = np.sqrt(apart / sizes)
+    return RowResult(
+        level=row.name,
+        kind=row.kind,
+        flops=flops,
+        macs=flops / 2,
+        relative_flops=flops / teacher_flops,
+        trajectory_error=float(by_call.mean()),
+        sample_error=_sample_error(samples, row),
+        errors_by_call=tuple(by_call.tolist()),
+    )
+
+
+def _sample_error(samples: Samples, row: Row) -> float:
+    apart = size = 0.0
+    for student, expected in zip(samples.read(row, "samples"), samples.read(samples.rows[0], "samples"), strict=True):
+        apart += float(np.square(student.astype(np.float64) - expected).sum())
+        size += float(np.square(expected.astype(np.float64)).sum())
+    return (apart / size) ** 0.5
+
+
+def _with_quality(found: Comparison, samples: Samples, extractor: Extractor, reference: Reference | None, progress: Progress) -> Comparison:
+    """Adds what features tell of each row."""
+    if reference is None and extractor.own_reference is not None:
+        reference = extractor.own_reference()
+    halves = distance_of_halves(reference.features) if reference is not None and reference.features is not None else None
+    judged = []
+    for row, result in zip(samples.rows, found.results, strict=True):
+        features, scores = _features(samples, row, extractor, progress)
+        if reference is None:  # at the first row, the teacher's
+            reference = Reference("the teacher's own samples", statistics_of(features), features)
+        judged.append(replace(result, **vars(judge(features, scores, samples.labels.numpy(), reference))))
+    assert reference is not None  # there is a teacher
+    return replace(
+        found,
+        results=tuple(judged),
+        features=extractor.name,
+        feature_width=len(reference.statistics.mean),
+        reference=reference.name,
+        distance_of_halves=halves,
+    )
+
+
+def _features(samples: Samples, row: Row, extractor: Extractor, progress: Progress) -> tuple[Features, Features | None]:
+    """Features (n, f) and class scores (n, classes) of a row's samples."""
+    if extractor.of_bytes:
+        images = (as_images(pictures) for pictures in samples.pictures(row))
+    else:
+        images = (torch.from_numpy(values) for values in samples.read(row, "samples"))
+    found = []
+    with progress(len(samples.labels), f"judging {row.name}", "picture") as bar:
+        for part in images:
+            found.append(extractor.extract(part))
+            bar.update(len(part))
+    features = np.concatenate([features for features, _ in found])
+    scores = [scores for _, scores in found if scores is not None]
+    return features, np.concatenate(scores) if scores else None
+
+
+@torch.inference_mode()
+def _with_time(
+    found: Comparison, model: DiffusionTransformer, rows: Sequence[Row], sampler: Sampler, pairs: int, batch: int, progress: Progress
+) -> Comparison:
+    """Adds time and memory of model calls.
+
+    A schedule's are over the different calls that it makes, time by how often it makes each.
+    """
+    arch, parameter = model.arch, next(model.parameters())
+    device, count = parameter.device, batch * sampler.rows
+    x = gaussian(sampler.seed, "initial noise", range(count), (arch.channels, *arch.input_size)).to(device, parameter.dtype)
+    t = process_of(arch).time_at(torch.full((count,), 0.5, device=device))
+    y = torch.arange(count, device=device) % arch.classes
+
+    def call(levels: tuple[Level, ...]) -> Callable[[], Tensor]:
+        return lambda: model(x, t, y, levels=levels)
+
+    wanted = [Counter(sampler.levels_of_calls(arch, row.levels)) for row in rows]
+    calls = sum(wanted[0].values())
+    (softmax,) = wanted[0]  # the teacher runs every layer and call so
+    ratios = {softmax: 1.0}
+    memory = {softmax: peak_bytes(call(softmax), device)}
+    with progress(len({levels for counts in wanted for levels in counts}), "timing", "call") as bar:
+        control = paired_time(call(softmax), call(softmax), pairs, device)
+        bar.update(1)
+        for counts in wanted:
+            for levels in (levels for levels in counts if levels not in ratios):
+                # The mean over a schedule's calls evens out what a few pairs of each leave uncertain.
+                ratios[levels] = paired_time(call(levels), call(softmax), max(3, -(-pairs // len(counts))), device).ratio
+                memory[levels] = peak_bytes(call(levels), device)
+                bar.update(1)
+    timed = []
+    for counts, result in zip(wanted, found.results, strict=True):
+        ratio = sum(ratios[levels] * times for levels, times in counts.items()) / calls
+        latency = ratio * control.reference_seconds
+        peaks = [peak for levels in counts if (peak := memory[levels]) is not None]
+        timed.append(
+            replace(
+                result,
+                relative_time=ratio,
+                latency_ms=1000 * latency,
+                images_per_second=batch / (calls * latency),
+                peak_bytes=max(peaks) if peaks else None,
+            )
+        )
+    timing = Timing(
+        pairs=pairs,
+        batch=batch,
+        softmax_ms=1000 * control.reference_seconds,
+        control=control.ratio,
+        control_quartiles=control.quartiles,
+    )
+    return replace(found, results=tuple(timed), timing=timing)

@@ -1,0 +1,38 @@
+"""The targets of `mediatorize export`. No torch here: the command line lists them to start."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from mediatorize.errors import UserError
+from mediatorize.export.contract import Choices, Export
+
+EXPORTS: dict[str, Export] = {
+    "diffusers": Export(
+        module="mediatorize.export.pipelines",
+        help="a folder for DiffusionPipeline.from_pretrained, its code with it",
+        heeds=frozenset({"vae", "level"}),
+    ),
+    "safetensors": Export(
+        module="mediatorize.export.safetensors",
+        help="one file of weights and config.json; with --adapter what was added alone",
+        heeds=frozenset({"dtype", "adapter"}),
+    ),
+    "torch-export": Export(
+        module="mediatorize.export.programs",
+        help="a .pt2 program per pattern of levels",
+    ),
+    "official": Export(
+        module="mediatorize.export.official",
+        help="the pretrained weights as an official .pt",
+    ),
+}
+"""Exports by name. To add one: a module that is a `Target` (`contract.py`), and an entry here."""
+
+
+def refuse_idle_choices(to: str, choices: Choices) -> None:
+    """An option that would change nothing is a mistake."""
+    for choice in fields(Choices):
+        if getattr(choices, choice.name) != choice.default and choice.name not in EXPORTS[to].heeds:
+            heeding = [name for name, export in EXPORTS.items() if choice.name in export.heeds]
+            raise UserError(f"--{choice.name} says nothing to --to {to}.", hint=f"It goes with --to {' or '.join(heeding)}.")

@@ -1,0 +1,74 @@
+"""Whether what was written is the model: it is loaded back, and its outputs are compared at every level and piece of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mediatorize.diffusion.process import process_of
+from mediatorize.errors import UserError
+from mediatorize.export.contract import Case, Choices, Export, Probe, Subject
+
+TOLERANCE = 1e-4
+"""Of an output's largest value: how far a loaded export may be from the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How far a written export is from the model."""
+
+    differences: Mapping[str, float]
+    """Largest difference to the model's output, as a share of its largest value, by what was called."""
+    rounding: float
+    """The same between the model and its weights rounded to the exported type."""
+
+    @property
+    def largest(self) -> float:
+        return max(self.differences.values())
+
+
+def probe_of(subject: Subject, seed: int = 0, batch: int = 2) -> Probe:
+    """A case for every level, at a time of its own, and one for every piece of the schedule, in its middle."""
+    arch, schedule = subject.arch, subject.model.schedule
+    generator = torch.Generator().manual_seed(seed)
+
+    def time_at(noise_level: float) -> float:
+        return float(process_of(arch).time_at(torch.tensor(noise_level)))
+
+    levels = subject.levels
+    cases = [Case(name=f"level {level}", t=time_at((i + 1) / (len(levels) + 1)), levels=level) for i, level in enumerate(levels)]
+    if schedule is not None:
+        for low, high in zip((0.0, *schedule.edges), (*schedule.edges, 1.0), strict=True):
+            middle = (low + high) / 2
+            name = f"schedule at noise level {middle:.4g}"
+            cases.append(Case(name=name, t=time_at(middle), levels=schedule.at(middle), scheduled=True))
+    labels = torch.randint(arch.classes, (batch,), generator=generator)
+    return Probe(torch.randn(batch, arch.channels, *arch.input_size, generator=generator), labels, tuple(cases))
+
+
+def verify(folder: Path, export: Export, subject: Subject, choices: Choices) -> Verification:
+    """Loads a written export and compares it with the model.
+
+    Raises:
+        UserError: the outputs are not the model's.
+    """
+    probe = probe_of(subject)
+    found = export.target.outputs(folder, subject, choices, probe)
+    probe = replace(probe, cases=tuple(case for case in probe.cases if case.name in found))
+    exact = probe.outputs(subject.model)
+    expected = exact if choices.dtype == "float32" else probe.outputs(export.reference(subject, choices))
+    assert found.keys() == expected.keys()
+    assert found
+    differences = {name: _apart(found[name], expected[name]) for name in expected}
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise UserError(f"The export is not the model: outputs at {name} differ by {difference:.1e}.", hint="Please report it.")
+    return Verification(differences=differences, rounding=max(_apart(expected[name], exact[name]) for name in exact))
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())

@@ -1,0 +1,161 @@
+"""A transformer block and its parts, and the one walk over a model's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mediatorize.errors import UserError
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.attention import MediatorAttention
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(b, n, c) with shift and scale (b, c): adaptive layer norm's affine part."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class SwitchableAttention(Attention):
+    """timm's attention, as DiT and SiT use it, that can run at any of its mediator levels instead.
+
+    Until `add_mediators` is called it has the pretrained layer's parameters and names, and only level `softmax`.
+    """
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int]) -> None:
+        super().__init__(width, num_heads=heads, qkv_bias=True)
+        self.grid = grid
+        self.mediator: MediatorAttention | None = None
+
+    def add_mediators(self, settings: MediatorSettings, draw: torch.Generator | None = None) -> MediatorAttention:
+        """Gives the layer a mediator path that starts from a copy of its own projections. `draw` is of the local branch."""
+        width = self.qkv.in_features
+        mediator = MediatorAttention(width, self.num_heads, self.grid, settings)
+        if not self.qkv.weight.is_meta:
+            if mediator.local is not None:
+                mediator.local.reset(draw or torch.Generator().manual_seed(0))
+            mediator.qkv.load_state_dict(self.qkv.state_dict())
+            mediator.proj.load_state_dict(self.proj.state_dict())
+        mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
+        self.mediator = mediator.train(self.training)
+        return mediator
+
+    def forward(self, x: Tensor, level: Level = SOFTMAX) -> Tensor:  # type: ignore[override]
+        """(b, n, c) -> (b, n, c). Level `softmax` is timm's own forward on the pretrained weights."""
+        return super().forward(x) if is_pretrained(level) else self.mediated()(x, level)
+
+    def mediated(self) -> MediatorAttention:
+        """The mediator path; an error where the model was never converted."""
+        if self.mediator is None:
+            raise UserError("This model has no mediators, only level softmax.", hint="Run `mediatorize convert` first.")
+        return self.mediator
+
+
+class ModulationUpdate(nn.Module):
+    """A low-rank change of a block's modulation at mediator levels (LoRA, arXiv 2106.09685). Starts as zero."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, 6 * width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws `down` anew, uniform in +-1/sqrt(inputs); `up` stays zero."""
+        bound = self.down.in_features**-0.5
+        nn.init.uniform_(self.down.weight, -bound, bound, generator=generator)
+
+    def forward(self, conditioning: Tensor) -> Tensor:
+        """(b, c), as the pretrained modulation gets it -> (b, 6c)"""
+        return self.up(self.down(F.silu(conditioning)))
+
+
+class BlockMediator(nn.Module):
+    """What a block has of its own at mediator levels, beside its attention: a change of the modulation, and its MLP."""
+
+    def __init__(self, arch: Architecture, settings: MediatorSettings) -> None:
+        super().__init__()
+        self.modulation = ModulationUpdate(arch.width, settings.modulation_rank) if settings.modulation_rank else None
+        self.mlp = block_mlp(arch) if settings.mlp == "own" else None
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
+        self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid)
+        self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
+        self.mlp = block_mlp(arch)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
+        self.mediator: BlockMediator | None = None
+
+    def add_mediators(self, arch: Architecture, settings: MediatorSettings, draw: Callable[[], torch.Generator]) -> None:
+        """Adds the mediator path, which starts from the block's own projections and MLP.
+
+        Args:
+            draw: gives the generator of each part that starts at random.
+        """
+        self.attn.add_mediators(settings, draw())
+        if not (settings.modulation_rank or settings.mlp == "own"):
+            return
+        weight = self.attn.qkv.weight
+        update = BlockMediator(arch, settings)
+        if not weight.is_meta:
+            if update.modulation is not None:
+                update.modulation.reset(draw())
+            if update.mlp is not None:
+                update.mlp.load_state_dict(self.mlp.state_dict())
+        self.mediator = update.to(device=weight.device, dtype=weight.dtype).train(self.training)
+
+    def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
+        """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
+        vectors = self.adaLN_modulation(conditioning)
+        if not is_pretrained(level) and self.mediator is not None and self.mediator.modulation is not None:
+            vectors = vectors + self.mediator.modulation(conditioning)
+        return vectors.chunk(6, dim=1)
+
+    def attention_input(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention layer gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
+        shift, scale, gate = self.modulation(conditioning, SOFTMAX)[:3]
+        return modulate(self.norm1(x), shift, scale), gate.unsqueeze(1)
+
+    def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
+        """(b, n, c), (b, c) -> (b, n, c)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, level)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), level)
+        mlp = self.mlp if is_pretrained(level) or self.mediator is None or self.mediator.mlp is None else self.mediator.mlp
+        return x + gate2.unsqueeze(1) * mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+def block_mlp(arch: Architecture) -> Mlp:
+    """timm's MLP as DiT and SiT use it."""
+    return Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
+
+
+Run = Callable[[Block, Tensor, Tensor, Level], Tensor]
+"""How a block is run: (block, tokens (b, n, c), conditioning (b, c), level) -> tokens."""
+
+
+def call(block: Block, tokens: Tensor, conditioning: Tensor, level: Level) -> Tensor:
+    return block(tokens, conditioning, level)
+
+
+def walk(blocks: Sequence[Block], tokens: Tensor, conditioning: Tensor, levels: Sequence[Level], run: Run = call) -> Iterator[Tensor]:
+    """The tokens (b, n, c) before every block, and after the last. A block is run only when what comes after it is asked for.
+
+    Args:
+        levels: one for each block.
+        run: runs a block, as for recomputed activations or in batches.
+    """
+    yield tokens
+    for block, level in zip(blocks, levels, strict=True):
+        tokens = run(block, tokens, conditioning, level)
+        yield tokens

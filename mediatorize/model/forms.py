@@ -1,0 +1,40 @@
+"""FLOPs of one attention layer in each form it can take (design 2); one multiply-add is two FLOPs. No torch here.
+
+Counted as `torch.utils.flop_counter` does: matrix products and convolutions, not element-wise work, norms or softmax.
+"""
+
+from __future__ import annotations
+
+from mediatorize.model.architecture import coarse_grid
+
+
+def softmax_flops(tokens: int, width: int) -> int:
+    """One softmax attention layer: q, k, v and output projections, then QK' and AV."""
+    return 8 * tokens * width**2 + 4 * tokens**2 * width
+
+
+def absorbed_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
+    """One absorbed mediator layer: five products of all tokens with all heads' mediators, five of the mediators with weights."""
+    return 10 * tokens * heads * mediators * width + 10 * mediators * width**2
+
+
+def plain_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
+    """One mediator layer in the published order: four projections of all tokens, five products of tokens with mediators."""
+    return 8 * tokens * width**2 + 10 * tokens * mediators * width
+
+
+def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
+    return absorbed_flops(tokens, width, heads, mediators) <= plain_flops(tokens, width, heads, mediators)
+
+
+def local_flops(tokens: int, width: int, rank: int) -> int:
+    """The local branch: down, depthwise 3x3, up."""
+    return 4 * tokens * width * rank + 18 * tokens * rank
+
+
+def interpolation_flops(grid: tuple[int, int], heads: int, mediators: int) -> int:
+    """R, B1 and B2 from their coarse grid to the tokens', where the two differ. Once per call, but counted for each sample."""
+    coarse = coarse_grid(grid)
+    if coarse == grid:
+        return 0
+    return 3 * heads * mediators * 2 * grid[0] * coarse[1] * (coarse[0] + grid[1])

@@ -1,0 +1,99 @@
+"""How `mediatorize convert` tells what it did, or would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mediatorize.compression.conversion import Conversion, ConversionPlan
+from mediatorize.compression.records import Errors, LayerErrors
+from mediatorize.model import cost
+from mediatorize.model.levels import SOFTMAX, title
+from mediatorize.report.tables import gmacs, seconds_in_words, text_table
+
+
+def fitted_on(plan: ConversionPlan) -> str:
+    """Where the states come from that layers are fitted and judged on."""
+    from mediatorize.formats.bundle import OWN_TRAJECTORIES  # here, as it takes long to load
+
+    return f"noised data: {plan.data}" if plan.data else OWN_TRAJECTORIES
+
+
+def words(found: Conversion) -> str:
+    plan = found.plan
+    arch, settings, relative = plan.arch, plan.settings, plan.relative_flops()
+    rows = [(title(SOFTMAX), gmacs(cost.forward_flops(arch)), "100%")]
+    rows += [(title(level), gmacs(cost.forward_flops(arch, level, settings)), f"{share:.1%}") for level, share in relative.items()]
+    lines = [
+        f"{arch.name}: {arch.depth} attention layers get levels {', '.join(map(title, settings.levels))} beside {title(SOFTMAX)}",
+        f"  mediators from {settings.space}, {plan.init}, local rank {settings.local_rank}, {settings.mlp} MLPs; "
+        f"{plan.added_parameters() / 1e6:.1f}M parameters more",
+        *(f"  {note}" for note in found.notes),
+        "",
+        text_table(("all layers at", "GMACs per forward", "of softmax's"), rows),
+        "",
+    ]
+    return "\n".join([*lines, *(_done(found) if found.estimated_seconds is None else _planned(found, found.estimated_seconds))])
+
+
+def _planned(found: Conversion, seconds: float) -> list[str]:
+    plan, sampler = found.plan, found.plan.sampler
+    how = f"guidance {sampler.cfg_scale}"
+    if not plan.data:
+        how = f"{sampler.solver}, {sampler.steps} steps, {how}"
+    fitting = f"fit {plan.fit.steps} steps of {plan.fit.batch} states per layer" if plan.fit.steps else "fit nothing (--fit-steps 0)"
+    return [
+        f"Would take {plan.states} states of {fitted_on(plan)} ({how})",
+        f"and {fitting}:",
+        f"  {plan.flops() / 1e12:.1f} TFLOPs, about {seconds_in_words(seconds)} at this device's rate; "
+        f"memory up to {plan.peak_bytes() / 2**30:.1f} GiB",
+        f"  {found.out} would be written.",
+    ]
+
+
+def _done(found: Conversion) -> list[str]:
+    plan, levels = found.plan, found.plan.settings.levels
+    lines = [f"States were of {fitted_on(plan)}."] if plan.data else []
+    if plan.fit.steps == 0:
+        lines.append("Not fitted (--fit-steps 0): mediators are as initialised. Relative error of each layer's output:")
+    else:
+        lines.append("Relative error of each layer's output on held-out states, before -> after fitting:")
+
+    def row(name: str, before: Errors, after: Errors) -> tuple[str, ...]:
+        return (name, *(f"{before[level]:.3f} -> {after[level]:.3f}" for level in levels))
+
+    def mean(when: Callable[[LayerErrors], Errors]) -> Errors:
+        return {level: sum(when(errors)[level] for errors in found.errors) / len(found.errors) for level in levels}
+
+    table = [row(f"{errors.layer}", errors.before, errors.after) for errors in found.errors]
+    table.append(row("mean", mean(lambda errors: errors.before), mean(lambda errors: errors.after)))
+    resumed = f" ({found.resumed_layers} layers were there from before)" if found.resumed_layers else ""
+    return [
+        *lines,
+        text_table(("layer", *map(title, levels)), table),
+        "",
+        f"Wrote {found.out} in {seconds_in_words(found.seconds)}{resumed}. Level softmax is the pretrained model, bit for bit.",
+    ]
+
+
+def facts(found: Conversion) -> dict[str, Any]:
+    plan = found.plan
+    return {
+        "out": str(found.out),
+        "dry_run": found.estimated_seconds is not None,
+        "architecture": plan.arch.to_json(),
+        "mediators": plan.settings.to_json(),
+        "init": plan.init,
+        "fit": dict(vars(plan.fit)),
+        "states": plan.states,
+        "data": dict(vars(plan.data)) if plan.data else None,
+        "added_parameters": plan.added_parameters(),
+        "flops_of_conversion": plan.flops(),
+        "peak_bytes": plan.peak_bytes(),
+        "relative_flops": plan.relative_flops(),
+        "layer_errors": [errors.to_json() for errors in found.errors],
+        "seconds": round(found.seconds, 1),
+        "estimated_seconds": found.estimated_seconds,
+        "resumed_layers": found.resumed_layers,
+        "notes": list(found.notes),
+    }

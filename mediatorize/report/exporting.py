@@ -1,0 +1,40 @@
+"""How an export is told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mediatorize.stages.export import Exported
+
+
+def words(result: Exported) -> str:
+    lines = [f"{result.out}: {result.name}, exported to {result.target} ({result.bytes / 2**20:.1f} MiB)", checks(result)]
+    if result.runs_softmax:
+        lines.append("It has no schedule and runs at softmax until a level is chosen: calibrate first, or pass --level.")
+    lines.append(f"{result.out / 'README.md'} says how to use it.")
+    return "\n".join(lines)
+
+
+def facts(result: Exported) -> dict[str, Any]:
+    return {
+        "out": str(result.out),
+        "name": result.name,
+        "target": result.target,
+        "differences": dict(result.verified.differences),
+        "rounding": result.verified.rounding,
+        "dtype": result.dtype,
+        "has_schedule": result.has_schedule,
+        "runs_softmax": result.runs_softmax,
+        "bytes": result.bytes,
+        "largest_difference": result.verified.largest,
+    }
+
+
+def checks(result: Exported) -> str:
+    """What the written files were compared by, and how far apart they are."""
+    verified, rounded = result.verified, result.dtype != "float32"
+    model = f"the bundle's model with its weights rounded to {result.dtype}" if rounded else "the bundle's model"
+    apart = f"differ by at most {verified.largest:.1e} of their largest value" if verified.largest else "are the same, bit for bit"
+    text = f"Loaded back and compared with {model} at {', '.join(verified.differences)}: outputs {apart}."
+    return f"{text} Rounding itself changes them by up to {verified.rounding:.1e}." if rounded else text

@@ -1,0 +1,105 @@
+"""How `mediatorize inspect` tells what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mediatorize.model import cost
+from mediatorize.model.levels import title
+from mediatorize.report.tables import gmacs, text_table
+
+if TYPE_CHECKING:
+    from mediatorize.compression.redundancy import Redundancy
+    from mediatorize.stages.inspect import Inspection
+
+
+def words(found: Inspection) -> str:
+    arch = found.arch
+    image = f", pictures of {_size(arch.image_size)}" if arch.image_size else ""
+    kind = "pixels" if arch.channels in (1, 3) else "latents"
+    lines = [
+        f"{found.source}: {arch.name} ({found.format}{', ' + found.weights if found.weights else ''})",
+        f"  family {arch.family}, {arch.depth} layers, width {arch.width}, {arch.heads} heads of {arch.head_width}, "
+        f"patches of {arch.patch}, {arch.tokens} tokens ({_size(arch.grid)}), "
+        f"{arch.classes} classes{' and null' if arch.null_class else ''}",
+        f"  {arch.channels} channels of {_size(arch.input_size)} {kind}{image}; {found.parameters / 1e6:.1f}M parameters",
+        *(f"  {note}" for note in found.notes),
+        "",
+        "One forward on one sample (papers' Gflops are GMACs):",
+        _parts(found),
+        "",
+        f"Reachable with every layer at one level (FLOPs of the whole model; local branch of rank {found.settings.local_rank} included):",
+        _reachable(found),
+    ]
+    if found.redundancy is not None:
+        lines += ["", _redundancy(found.redundancy, arch.tokens), f"Wrote {found.redundancy_picture}."]
+    return "\n".join(lines)
+
+
+def _size(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def _parts(found: Inspection) -> str:
+    parts = cost.forward_flops_by_part(found.arch)
+    total = sum(parts.values())
+    rows = [(name, f"{flops / 2e9:.3f}", f"{flops / 1e9:.3f}", f"{flops / total:.1%}") for name, flops in parts.items()]
+    rows.append(("total", gmacs(total), f"{2 * float(gmacs(total)):.4g}", "100%"))
+    return text_table(("part", "GMACs", "GFLOPs", "share"), rows)
+
+
+def _reachable(found: Inspection) -> str:
+    levels = found.settings.levels
+    rows = []
+    for at in found.reachable:
+        name = f"{_size(at.arch.image_size or at.arch.input_size)}{' (this one)' if at.arch == found.arch else ''}"
+        rows.append((name, gmacs(at.flops), *(f"{at.relative[level]:.1%}" if level in at.relative else "-" for level in levels)))
+    return text_table(("resolution", "GMACs softmax", *map(title, levels)), rows)
+
+
+def _redundancy(found: Redundancy, tokens: int) -> str:
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    header = ("layer", *(f"rank at {level:.2f}" for level in found.noise_levels), *(f"error at {title(m)}" for m in found.errors))
+    rows = []
+    for layer, ranks in enumerate(found.effective_rank):
+        errors = (f"{mean(values[layer]):.3f}" for values in found.errors.values())
+        rows.append((f"{layer}", *(f"{rank:.1f}" for rank in ranks), *errors))
+    about = (
+        f"How redundant attention is, over {found.states} states of the model's own trajectories: effective rank of its {tokens}x{tokens} "
+        "matrices (exp of the entropy of their singular values, mean over heads and states) at noise levels from 1 (noise) to 0 (data); "
+        "and |A - A_m| / |A| of the best matrix A_m of rank m (Frobenius norm, mean over noise levels too), below which no attention "
+        "through m mediators can come:"
+    )
+    return f"{about}\n{text_table(header, rows)}"
+
+
+def facts(found: Inspection) -> dict[str, Any]:
+    parts = cost.forward_flops_by_part(found.arch)
+    flops = sum(parts.values())
+    return {
+        "source": found.source,
+        "format": found.format,
+        "weights": found.weights,
+        "name": found.arch.name,
+        "architecture": found.arch.to_json(),
+        "parameters": found.parameters,
+        "image_size": found.arch.image_size,
+        "flops": flops,
+        "macs": flops // 2,
+        "flops_by_part": parts,
+        "reachable": [
+            {
+                "input_size": list(at.arch.input_size),
+                "image_size": at.arch.image_size,
+                "flops": at.flops,
+                "relative": dict(at.relative),
+            }
+            for at in found.reachable
+        ],
+        "local_rank": found.settings.local_rank,
+        "notes": list(found.notes),
+        "redundancy": dict(vars(found.redundancy)) if found.redundancy else None,
+    }

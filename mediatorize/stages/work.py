@@ -1,0 +1,104 @@
+"""The one resumable store: a folder of work under way. The same plan goes on, another plan is refused or replaced, and what has been made
+once is not made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mediatorize.compression.store import Kept
+from mediatorize.devices import World
+from mediatorize.errors import UserError
+from mediatorize.formats.bundle import read_tensors, write_json, write_tensors
+from mediatorize.formats.tensors import write_beside
+
+PLAN_FILE = "plan.json"
+STATE_FILE = "state.pt"
+
+
+class Work:
+    """A folder whose content depends on its plan alone. A `Store` for the algorithms."""
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        self.folder, self.plan = folder, plan
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        plan: Mapping[str, Any],
+        *,
+        force: bool,
+        refusal: Callable[[dict[str, Any]], UserError | None],
+        world: World | None = None,
+    ) -> Work:
+        """The folder as it is if it is of this plan, else a new one.
+
+        Args:
+            plan: everything that what is made depends on, as JSON keeps it.
+            force: replace work of another plan.
+            refusal: what to say to work of another plan, given that; None to replace it.
+            world: processes that share the folder; the first one makes it.
+        """
+        file = folder / PLAN_FILE
+        before = json.loads(file.read_text()) if file.exists() else None
+        if world is not None:
+            world.barrier()  # all have read before one writes
+        if before != plan:
+            if before is not None and not force and (error := refusal(before)) is not None:
+                raise error
+            if world is None or world.is_first:
+                if before is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+                    raise UserError(f"{folder}: holds files that are not mediatorize's work.", hint="Name another folder.")
+                _empty(folder)
+                write_json(file, plan)
+        if world is not None:
+            world.barrier()
+        return cls(folder, plan)
+
+    def has(self, name: str) -> bool:
+        """Whether something of that name has been made."""
+        return (self.folder / f"{name}.safetensors").exists()
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives, made at the first call for that name and read from its file ever after."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            kept = make()
+            write_tensors(file, kept.tensors, kept.facts)
+            return kept
+        return Kept(*read_tensors(file))
+
+    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
+        """The same for one number of a group, all of which share a file."""
+        file = self.folder / f"{group}.json"
+        known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        if key not in known:
+            known[key] = make()
+            write_json(file, known)
+        return known[key]
+
+    def drop(self, pattern: str) -> None:
+        """Forgets what has names of a pattern, such as `call-*`."""
+        for file in self.folder.glob(f"{pattern}.safetensors"):
+            file.unlink()
+
+    def state(self, device: torch.device) -> Any:
+        """The training state that was saved last; None if there is none."""
+        file = self.folder / STATE_FILE
+        return torch.load(file, map_location=device, weights_only=True) if file.exists() else None
+
+    def save_state(self, state: Any) -> None:
+        write_beside(self.folder / STATE_FILE, lambda file: torch.save(state, file))
+
+
+def _empty(folder: Path) -> None:
+    """Makes a folder empty, its plan last: a kill in between leaves work of the old plan, not files of nobody."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN_FILE):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

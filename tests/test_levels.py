@@ -1,0 +1,136 @@
+"""Kinds of level: the table's own promises, and a new kind, registered from this file alone, goes through the whole tool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import model_inputs, tiny_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from mediatorize import Schedule, UserError, load_model, sample
+from mediatorize.cli import app
+from mediatorize.model import cost
+from mediatorize.model.attention import MediatorAttention
+from mediatorize.model.levels import KINDS, Kind, MediatorSettings, in_order, is_pretrained, most_mediators, read_level, title
+
+TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
+QUICK = ["--device", "cpu", "--batch", 16]
+
+
+class Mean(nn.Module):
+    """Every token gets the mean of all values, times a number that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, layer: MediatorAttention) -> Tensor:
+        """(b, n, c) -> (b, n, c)"""
+        width = x.shape[2]
+        value = F.linear(x.mean(1, keepdim=True), layer.qkv.weight[2 * width :], layer.qkv.bias[2 * width :])
+        return (self.scale * layer.proj(value)).expand_as(x)
+
+
+@pytest.fixture
+def mean() -> Iterator[None]:
+    """A level that has no mediators at all."""
+    KINDS["mean"] = Kind(
+        looks="mean",
+        read=lambda value: "mean" if value == "mean" else None,
+        rank=lambda level: 0.5,
+        title=lambda level: "mean of values",
+        flops=lambda arch, level, settings: 4 * arch.width**2,
+        parameters=lambda arch, level: 1,
+        module=lambda level, width, heads, grid, settings: Mean(),
+    )
+    yield
+    del KINDS["mean"]
+
+
+def mediatorize(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    return json.loads(mediatorize(*arguments, "--json"))
+
+
+@pytest.mark.parametrize(
+    ("written", "level"),
+    [("softmax", "softmax"), ("4", 4), (4, 4), ("16", 16), *((bad, None) for bad in ("0", "-1", "4.0", "", 0, True, None))],
+)
+def test_levels_are_read_as_they_are_written(written: object, level: object) -> None:
+    if level is None:
+        with pytest.raises(UserError, match=r"is no level\. Levels are softmax or a count of mediators\."):
+            read_level(written)
+    else:
+        assert read_level(written) == level
+        assert read_level(json.loads(json.dumps(level))) == level
+
+
+def test_levels_are_ranked_from_the_fewest_mediators_to_softmax() -> None:
+    assert in_order(["softmax", 16, 1, 4, 4]) == [1, 4, 16, "softmax"]
+    assert MediatorSettings((1, 4)).all_levels == (1, 4, "softmax")
+    assert [is_pretrained(level) for level in (1, 256, "softmax")] == [False, False, True]
+    assert most_mediators((1, 64, "softmax")) == 64
+    assert [title(level) for level in (4, "softmax")] == ["m=4", "softmax"]
+
+
+@pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",)])
+def test_settings_hold_added_levels_in_order_and_no_others(levels: Any) -> None:
+    with pytest.raises(UserError, match="not distinct, ascending"):
+        MediatorSettings(levels)
+
+
+def test_a_new_kind_costs_what_its_entry_says(mean: None) -> None:
+    settings = MediatorSettings(("mean", 4))
+    model = tiny_model(settings)
+    x, t, y = model_inputs(model, batch=1)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, y, levels=["mean", 4, "mean"])
+    assert counter.get_total_flops() == cost.forward_flops(model.arch, ["mean", 4, "mean"], settings)
+    assert cost.added_parameters(model.arch, settings) == sum(p.numel() for p in model.mediator_parameters().values())
+
+
+def test_a_new_kind_goes_through_the_whole_tool(mean: None, tmp_path: Path) -> None:
+    """inspect, convert, sample, finetune, calibrate, evaluate and export, as a user runs them; only this file knows of the kind."""
+    bundle = tmp_path / "bundle"
+    fit = ["--states", 64, "--trajectories", 8, "--fit-steps", 4, "--sampler-steps", 4, "--cfg-scale", 1]
+    converted = told("convert", TEACHER, bundle, "--levels", "4,mean", *fit, *QUICK)
+    assert [set(errors["after"]) for errors in converted["layer_errors"]] == [{"mean", "4"}] * 6
+    model = load_model(bundle)
+    assert model.added().levels == ("mean", 4)
+
+    inspected = told("inspect", bundle)
+    reachable = next(row for row in inspected["reachable"] if row["input_size"] == [16, 16])
+    assert reachable["relative"]["mean"] == cost.forward_flops(model.arch, "mean", model.settings) / cost.forward_flops(model.arch)
+    assert "mean of values" in mediatorize("inspect", bundle)
+
+    mediatorize("sample", bundle, "--out", tmp_path / "mean.png", "--level", "mean", "--steps", 4, "--device", "cpu")
+    assert not torch.equal(sample(model, [1], steps=4, schedule="mean"), sample(model, [1], steps=4, schedule="softmax"))
+
+    train = ["--train-steps", 4, "--trajectories", 4, "--sampler-steps", 4, "--cfg-scales", 1]
+    trained = told("finetune", bundle, *train, *QUICK)
+    assert trained["before"].keys() == trained["after"].keys() == {"mean", "4"}
+
+    calibrated = told("calibrate", bundle, "--budget", 0.7, "--steps", 4, "--trajectories", 4, "--verify", 4, *QUICK)
+    assert calibrated["schedules"][0]["relative_cost"] <= 0.7
+    schedule = Schedule.from_json(json.loads((bundle / "schedule.json").read_text()))
+    assert "mean" in schedule.used  # at 4 mediators throughout it would cost more
+
+    judged = told("evaluate", bundle, tmp_path / "report", "--samples", 40, "--steps", 4, "--pairs", 0, *QUICK)
+    assert [row["level"] for row in judged["results"]] == ["softmax", "schedule", "4", "mean"]
+    assert "mean of values" in (tmp_path / "report" / "report.md").read_text()
+
+    exported = told("export", bundle, tmp_path / "weights", "--to", "safetensors")
+    assert "level mean" in exported["differences"]
