@@ -13,8 +13,8 @@ import typer
 from mediatorize.errors import UserError
 from mediatorize.signatures import as_typer
 from mediatorize.stages.options import OUTPUT, option
-from mediatorize.stages.run import STAGES, Stage
-from mediatorize.stages.run import stage as run
+from mediatorize.stages.run import run
+from mediatorize.stages.table import STAGES, Stage
 from mediatorize.version import VERSION
 
 app = typer.Typer(
@@ -88,5 +88,7 @@ def _fail(message: str, debug: bool, code: int = 1) -> None:
     raise typer.Exit(code)
 
 
-for _name, _stage in {**STAGES, "run": run}.items():
+COMMANDS = STAGES | {"run": Stage(run, "mediatorize.report.running")}
+
+for _name, _stage in COMMANDS.items():
     _register(_name, _stage)

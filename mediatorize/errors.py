@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,3 +25,10 @@ def about(path: Path) -> Iterator[None]:
         if str(path) in error.message:
             raise
         raise UserError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def refuse_below(values: Mapping[str, int], least: int) -> None:
+    """Refuses counts that are too small, by the name of their option."""
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")

@@ -22,12 +22,10 @@ from conftest import model_inputs, official_state, tiny_model
 from PIL import Image
 from typer.testing import CliRunner
 
-from mediatorize import load_model, sample
+from mediatorize import cli, load_model, sample
 from mediatorize.cli import app
 from mediatorize.formats.images import VAE_SCALE, to_pixels
 from mediatorize.signatures import as_typer
-from mediatorize.stages.run import STAGES
-from mediatorize.stages.run import stage as RUN
 from mediatorize.version import VERSION
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
@@ -108,7 +106,7 @@ COMMANDS = {
 
 
 def test_every_command_is_tested_here() -> None:
-    assert set(COMMANDS) == {*STAGES, "run"}
+    assert set(COMMANDS) == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -120,9 +118,9 @@ def test_help_shows_options_choices_groups_and_an_example_that_can_be_run(comman
     example = re.search(rf"Example: mediatorize {command} (.+)", text)
     assert example
     parser = typer.Typer(add_completion=False)
-    parser.command()(as_typer((STAGES | {"run": RUN})[command].run, lambda **arguments: arguments))
+    parser.command()(as_typer(cli.COMMANDS[command].run, lambda **arguments: arguments))
     arguments = typer.main.get_command(parser).main(shlex.split(example[1]), standalone_mode=False)
-    assert set(arguments) == set(inspect.signature((STAGES | {"run": RUN})[command].run).parameters)
+    assert set(arguments) == set(inspect.signature(cli.COMMANDS[command].run).parameters)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +166,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str]) -> 
     heavy = ("torch", "torchvision", "timm", "diffusers", "sklearn", "scipy", "matplotlib")
     code = f"""
 import sys
+from mediatorize import cli
 from mediatorize.cli import app
 try:
     app({arguments!r})

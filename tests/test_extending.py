@@ -31,12 +31,13 @@ from mediatorize.formats.checkpoint import Format, Source
 from mediatorize.formats.data import Layout, Shape
 from mediatorize.model import architecture
 from mediatorize.model.levels import SOFTMAX
-from mediatorize.stages import run as recipes
 from mediatorize.stages.calibrate import calibrate
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.options import WHAT, option
-from mediatorize.stages.run import Stage, read_recipe, run
+from mediatorize.stages.recipes import read_recipe
+from mediatorize.stages.run import run
+from mediatorize.stages.table import STAGES, Stage
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
 QUICK: dict[str, Any] = {
@@ -217,7 +218,7 @@ def facts(result: Count) -> dict[str, Any]:
 
 
 def test_a_stage(register: Register, tmp_path: Path) -> None:
-    register(recipes.STAGES, "count", Stage(count, __name__))
+    register(STAGES, "count", Stage(count, __name__))
     (tmp_path / "recipe.toml").write_text(f"[count]\ncheckpoint = '{TEACHER}'\ntimes = 2\n")
     told = run(tmp_path / "recipe.toml", out=tmp_path / "out").told["count"]
     expected = 2 * sum(parameter.numel() for parameter in load_model(TEACHER).parameters())

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from mediatorize import UserError, load_model
-from mediatorize.stages.run import STAGES, read_recipe, run
-from mediatorize.stages.run import stage as RUN
+from mediatorize.cli import COMMANDS
+from mediatorize.stages.recipes import read_recipe
+from mediatorize.stages.run import run
+from mediatorize.stages.table import STAGES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICK = [
@@ -42,7 +44,7 @@ def test_shipped_recipes_pass_a_dry_run_without_a_checkpoint(path: Path, tmp_pat
     stages = tuple(tomllib.loads(path.read_text()).keys() & STAGES.keys())
     assert {*result.told, *result.unplanned} == set(stages)
     assert list(result.told) == ["inspect", "convert"]  # the others read the bundle that is not there yet
-    text = RUN.words(result)
+    text = COMMANDS["run"].words(result)
     assert "would be written" in text
     assert all(f"== {name} ==" in text for name in stages)
     assert not list(tmp_path.iterdir())

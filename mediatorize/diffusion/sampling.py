@@ -290,9 +290,8 @@ def refuse_unknown_labels(arch: Architecture, labels: Tensor) -> None:
 
 
 def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:
-    levels = model.settings.all_levels if model.settings else (SOFTMAX,)
-    if level is not None and level not in levels:
-        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, levels))}.")
+    if level is not None and level not in model.all_levels:
+        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, model.all_levels))}.")
 
 
 def level_source(schedule: Schedule | Level | None) -> Callable[[float], Level | Sequence[Level]]:

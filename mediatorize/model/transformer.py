@@ -141,6 +141,11 @@ class DiffusionTransformer(nn.Module):
             raise UserError("This model has no mediators, only level softmax.", hint="Run `mediatorize convert` first.")
         return self.settings
 
+    @property
+    def all_levels(self) -> tuple[Level, ...]:
+        """Every level that the layers can run at, in the order of their rank."""
+        return (SOFTMAX,) if self.settings is None else self.settings.all_levels
+
     def mediator_parameters(self) -> dict[str, nn.Parameter]:
         """What conversion added to the pretrained weights, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if is_mediator(name)}

@@ -11,23 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mediatorize.compression.costs import COSTS, read_budget, refuse_out_of_reach
-from mediatorize.errors import UserError, about
+from mediatorize.errors import UserError, about, refuse_below
 from mediatorize.signatures import OneOf, listed, one
-from mediatorize.stages.options import (
-    SAMPLING,
-    WHAT,
-    BatchOption,
-    ChannelsOption,
-    DeviceOption,
-    DryRunOption,
-    ForceOption,
-    GuidanceOption,
-    SeedOption,
-    SolverOption,
-    StepsOption,
-    option,
-)
-from mediatorize.stages.running import progress_bar, refuse_below
+from mediatorize.stages import options
+from mediatorize.stages.options import SAMPLING, WHAT, option
+from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.costs import Costs
@@ -87,17 +75,17 @@ def calibrate(
         Literal["cell", "step"], option("cell: a level for every step and layer; step: one per step for all layers", WHAT)
     ] = "cell",
     rounds: Annotated[int, option("times that errors are measured again around the best schedule", WHAT, min=0)] = 0,
-    solver: SolverOption = None,
-    steps: StepsOption = None,
-    cfg_scale: GuidanceOption = 1.0,
-    cfg_channels: ChannelsOption = 3,
-    seed: SeedOption = 0,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    cfg_scale: options.Guidance = 1.0,
+    cfg_channels: options.Channels = 3,
+    seed: options.Seed = 0,
     trajectories: Annotated[int, option("samples of the teacher that errors are measured on", SAMPLING, min=1)] = 32,
     verify: Annotated[int, option("held-out samples that judge candidates; 0 trusts predictions", SAMPLING, min=0)] = 64,
-    batch: BatchOption = 32,
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    force: ForceOption = False,
+    batch: options.Batch = 32,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
 ) -> Calibration:
     """Finds the schedule that changes samples least within a budget. Errors are measured once for all budgets. Resumes after a kill.
 

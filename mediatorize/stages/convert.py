@@ -13,30 +13,13 @@ import typer
 from mediatorize.compression.conversion import Conversion, ConversionPlan, check_plan, convert_model, states_needed
 from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.records import FitSettings
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.architecture import default_local_rank, default_modulation_rank, preset
 from mediatorize.model.levels import Level, MediatorSettings, MlpOwner, Space, in_order, read_level
 from mediatorize.signatures import OneOf, listed
-from mediatorize.stages.options import (
-    DATA,
-    SAMPLING,
-    WHAT,
-    ChannelsOption,
-    ClassesOption,
-    DataOption,
-    DeviceOption,
-    DryRunOption,
-    FamilyOption,
-    ForceOption,
-    HeadsOption,
-    SeedOption,
-    SolverOption,
-    StepsOption,
-    VaeOption,
-    WeightsOption,
-    option,
-)
-from mediatorize.stages.running import progress_bar, refuse_below
+from mediatorize.stages import options
+from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
+from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.store import Kept
@@ -62,8 +45,8 @@ def convert(
         option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32", WHAT, min=0),
     ] = None,
     mlp: Annotated[MlpOwner, option("own: mediator levels have MLPs of their own, which finetune trains; or shared", WHAT)] = "own",
-    data: DataOption = None,
-    vae: VaeOption = None,
+    data: options.Data = None,
+    vae: options.Vae = None,
     states: Annotated[
         int, option("states to fit on, of the model's own trajectories or of --data; --fit-steps 0 takes few of them", DATA, min=16)
     ] = 1024,
@@ -71,8 +54,8 @@ def convert(
     fit_steps: Annotated[int, option("steps of fitting per layer; 0 leaves mediators as initialised", WHAT, min=0)] = FitSettings.steps,
     batch: Annotated[int, option("states per step of fitting", WHAT, min=1)] = FitSettings.batch,
     learning_rate: Annotated[float, option("peak rate of fitting", WHAT)] = FitSettings.learning_rate,
-    solver: SolverOption = None,
-    sampler_steps: StepsOption = None,
+    solver: options.Solver = None,
+    sampler_steps: options.Steps = None,
     cfg_scale: Annotated[
         float,
         option(
@@ -80,15 +63,15 @@ def convert(
             SAMPLING,
         ),
     ] = 1.5,
-    cfg_channels: ChannelsOption = 3,
-    seed: SeedOption = 0,
-    family: FamilyOption = None,
-    num_heads: HeadsOption = None,
-    num_classes: ClassesOption = None,
-    weights: WeightsOption = None,
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    force: ForceOption = False,
+    cfg_channels: options.Channels = 3,
+    seed: options.Seed = 0,
+    family: options.Family = None,
+    num_heads: options.Heads = None,
+    num_classes: options.Classes = None,
+    weights: options.Weights = None,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
 ) -> Conversion:
     """Gives every attention layer a mediator path beside its softmax one, and fits it to the layer's own outputs. Resumes after a kill.
 

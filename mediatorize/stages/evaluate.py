@@ -8,32 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, refuse_below
 from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation
 from mediatorize.model.levels import KINDS, Level, read_level
 from mediatorize.signatures import as_command, listed
-from mediatorize.stages.options import (
-    DATA,
-    OUTPUT,
-    RESOURCES,
-    WHAT,
-    BatchOption,
-    ChannelsOption,
-    ClassesOption,
-    DeviceOption,
-    DtypeOption,
-    FamilyOption,
-    ForceOption,
-    GuidanceOption,
-    HeadsOption,
-    SeedOption,
-    SolverOption,
-    StepsOption,
-    VaeOption,
-    WeightsOption,
-    option,
-)
-from mediatorize.stages.running import hardware, progress_bar, refuse_below, versions
+from mediatorize.stages import options
+from mediatorize.stages.options import DATA, OUTPUT, RESOURCES, WHAT, option
+from mediatorize.stages.running import hardware, progress_bar, versions
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
@@ -71,24 +52,24 @@ def evaluate(
         option("a .npz of mu and sigma, or of pictures in arr_0; default: the real digits, else the teacher's own samples", DATA),
     ] = None,
     npz: Annotated[bool, option("write every row's pictures for the ADM evaluator: teacher.npz and the others'", OUTPUT, "--npz")] = False,
-    vae: VaeOption = None,
+    vae: options.Vae = None,
     pairs: Annotated[
         int, option("timed model calls per level, at least 2, each beside one of softmax; 0 measures no time", WHAT, min=0)
     ] = 10,
     timing_batch: Annotated[int, option("samples in a timed model call", RESOURCES, min=1)] = 32,
-    solver: SolverOption = None,
-    steps: StepsOption = None,
-    cfg_scale: GuidanceOption = 1.0,
-    cfg_channels: ChannelsOption = 3,
-    seed: SeedOption = 0,
-    batch: BatchOption = 128,
-    family: FamilyOption = None,
-    num_heads: HeadsOption = None,
-    weights: WeightsOption = None,
-    num_classes: ClassesOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    force: ForceOption = False,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    cfg_scale: options.Guidance = 1.0,
+    cfg_channels: options.Channels = 3,
+    seed: options.Seed = 0,
+    batch: options.Batch = 128,
+    family: options.Family = None,
+    num_heads: options.Heads = None,
+    weights: options.Weights = None,
+    num_classes: options.Classes = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    force: options.Force = False,
 ) -> Evaluation | Contribution:
     """Judges the teacher (level softmax), every level and the schedule from the same noise. Resumes after a kill; runs under torchrun.
 
@@ -201,8 +182,7 @@ def _read_schedules(files: Sequence[Path], model: DiffusionTransformer) -> dict[
         if not file.is_file():
             raise UserError(f"{file}: no such schedule.", hint="Pass the path of a schedule.json.")
         taken = file.stem in (OWN_SCHEDULE, *found) or any(kind.read(file.stem) is not None for kind in KINDS.values())
-        known = model.settings.all_levels if model.settings else ()
-        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, known)
+        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, model.all_levels)
     return found
 
 

@@ -14,7 +14,8 @@ from mediatorize.export.contract import Choices, Subject
 from mediatorize.export.targets import EXPORTS, refuse_idle_choices
 from mediatorize.model.levels import Level, read_level
 from mediatorize.signatures import OneOf, one
-from mediatorize.stages.options import DATA, WHAT, ForceOption, option
+from mediatorize.stages import options
+from mediatorize.stages.options import DATA, WHAT, option
 from mediatorize.stages.running import progress_bar
 from mediatorize.version import VERSION
 
@@ -63,7 +64,7 @@ def export(
         ),
     ] = None,
     evaluation: Annotated[Path | None, option("a folder of `mediatorize evaluate`, whose results go into the model card", DATA)] = None,
-    force: ForceOption = False,
+    force: options.Force = False,
 ) -> Exported:
     """Writes a bundle as files that other tools load, loads them and compares outputs at every level, and adds a model card.
 

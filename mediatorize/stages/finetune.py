@@ -11,25 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mediatorize.compression.records import Distillation, DistillSettings, Trained, Weighting
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, refuse_below
 from mediatorize.signatures import listed, number
-from mediatorize.stages.options import (
-    DATA,
-    RESOURCES,
-    SAMPLING,
-    WHAT,
-    ChannelsOption,
-    DataOption,
-    DeviceOption,
-    DryRunOption,
-    ForceOption,
-    SeedOption,
-    SolverOption,
-    StepsOption,
-    VaeOption,
-    option,
-)
-from mediatorize.stages.running import progress_bar, refuse_below
+from mediatorize.stages import options
+from mediatorize.stages.options import DATA, RESOURCES, SAMPLING, WHAT, option
+from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.training import Training, TrainingPlan
@@ -77,22 +63,22 @@ def finetune(
         Weighting,
         option("sample: errors count by how far they move a sample, measured first at the first guidance; even: all alike", WHAT),
     ] = "sample",
-    data: DataOption = None,
-    vae: VaeOption = None,
+    data: options.Data = None,
+    vae: options.Vae = None,
     data_weight: Annotated[
         float, option("with --data: weight of the error against the data themselves, beside the teacher", DATA, min=0)
     ] = DistillSettings.data_weight,
     trajectories: Annotated[int, option("samples of the teacher drawn at a time, whose states make a round", SAMPLING, min=1)] = 32,
     reuse: Annotated[int, option("how often a state is trained on before it is replaced", SAMPLING, min=1)] = 1,
     renoised: Annotated[int, option("for every state of a trajectory, states of its finished sample with new noise", SAMPLING, min=0)] = 3,
-    solver: SolverOption = None,
-    sampler_steps: StepsOption = None,
+    solver: options.Solver = None,
+    sampler_steps: options.Steps = None,
     cfg_scales: Annotated[
         tuple[float, ...],
         option("guidance of the rounds, in turn; 1 is none", SAMPLING, parser=listed(number), metavar="X,X,..."),
     ] = (1.5, 1.0, 4.0),
-    cfg_channels: ChannelsOption = 3,
-    seed: SeedOption = 0,
+    cfg_channels: options.Channels = 3,
+    seed: options.Seed = 0,
     accumulate: Annotated[int, option("parts to take a batch in, where memory is short", RESOURCES, min=1)] = DistillSettings.accumulate,
     checkpointing: Annotated[
         bool, option("recompute activations in the backward pass, where memory is short", RESOURCES, "--checkpointing")
@@ -101,9 +87,9 @@ def finetune(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], option("precision of the products: auto is bfloat16 on CUDA, else float32", RESOURCES)
     ] = "auto",
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    force: ForceOption = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
 ) -> Finetuning:
     """Trains what was added on the model's own softmax outputs along its trajectories. Resumes after a kill; runs under torchrun.
 

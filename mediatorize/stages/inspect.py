@@ -14,7 +14,8 @@ from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, coarse_grid, default_local_rank, preset
 from mediatorize.model.levels import Level, MediatorSettings, kind_of, most_mediators, title
-from mediatorize.stages.options import WHAT, ClassesOption, DeviceOption, FamilyOption, HeadsOption, WeightsOption, option
+from mediatorize.stages import options
+from mediatorize.stages.options import WHAT, option
 from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
@@ -59,14 +60,14 @@ class Inspection:
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint or bundle; or a published size, such as DiT-XL/2@512")],
     *,
-    family: FamilyOption = None,
-    num_heads: HeadsOption = None,
-    num_classes: ClassesOption = None,
-    weights: WeightsOption = None,
+    family: options.Family = None,
+    num_heads: options.Heads = None,
+    num_classes: options.Classes = None,
+    weights: options.Weights = None,
     redundancy: Annotated[
         Path | None, option("a .png to write: how redundant attention is, per layer and noise level; samples a little", WHAT)
     ] = None,
-    device: DeviceOption = "auto",
+    device: options.Device = "auto",
 ) -> Inspection:
     """What a checkpoint is, where its FLOPs go, what reduction is reachable. Reads every weight once, to be sure that all are finite.
 

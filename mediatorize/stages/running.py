@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mediatorize.errors import UserError
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
@@ -50,9 +48,3 @@ def versions() -> dict[str, str]:
     """Of this package and of what its figures depend on."""
     found = {name: version(name) for name in ("torch", "timm", "diffusers", "numpy", "scipy", "scikit-learn")}
     return {"python": platform.python_version(), "mediatorize": VERSION, **found}
-
-
-def refuse_below(values: Mapping[str, int], least: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")

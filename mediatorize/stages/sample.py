@@ -10,30 +10,12 @@ from typing import Annotated
 
 import typer
 
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.levels import SOFTMAX, Level
 from mediatorize.signatures import listed, whole_number
-from mediatorize.stages.options import (
-    OUTPUT,
-    WHAT,
-    BatchOption,
-    ChannelsOption,
-    ClassesOption,
-    DeviceOption,
-    DtypeOption,
-    FamilyOption,
-    ForceOption,
-    GuidanceOption,
-    HeadsOption,
-    LevelOption,
-    SeedOption,
-    SolverOption,
-    StepsOption,
-    VaeOption,
-    WeightsOption,
-    option,
-)
-from mediatorize.stages.running import progress_bar, refuse_below
+from mediatorize.stages import options
+from mediatorize.stages.options import OUTPUT, WHAT, option
+from mediatorize.stages.running import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +47,21 @@ def sample(
         ),
     ] = None,
     per_class: Annotated[int, option("samples of each class", WHAT, min=1)] = 1,
-    level: LevelOption = None,
-    solver: SolverOption = None,
-    steps: StepsOption = None,
-    cfg_scale: GuidanceOption = 1.0,
-    cfg_channels: ChannelsOption = 3,
-    seed: SeedOption = 0,
-    batch: BatchOption = 64,
-    vae: VaeOption = None,
-    family: FamilyOption = None,
-    num_heads: HeadsOption = None,
-    num_classes: ClassesOption = None,
-    weights: WeightsOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    force: ForceOption = False,
+    level: options.Level = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    cfg_scale: options.Guidance = 1.0,
+    cfg_channels: options.Channels = 3,
+    seed: options.Seed = 0,
+    batch: options.Batch = 64,
+    vae: options.Vae = None,
+    family: options.Family = None,
+    num_heads: options.Heads = None,
+    num_classes: options.Classes = None,
+    weights: options.Weights = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    force: options.Force = False,
 ) -> Sampled:
     """Samples pictures. The same seed gives the same pictures, in batches of any size (dopri5 alone chooses its steps by batch).
 

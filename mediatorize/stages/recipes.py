@@ -1,0 +1,83 @@
+"""Recipes: TOML files with a table per stage, checked as the command line checks its words."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mediatorize.errors import UserError
+from mediatorize.signatures import check_arguments
+from mediatorize.stages.table import STAGES
+
+TOP_KEYS = ("description", "out", "preset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    path: Path
+    description: str
+    out: Path
+    preset: str
+    """Published size that stands for a checkpoint which is not there, in a dry run."""
+    stages: dict[str, dict[str, Any]]
+    """Arguments by stage, in the stages' own types; those that are given."""
+
+
+def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recipe:
+    """Parses a recipe, applies `--set` and checks every key as the command line of its stage does."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe.", hint="Recipes are TOML files, such as recipes/digits.toml.")
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML ({error}).", hint="Mend the recipe.") from error
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    for key in content:
+        if key not in (*STAGES, *TOP_KEYS):
+            raise UserError(f"{path}: {key!r} is neither a stage nor a known key.", hint=f"Stages are {', '.join(STAGES)}.")
+        if (key in STAGES) != (key in tables):
+            raise UserError(f"{path}: {key!r} {'is no table' if key in STAGES else 'is a table'}.", hint=f"Write [{key}] for a stage only.")
+    for change in changes:
+        target, equals, value = change.partition("=")
+        name, dot, key = target.partition(".")
+        if not equals or not dot or name not in STAGES:
+            raise UserError(f"--set {change!r} is not STAGE.KEY=VALUE.", hint=f"Stages are {', '.join(STAGES)}.")
+        tables.setdefault(name, {})[key] = value
+    folder = out or Path(str(content.get("out", f"runs/{path.stem}")))
+    places = {"{recipe}": str(path.parent), "{out}": str(folder)}
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, str):
+            for name, place in places.items():
+                value = value.replace(name, place)
+        return value
+
+    stages = {}
+    for name, stage in STAGES.items():
+        if name in tables:
+            given = {key: placed(value) for key, value in tables[name].items()}
+            stages[name] = check_arguments(name, stage.run, given, str(path))
+    if not stages:
+        raise UserError(f"{path}: has no stages.", hint=f"Add tables named {', '.join(STAGES)}.")
+    description, preset = str(content.get("description", "")), str(content.get("preset", ""))
+    return Recipe(path=path, description=description, out=folder, preset=preset, stages=stages)
+
+
+def resolved_toml(recipe: Recipe) -> str:
+    """The recipe with every value filled in, defaults too."""
+    lines = [
+        f"description = {json.dumps(recipe.description)}",
+        f"out = {json.dumps(str(recipe.out))}",
+        f"preset = {json.dumps(recipe.preset)}",
+    ]
+    for name, arguments in recipe.stages.items():
+        lines += ["", f"[{name}]"]
+        for key, parameter in inspect.signature(STAGES[name].run).parameters.items():
+            value = arguments.get(key, parameter.default)
+            if value is not None:
+                lines.append(f"{key} = {json.dumps(value if isinstance(value, bool | int | float | str | tuple) else str(value))}")
+    return "\n".join(lines) + "\n"
