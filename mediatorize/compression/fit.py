@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from mediatorize.compression.initialise import CLUSTER_STATES, states_looked_at
@@ -157,13 +158,13 @@ def regress(
     own = {id(parameter) for parameter in projections}
     others = [parameter for parameter in mediator.parameters() if id(parameter) not in own]
     shrink = min(1.0, 128 / inputs.shape[2])
-    optimizer = torch.optim.Adam([{"params": projections, "scale": shrink}, {"params": others, "scale": 1.0}], betas=(0.9, 0.95))
+    groups: list[dict[str, Any]] = [{"params": projections, "lr_scale": shrink}, {"params": others}]
+    optimizer = torch.optim.Adam(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    schedule = CosineLRScheduler(optimizer, t_initial=settings.steps, t_in_epochs=False)
     sizes = [(y * gate).abs().sum() for y, gate in zip(targets.split(settings.batch), gates.split(settings.batch), strict=True)]
     scale = (torch.stack(sizes).sum() / targets.numel()).clamp(min=1e-12)  # a dead block's gate is zero
     for step in range(settings.steps):
-        rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+        schedule.step_update(step)
         rows = torch.randint(0, len(inputs), (settings.batch,), generator=random)
         x, y, gate = inputs[rows], targets[rows], gates[rows] / scale
         optimizer.zero_grad()
