@@ -1,4 +1,4 @@
-"""Conversion: adding levels to a pretrained model and fitting them layer by layer; what that takes, and what came of it.
+"""Conversion adds levels to a pretrained model and fits them layer by layer. This module has its plan, its cost and its result.
 
 Importing this does not import torch.
 """
@@ -33,7 +33,7 @@ STATES_PER_TRAJECTORY = 12
 
 
 class DataFacts(Protocol):
-    """What a data set is, as a dataclass: other facts are other data."""
+    """A dataclass that identifies a data set: different facts mean different data."""
 
     @property
     def encode_flops(self) -> int:
@@ -54,7 +54,7 @@ class ConversionPlan:
     """How many samples are drawn at a time to get the states."""
     sampler: Sampler
     data: DataFacts | None = None
-    """What states are made of; None is the model's own trajectories."""
+    """The data that states are made from; None means the model's own trajectories."""
 
     def fingerprint(self, weights_hash: str) -> dict[str, Any]:
         """Everything that the result depends on, as JSON keeps it."""
@@ -117,11 +117,11 @@ class Conversion:
     out: Path
     plan: ConversionPlan
     notes: tuple[str, ...]
-    """What was assumed or left out, for the user to check."""
+    """Assumptions and omissions, for the user to check."""
     errors: tuple[LayerErrors, ...] = ()
     seconds: float = 0.0
     estimated_seconds: float | None = None
-    """Only of a dry run: FLOPs over this device's measured rate."""
+    """After a dry run only: FLOPs divided by this device's measured rate."""
     resumed_layers: int = 0
 
 

@@ -1,4 +1,4 @@
-"""What a sampler costs by the level of every cell, in one of several units: FLOPs in closed form, or seconds measured on this device.
+"""The cost of a sampler, given the levels of its layers. The unit is FLOPs, in closed form, or seconds, measured on this device.
 
 Importing the table of costs does not import torch.
 """
@@ -30,12 +30,12 @@ TIMINGS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Of a whole sampler, by the level of every cell."""
+    """The cost of a whole sampler, given the level of every layer in every cell (noise level)."""
 
     cells: NDArray[Any]
-    """(cells, layers, options): what a layer's level decides. Whole numbers are compared exactly."""
+    """(cells, layers, options): the cost that depends on a layer's level. Whole numbers are compared exactly."""
     rest: int | float
-    """Everything else."""
+    """The cost that no level changes."""
     softmax_option: int
     """The place of softmax among the options."""
 
@@ -108,16 +108,16 @@ def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, calls
 
 @dataclass(frozen=True)
 class Unit:
-    """One thing that a sampler can be budgeted in."""
+    """A unit that budgets can have."""
 
     name: str
-    """In sentences: softmax's FLOPs."""
+    """The unit's name in sentences: softmax's FLOPs."""
     measure: Callable[[DiffusionTransformer, MediatorSettings, Sequence[int], int, int], Costs]
     """(model, settings, calls of each cell, rows per sample, batch) -> costs."""
     prefix: str = ""
-    """Of the files of schedules that were made for a budget in it."""
+    """The prefix of schedule files for budgets in this unit."""
     timed: bool = False
-    """Whether a schedule that was chosen is timed whole."""
+    """Whether the chosen schedule is also timed end to end."""
 
     def schedule_name(self, share: float) -> str:
         """The file of the schedule for a budget: `0.80.json`, `latency-0.725.json`."""

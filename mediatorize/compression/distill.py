@@ -141,10 +141,10 @@ def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: Distill
 
 
 class Distiller:
-    """A model in training: its weights, optimiser and average, from which training goes on bit for bit.
+    """A model in training: its weights, optimiser and averaged weights. Training resumes from these, bit for bit.
 
-    Matrices are trained by Muon (orthogonalised momentum, arXiv 2502.16982), everything else by timm's NAdamW; the rate warms up and falls
-    by a cosine to zero. What a step does depends on those, the batch and (seed, step) alone.
+    Muon (orthogonalised momentum, arXiv 2502.16982) trains matrices; timm's NAdamW trains everything else. The learning rate warms up, then
+    falls to zero along a cosine. A step depends only on this state, the batch and (seed, step).
     """
 
     def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:

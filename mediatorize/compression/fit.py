@@ -1,4 +1,4 @@
-"""Layer-by-layer regression: every mediator path on its own layer's inputs and outputs in the teacher (design 2.3)."""
+"""Layer-by-layer regression: every mediator path is fitted to its own layer's inputs and outputs in the teacher (design 2.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where mediators start: a pooling matrix per head, from the token grid or from clusters of what the teacher attends with.
+"""Initial mediators: one pooling matrix per head, from the token grid or from clusters of the teacher's queries or keys.
 
 Importing the table of initialisers does not import torch.
 """

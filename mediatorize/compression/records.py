@@ -21,29 +21,29 @@ class FitSettings:
     batch: int = 16
     """States per step."""
     learning_rate: float = 3e-3
-    """Adam's peak, for weights of width 128; projections of a wider model take it in proportion to 128 / width."""
+    """Adam's peak rate, for weights of width 128; projections of a wider model use it times 128 / width."""
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """How a model is distilled; with the weights and the states, all that the result depends on."""
+    """How a model is distilled. The result depends only on these settings, the weights and the states."""
 
     steps: int = 2000
     batch: int = 16
     """States per step, of all processes together."""
     learning_rate: float = 1.5e-3
-    """Peak, for weights of width 128; a wider model takes it in proportion to 128 / width."""
+    """Peak rate, for weights of width 128; a wider model uses it times 128 / width."""
     warmup: int = 50
     ema: float = 0.0
-    """Decay of the averaged weights, which are then what is kept; 0 keeps the last ones."""
+    """Decay of the averaged weights, which are kept in the end; 0 keeps the last weights."""
     feature_weight: float = 0.0
     """Weight of matching every block's output, beside the model's."""
     data_weight: float = 0.0
-    """Weight of the error against what the data say was to be predicted, where there are data."""
+    """Loss weight of the error against the data's own targets, if there are data."""
     train: Trained = "mediators"
     accumulate: int = 1
-    """Parts that every process takes its share of a batch in."""
+    """Number of parts that every process splits its share of a batch into."""
     checkpointing: bool = False
     """Recompute a block's activations in the backward pass."""
     clip: float = 1.0
@@ -80,7 +80,7 @@ class Distillation:
     """How a bundle was distilled last."""
 
     plan: Mapping[str, Any]
-    """All that its result depends on, as the command was given it; `distill` holds `DistillSettings`."""
+    """Everything that the result depends on, as given to the command; `distill` holds `DistillSettings`."""
     before: Errors
     """Relative error of the model's output by level."""
     after: Errors

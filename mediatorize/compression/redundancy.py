@@ -1,4 +1,4 @@
-"""How redundant the interactions of queries and keys are: the observation that mediator attention rests on (arXiv 2408.05710)."""
+"""How redundant the interactions of queries and keys are. Mediator attention relies on this redundancy (arXiv 2408.05710)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mediatorize.model.transformer import DiffusionTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class Redundancy:
-    """Of every layer at every noise level, means over heads and states."""
+    """Redundancy of every layer at every noise level: means over heads and states."""
 
     noise_levels: tuple[float, ...]
-    """Of the columns, from noise (1) to data (0)."""
+    """Noise levels of the columns, from noise (1) to data (0)."""
     states: int
     effective_rank: tuple[tuple[float, ...], ...]
     """exp of the entropy of a matrix's normalised singular values (Roy and Vetterli, EUSIPCO 2007): 1 to tokens; layers x noise levels."""

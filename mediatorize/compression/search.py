@@ -1,7 +1,7 @@
 """The search for a schedule (design 5): propose candidates from the error table, judge them by samples, keep the best within a budget.
 
 A *budget* is a share of the softmax sampler's cost. A *candidate* is a choice of one level for every noise level and layer. Solvers propose
-candidates from what the error table predicts; samples from held-out noise then judge them, since errors of many layers do not quite add up.
+candidates by the errors that the table predicts. Errors of many layers do not quite add up, so samples from held-out noise then judge them.
 
     sampler = Sampler.resolve(model.arch, steps=25)
     found = search(model, sampler, [0.75], costs_of("flops", model, sampler))
@@ -90,21 +90,21 @@ class Proposal:
     kind: str
     """One of the kinds above."""
     choice: Choice
-    """(cells, layers) places among the table's options."""
+    """(cells, layers): indices into the table's options."""
     remeasured: bool = False
     """Whether errors were measured again, around an earlier candidate, to find it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Proposal):
-    """A proposal that was judged: its cost and its error."""
+    """A judged proposal, with its cost and its error."""
 
     share: float
-    """Of the softmax sampler's cost."""
+    """Its cost, as a share of the softmax sampler's."""
     per_step: bool
     """Whether every noise level has one level for all layers."""
     predicted: dict[str, float]
-    """Relative error of the samples, by how errors of single cells may add up (`ErrorTable.predicted`)."""
+    """Predicted sample error, for each way of adding up the errors of single cells (`ErrorTable.predicted`)."""
     measured: float | None = None
     """|sample - teacher's| / |teacher's| from held-out noise."""
 
@@ -131,7 +131,7 @@ class Outcome:
     chosen: Candidate
     schedule: Schedule
     solved_seconds: float
-    """To propose candidates for this budget."""
+    """Time to propose candidates for this budget."""
     latency: Latency | None = None
 
 
@@ -144,7 +144,7 @@ class Outcomes:
     candidates: tuple[Candidate, ...]
     table: ErrorTable
     table_seconds: float | None = None
-    """To measure the error table; None if the store had it."""
+    """Time to measure the error table; None if the store had it."""
 
 
 # --- the search ----------------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def _descend(table: ErrorTable, costs: Costs, room: float, start: Choice, per: P
 
 
 class Judge:
-    """Candidates and their errors. What the store has of the same number of held-out samples is not measured again."""
+    """Measures the errors of candidates. Errors that the store has for the same number of held-out samples are not measured again."""
 
     def __init__(
         self,

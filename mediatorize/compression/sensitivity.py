@@ -1,9 +1,9 @@
 """The error table: how far a sample moves when one layer of one model call runs at one level (design 5).
 
-A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order a change d of the k-th call's guided output moves
-the sample by J_k d. J_k is never built: for random directions v of unit variance, `g_k = J_k' v` comes out of one walk back through the
-solver, and the mean of <g_k, d>^2 over v is |J_k d|^2. The table keeps the products <g_k, d> themselves, so that changes which point the
-same way at several calls are seen to add up, and others to cancel.
+A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order, a change d of the k-th call's guided output
+moves the sample by J_k d. J_k is never built. For random directions v of unit variance, one backward pass through the solver gives
+`g_k = J_k' v`, and the mean of <g_k, d>^2 over v is |J_k d|^2. The table keeps the products <g_k, d>, not their squares. So changes that
+point the same way at several calls add up, and opposite changes cancel.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mediatorize.randomness import gaussian, generator
 
 @dataclass(frozen=True)
 class Probes:
-    """The teacher's trajectories and what moves their ends, on the CPU."""
+    """The teacher's trajectories, and the gradients of their final samples, on the CPU."""
 
     labels: Tensor
     """(n,)"""
     states: Tensor
-    """(calls, n, c, h, w): what the solver called the model with."""
+    """(calls, n, c, h, w): the solver's input to the model at each call."""
     gradients: Tensor
-    """(calls, k, n, output channels, h, w): of the sample's product with k random directions, in the output of each call."""
+    """(calls, k, n, output channels, h, w): gradients of the sample's product with k random directions, by the output of each call."""
     samples: Tensor
     """(n, c, h, w)"""
 
@@ -184,15 +184,15 @@ def output_changes(
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """What every level of every layer does to the sample, at every noise level that the sampler calls the model at.
+    """How every level of every layer moves the sample, at every noise level of the sampler's model calls.
 
     Calls at one noise level are one cell: a schedule cannot tell them apart. Their changes add up.
     """
 
     noise_levels: tuple[float, ...]
-    """Of the cells, in the order of the first calls."""
+    """Noise levels of the cells, in the order of the first calls."""
     calls: tuple[int, ...]
-    """Of each cell."""
+    """How many calls each cell has."""
     options: tuple[Level, ...]
     """Levels in the order of their rank."""
     products: NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Where algorithms keep what they have made, so that it is not made again: handed in by whoever runs them."""
+"""A store keeps the results of algorithms, so that they are not made again. The caller passes it in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that was made: tensors, and facts as JSON keeps them."""
+    """A result: tensors, and facts as JSON keeps them."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""Training: the plan, its rounds of states and what their errors count, and the loop over them. `distill` has what one step does.
+"""Training: the plan, its rounds of states, the weights of their errors, and the loop over rounds. One step is in `distill`.
 
-A round is a set of states with the teacher's answers. Every state of it is used `reuse` times; then the next round is drawn.
+A round is a set of states with the teacher's outputs. Every state of a round is used `reuse` times; then the next round is drawn.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ class TrainingPlan:
     reuse: int
     """How often every state of a round is used."""
     renoised: int
-    """For every state of a trajectory, how many of its finished sample with new noise: less alike than states of one path."""
+    """Extra states per state of a trajectory: its finished sample with new noise. They vary more than states of one trajectory."""
     solver: str
     steps: int
-    """Of the solver."""
+    """Steps of the solver."""
     cfg_scales: tuple[float, ...]
     """A round's guidance is one of these, in turn."""
     cfg_channels: Channels
     dtype: Literal["float32", "bfloat16"]
     """Precision of the products; weights are in float32."""
     weighting: Weighting
-    """Whether a squared error counts by how far it moves the sample (by that squared, few states carry the gradient), or all alike."""
+    """`sample`: squared errors weigh by how far they move the sample (by its square, few states carry the gradient). `even`: equally."""
     data: Mapping[str, Any] | None = None
-    """Facts of the data that states are made of, for `to_json`; None is the teacher's own trajectories."""
+    """Facts of the data that states are made from, for `to_json`; None means the teacher's own trajectories."""
 
     @classmethod
     def resolve(
@@ -215,10 +215,10 @@ class Training:
     """What a training did to a model."""
 
     before: Errors
-    """Relative error of the model's output on held-out trajectories of the teacher, by level, all layers at one."""
+    """Relative error of the model's output on held-out trajectories of the teacher, by level of all layers."""
     after: Errors
     resumed_at: int
-    """Steps that the state which was handed in had behind it."""
+    """Steps that were already done in the state that was passed in."""
 
 
 class DivergedError(UserError):

@@ -1,4 +1,4 @@
-"""Calibration states: what the teacher meets along its own sampling trajectories, or noised data."""
+"""Calibration states: inputs of the teacher's model calls along its own sampling trajectories, or noised data."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def teacher_states(
 
 @dataclass(frozen=True)
 class Samples:
-    """Finished samples of a model (s, c, h, w) and their labels (s,): a data set of its own making."""
+    """Finished samples of a model (s, c, h, w) and their labels (s,), used as a data set."""
 
     x: Tensor
     y: Tensor
@@ -83,14 +83,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Targets:
-    """Inputs of model calls and what the teacher answered: x (s, c, h, w), t (s,), y (s,), output (s, rows, h, w)."""
+    """Inputs of model calls and the teacher's outputs: x (s, c, h, w), t (s,), y (s,), output (s, rows, h, w)."""
 
     x: Tensor
     t: Tensor
     y: Tensor
     output: Tensor
     truth: Tensor | None = None
-    """What the data say was to be predicted (s, c, h, w), where there are data."""
+    """The data's own targets (s, c, h, w), if there are data."""
     weight: Tensor | None = None
     """How much an error counts (s,); None is 1 for all."""
 
@@ -136,7 +136,7 @@ def batches_for(count: int, calls: int, trajectories: int, sampler: Sampler) -> 
 
 
 class DataSet(Protocol):
-    """Clean data of a model, wherever they come from."""
+    """Clean data for a model, from any source."""
 
     def __len__(self) -> int: ...
 

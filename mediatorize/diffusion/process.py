@@ -1,6 +1,6 @@
-"""What a model's input and output mean, as one object per process: noising, target, noise level, times, what solvers are told.
+"""One object per diffusion process says what a model's input and output mean: noising, target, noise level, times, output for solvers.
 
-Times are in the checkpoint's own unit unless they are called a solver's: a DDPM's timesteps 0..999, a flow's 0..1 from noise to data.
+Times are in the checkpoint's own unit, except solver times: a DDPM's timesteps 0..999, or a flow's 0..1 from noise to data.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class LinearFlow:
     """x_t = t data + (1 - t) noise, predicts the velocity data - noise (arXiv 2401.08740)."""
 
     reversed_time: bool = False
-    """REPA's: t = 1 is noise, and the output is noise - data."""
+    """REPA's convention: t = 1 is noise, and the output is noise - data."""
 
     name = "flow"
     title = "SIT"

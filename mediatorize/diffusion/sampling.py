@@ -1,4 +1,4 @@
-"""Sampling: one `Sampler`, resolved once for a model, and what is done with it: samples, their cost, the calls it makes."""
+"""Sampling. A `Sampler` is resolved once for a model; then it gives samples, their cost and the model calls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sampler:
     cfg_channels: Channels = 3
     """How many channels are guided."""
     seed: int = 0
-    """Of the initial and every step's noise."""
+    """Seed of the initial noise and of every step's noise."""
 
     @classmethod
     def resolve(
@@ -120,7 +120,7 @@ def refuse_guidance(arch: Architecture, cfg_scale: float) -> None:
 
 @dataclass(frozen=True)
 class GuidedModel:
-    """What lies between a solver and its model: guidance, and the checkpoint's own time, sign and precision.
+    """Connects a solver to its model: applies guidance, and converts to the checkpoint's own time, sign and precision.
 
     A solver's `predict(x, t)` is `output(model(*inputs(x, t)))`.
     """
@@ -130,7 +130,7 @@ class GuidedModel:
     """(b,), on the model's device."""
     sampler: Sampler
     whole: bool = False
-    """Whether both halves of a guided batch go on to the solver: the originals' adaptive ones choose their steps by both."""
+    """Whether the solver gets both halves of a guided batch. The originals' adaptive solvers choose their steps by both."""
 
     @property
     def guided(self) -> bool:

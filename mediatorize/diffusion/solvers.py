@@ -1,7 +1,7 @@
-"""Solvers: plain functions of one shape, which repeat the originals' (DiT's gaussian_diffusion.py, SiT's transport) with the same noise.
+"""Solvers: plain functions with one signature. Same noise, same results as the originals (DiT's gaussian_diffusion.py, SiT's transport).
 
 A solver calls `predict(x, t)`, the guided model, with `t` in its process's time (a DDPM's timesteps 0..999; a flow's 0 noise to 1 data),
-and `draw(k)` for its k-th Gaussian noise. Times are Python numbers: nothing in a loop waits for the device. Importing the table of solvers
+and `draw(k)` for its k-th Gaussian noise. Times are Python numbers, so no loop waits for the device. Importing the table of solvers
 does not import torch.
 """
 

@@ -1,7 +1,7 @@
-"""The teacher beside every other way to run its model, from the same noise: samples drawn, followed, judged and timed.
+"""Compares the teacher with every other way to run its model, from the same noise: trajectories, samples, features and time.
 
 The first row is the teacher. Samples are made and kept in parts, one for each row and batch. A part depends on the model, the sampler and
-its place alone, so any process can make any of them, and what is there already is not made again.
+its place alone, so any process can make any part, and parts that exist are not made again.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Samples:
     """Samples at a time."""
     parts: Parts = field(default_factory=InMemoryParts)
     decode: Decode | None = None
-    """What makes pictures of samples; None where samples are pictures already."""
+    """Turns samples into pictures; None if samples are pictures already."""
 
     def firsts(self) -> range:
         """Index of each part's first sample."""

@@ -1,4 +1,4 @@
-"""What samples are judged by: features, and class scores where there are any."""
+"""Samples are judged by their features, and by class scores if the extractor gives them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Extractor:
     """Whether it looks at pictures as they are stored, rounded to bytes, rather than at the samples."""
     is_inception: bool = False
     own_reference: Callable[[], Reference] | None = None
-    """What samples are compared with where nothing else is given; None is the teacher's own samples."""
+    """Makes the default reference; None means the teacher's own samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

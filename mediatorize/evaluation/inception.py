@@ -1,7 +1,7 @@
-"""The Inception network of FID: TensorFlow's of 2015-12-05, which the weights file of pytorch-fid carries over. Never downloaded.
+"""The Inception network of FID (TensorFlow's of 2015-12-05), with weights from pytorch-fid's file, which is never downloaded.
 
-It is torchvision's Inception v3 with 1008 classes and without the auxiliary head, but for the pooling branches of nine blocks: averages
-leave the padding out, and the last block takes a maximum. torchvision is imported here, so import this module where it is needed.
+It is torchvision's Inception v3 with 1008 classes and no auxiliary head. The pooling branches of nine blocks differ: averages leave the
+padding out, and the last block takes a maximum. torchvision is imported here, so import this module where it is needed.
 """
 
 from __future__ import annotations

@@ -26,17 +26,17 @@ class RowResult:
     """A level as it is written, or the name of a schedule."""
     kind: RowKind
     flops: float
-    """Of one sample: all calls, guidance included. A multiply-add counts two."""
+    """FLOPs of one sample: all calls, guidance included. A multiply-add is two FLOPs."""
     macs: float
     relative_flops: float
-    """Of the teacher's, with the same sampler."""
+    """Share of the teacher's FLOPs, with the same sampler."""
     trajectory_error: float
     """|x_student - x_teacher| / |x_teacher| over all samples, at each model call, then the mean over calls."""
     sample_error: float
-    """The same of the final samples."""
+    """The same ratio for the final samples."""
     errors_by_call: tuple[float, ...]
     latency_ms: float | None = None
-    """Of one model call on `Timing.batch` samples: `relative_time` times softmax's median."""
+    """Time of one model call on `Timing.batch` samples: `relative_time` times softmax's median."""
     images_per_second: float | None = None
     """Model calls alone; the solver's own arithmetic and decoding do not count."""
     relative_time: float | None = None
@@ -83,7 +83,7 @@ class Comparison:
     reference: str | None = None
     """What the samples were compared with."""
     distance_of_halves: float | None = None
-    """Between halves of the reference: what distances are to be read against."""
+    """Distance between two halves of the reference: compare other distances with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What a process under torchrun did that is not the first, which reports."""
+    """What a process other than the first did under torchrun. The first process reports."""
 
     rank: int
     processes: int

@@ -1,4 +1,4 @@
-"""Time and memory of calls, side by side in one process: machines drift, pairs do not."""
+"""Time and memory of calls, measured in pairs in one process: a machine's speed drifts, the ratio of a pair does not."""
 
 from __future__ import annotations
 

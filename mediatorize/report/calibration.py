@@ -1,4 +1,4 @@
-"""How `mediatorize calibrate` tells what it found: words, JSON, schedule files and pictures."""
+"""The report of `mediatorize calibrate`: words, JSON, schedule files and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mediatorize.stages.calibrate import Calibration
 
 LEAST_JUDGED = 3
-"""How many measured candidates it takes to say how good the predictions were."""
+"""The predictions are judged from this many measured candidates on."""
 
 
 def words(result: Calibration) -> str:
@@ -33,8 +33,8 @@ def words(result: Calibration) -> str:
     if found is None:
         seconds = seconds_in_words(result.estimated_seconds or 0.0)
         lines.append(
-            f"Would measure errors on {result.trajectories} samples and judge each candidate by {result.verify} samples: about "
-            f"{seconds} at this device's rate. Nothing was written."
+            f"Would measure errors on {result.trajectories} samples, then each candidate on {result.verify} samples. This would take "
+            f"about {seconds} at this device's rate. Nothing was written."
         )
         return "\n".join(lines)
     lines += ["", _table(found, unit), _about_errors(result.verify), *_about_predictions(found.candidates), ""]
@@ -44,7 +44,7 @@ def words(result: Calibration) -> str:
         lines.append(f"{file}: {best.name}, {best.share:.2%} of softmax's {unit} for a budget of {outcome.budget:.2%}")
         lines += [] if outcome.latency is None else [_about_time(outcome.latency)]
     table = "was there from before" if found.table_seconds is None else f"took {seconds_in_words(found.table_seconds)}"
-    lines.append(f"The error table {table}; everything took {seconds_in_words(result.seconds)}. Pictures are in {result.folder}.")
+    lines.append(f"The error table {table}. The whole command took {seconds_in_words(result.seconds)}. Pictures are in {result.folder}.")
     return "\n".join(lines)
 
 
@@ -59,12 +59,12 @@ def _table(found: Outcomes, unit: str) -> str:
 
 
 def _about_errors(verify: int) -> str:
-    measured = f", measured on {verify} held-out samples" if verify else "; none was measured (--verify 0)"
-    return f"An error is |sample - teacher's sample| / |teacher's sample|{measured}."
+    measured = f"The measured error is from {verify} held-out samples" if verify else "No error was measured (--verify 0)"
+    return f"Error means sample error: |samples - teacher's samples| / |teacher's samples|. {measured}."
 
 
 def _about_predictions(candidates: Sequence[Candidate]) -> list[str]:
-    """How each way of adding up errors did on the candidates that were measured."""
+    """How well each way of adding up errors predicted the measured candidates."""
     judged = [(candidate.predicted, candidate.measured) for candidate in candidates if candidate.measured]
     if len(judged) < LEAST_JUDGED:
         return []
@@ -72,13 +72,13 @@ def _about_predictions(candidates: Sequence[Candidate]) -> list[str]:
     for way in judged[0][0]:
         logs = [math.log(predicted[way] / measured) for predicted, measured in judged]
         parts.append(f"as {way} {math.exp(statistics.fmean(logs)):.2f} (spread {statistics.pstdev(logs):.0%})")
-    return [f"Predicted over measured error (geometric mean), if the errors of single layers add up {', '.join(parts)}."]
+    return [f"Predicted / measured error (geometric mean over candidates), if errors of single layers add up {', '.join(parts)}."]
 
 
 def _about_time(took: Latency) -> str:
     return (
         f"  a batch of {took.batch}: predicted {took.predicted:.3f} s, measured {took.measured:.3f} s, softmax "
-        f"{took.measured_softmax:.3f} s: {took.measured / took.measured_softmax:.1%} of its time"
+        f"{took.measured_softmax:.3f} s; measured / softmax {took.measured / took.measured_softmax:.1%}"
     )
 
 
@@ -122,7 +122,7 @@ def _candidate_facts(candidate: Candidate) -> dict[str, Any]:
 
 
 def schedule_text(result: Calibration, outcome: Outcome) -> str:
-    """A schedule's file: JSON with one line per piece, after what it was made for."""
+    """The text of a schedule's file: JSON. First what it was made for, then one line per piece."""
     how, best = result.sampler, outcome.chosen
     made_for = {
         "budget": outcome.budget,
@@ -150,7 +150,7 @@ def write_pictures(result: Calibration) -> None:
         return
     for outcome in found.outcomes:
         best = outcome.chosen
-        caption = f"{result.arch.name}: {best.share:.1%} of softmax's {unit}, error {best.error:.3f}"
+        caption = f"{result.arch.name}: {best.share:.1%} of softmax's {unit}, sample error {best.error:.3f}"
         write_schedule_map(result.folder / f"schedule-{result.files[outcome.budget].stem}.png", outcome.schedule, caption)
     added = [option for option, level in enumerate(found.table.options) if not is_pretrained(level)]
     levels = [found.table.options[option] for option in added]
@@ -158,5 +158,5 @@ def write_pictures(result: Calibration) -> None:
     write_error_table(result.folder / "sensitivity.png", found.table.noise_levels, levels, errors)
     kept = {outcome.chosen.name for outcome in found.outcomes}
     points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept) for c in found.candidates]
-    error = "relative error of the samples" + (f", measured on {result.verify}" if result.verify else ", predicted")
-    write_candidates(result.folder / "candidates.png", points, f"{unit} of the sampler, of softmax's", error)
+    error = "sample error" + (f", measured on {result.verify} samples" if result.verify else ", predicted")
+    write_candidates(result.folder / "candidates.png", points, f"{unit} of the sampler, as a share of softmax's", error)

@@ -1,4 +1,4 @@
-"""How `mediatorize convert` tells what it did, or would do."""
+"""The report of `mediatorize convert`: what it did, or would do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mediatorize.report.tables import gmacs, seconds_in_words, text_table
 
 
 def fitted_on(plan: ConversionPlan) -> str:
-    """Where the states come from that layers are fitted and judged on."""
+    """Where the states come from: layers are fitted and judged on them."""
     from mediatorize.formats.bundle import OWN_TRAJECTORIES  # here, as it takes long to load
 
     return f"noised data: {plan.data}" if plan.data else OWN_TRAJECTORIES
@@ -27,7 +27,7 @@ def words(found: Conversion) -> str:
     lines = [
         f"{arch.name}: {arch.depth} attention layers get levels {', '.join(map(title, settings.levels))} beside {title(SOFTMAX)}",
         f"  mediators from {settings.space}, {plan.init}, local rank {settings.local_rank}, {settings.mlp} MLPs; "
-        f"{plan.added_parameters() / 1e6:.1f}M parameters more",
+        f"{plan.added_parameters() / 1e6:.1f}M parameters are added",
         *(f"  {note}" for note in found.notes),
         "",
         text_table(("all layers at", "GMACs per forward", "of softmax's"), rows),
@@ -41,7 +41,7 @@ def _planned(found: Conversion, seconds: float) -> list[str]:
     how = f"guidance {sampler.cfg_scale}"
     if not plan.data:
         how = f"{sampler.solver}, {sampler.steps} steps, {how}"
-    fitting = f"fit {plan.fit.steps} steps of {plan.fit.batch} states per layer" if plan.fit.steps else "fit nothing (--fit-steps 0)"
+    fitting = f"fit every layer for {plan.fit.steps} steps of {plan.fit.batch} states" if plan.fit.steps else "fit nothing (--fit-steps 0)"
     return [
         f"Would take {plan.states} states of {fitted_on(plan)} ({how})",
         f"and {fitting}:",
@@ -67,7 +67,7 @@ def _done(found: Conversion) -> list[str]:
 
     table = [row(f"{errors.layer}", errors.before, errors.after) for errors in found.errors]
     table.append(row("mean", mean(lambda errors: errors.before), mean(lambda errors: errors.after)))
-    resumed = f" ({found.resumed_layers} layers were there from before)" if found.resumed_layers else ""
+    resumed = f" ({found.resumed_layers} layers were fitted in an earlier run)" if found.resumed_layers else ""
     return [
         *lines,
         text_table(("layer", *map(title, levels)), table),

@@ -1,4 +1,4 @@
-"""How an evaluation is told: words, facts, tables, pictures, and the whole report."""
+"""The report of `mediatorize evaluate`: words, facts, tables, pictures, and the whole document."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def _sampling(found: Evaluation) -> dict[str, Any]:
 
 
 def notes(found: Evaluation) -> list[str]:
-    """What a reader has to know of these figures."""
+    """Warnings about these figures."""
     width = found.comparison.feature_width
     if width is None or width < found.samples:
         return []
-    return [f"Frechet distances of {found.samples} samples in {width} features are far too rough: take several times as many samples."]
+    return [f"Frechet distances of {found.samples} samples in {width} features are far too rough. Take several times as many samples."]
 
 
 def table(found: Evaluation, columns: Sequence[Column], first: str = "level") -> Table:
@@ -114,7 +114,7 @@ def title(found: Evaluation) -> str:
 
 
 def lead(found: Evaluation) -> str:
-    """The figures that matter: of every schedule where there is one, else of the cheapest and the closest level."""
+    """The figures that matter: those of every schedule; without a schedule, those of the cheapest and the closest level."""
     teacher, *students = found.results
     if not students:
         judged = "" if teacher.frechet_distance is None else f" For the teacher, {_quality(teacher, found)}."
@@ -125,15 +125,15 @@ def lead(found: Evaluation) -> str:
     shown = scheduled or [cheapest, *([closest] if closest is not cheapest else [])]
     sentences = []
     for row in shown:
-        time = "" if row.relative_time is None else f" and {row.relative_time:.0%} of its time per model call"
+        time = "" if row.relative_time is None else f" and {row.relative_time:.0%} of softmax's time per model call"
         text = (
-            f"{_how(row)} the model spends {row.relative_flops:.1%} of softmax's FLOPs{time}; "
-            f"from the same noise its samples differ from the teacher's by {row.sample_error:.1%}"
+            f"{_how(row)}, the model uses {row.relative_flops:.1%} of softmax's FLOPs{time}. "
+            f"From the same noise, its samples differ from the teacher's by {row.sample_error:.1%}"
         )
         text += "" if row.frechet_distance is None else f"; {_quality(row, found)} (the teacher: {_brief(teacher)})"
         sentences.append(f"{text}.")
     if found.comparison.distance_of_halves is not None:
-        sentences.append(f"Two halves of {found.comparison.reference} are {found.comparison.distance_of_halves:.2f} apart.")
+        sentences.append(f"The distance between two halves of {found.comparison.reference} is {found.comparison.distance_of_halves:.2f}.")
     return " ".join(sentences)
 
 
@@ -144,7 +144,7 @@ def _how(row: RowResult) -> str:
 
 
 def _quality(row: RowResult, found: Evaluation) -> str:
-    accuracy = "" if row.accuracy is None else f" and {row.accuracy:.1%} are recognised as their class"
+    accuracy = "" if row.accuracy is None else f" and {row.accuracy:.1%} of samples are recognised as their class"
     return f"the Frechet distance to {found.comparison.reference} is {row.frechet_distance:.2f}{accuracy}"
 
 
@@ -169,12 +169,12 @@ def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], no
         teacher, *students = results
         names = [f"teacher ({teacher.title})", *(row.title for row in students)]
         write_comparison(out / "comparison.png", list(zip(names, shown, captions(results), strict=True)))
-        written["comparison.png"] = "Samples, the same noise and class in each column"
+        written["comparison.png"] = "Samples; each column has the same noise and class"
     if len(results) > 1:
         write_error_cost(out / "error-cost.png", results)
-        written["error-cost.png"] = "Error against cost: each level and schedule"
+        written["error-cost.png"] = "Error against cost of each level and schedule"
         write_trajectory_errors(out / "trajectory.png", results, noise_levels)
-        written["trajectory.png"] = "Where along the trajectory the students leave the teacher"
+        written["trajectory.png"] = "Distance of each level and schedule from the teacher, along the trajectory"
     schedules = [(row.name, row.levels) for row in samples.rows if isinstance(row.levels, Schedule)]
     for index, (name, schedule) in enumerate(schedules):
         file = f"schedule-{index}.png" if index else "schedule.png"
@@ -260,32 +260,32 @@ def _pictures(found: Evaluation, *files: str) -> list[Block]:
 
 
 def _about_time(found: Evaluation) -> str:
-    flops = "FLOPs count matrix products and convolutions, two per multiply-add (MAC); they are computed, not measured."
+    flops = "FLOPs count matrix products and convolutions; one multiply-add (MAC) is two. They are computed, not measured."
     if found.comparison.timing is None:
         return f"{flops} Time was not measured (--pairs 0)."
     timing = found.comparison.timing
     low, high = timing.control_quartiles
     memory = "" if any(row.peak_bytes for row in found.results) else " Peak memory is measured on CUDA devices only."
     return (
-        f"{flops} Time: model calls on {timing.batch} samples, each beside one of softmax in turn, {timing.pairs} pairs per level; the "
-        f"ratio is the median over pairs, and milliseconds are that ratio times softmax's median ({timing.softmax_ms:.2f} ms). Softmax "
-        f"beside itself measures {timing.control:.1%} (quartiles {low:.1%} to {high:.1%}): differences within that mean nothing. A "
+        f"{flops} Time: each model call on {timing.batch} samples is paired with a softmax call, {timing.pairs} pairs per level. The "
+        f"ratio is the median over pairs. Milliseconds are that ratio times softmax's median ({timing.softmax_ms:.2f} ms). Softmax "
+        f"paired with itself measures {timing.control:.1%} (quartiles {low:.1%} to {high:.1%}): differences within that mean nothing. A "
         f"schedule's time is the mean over its calls.{memory}"
     )
 
 
 def _about_quality(found: Evaluation) -> str:
     text = (
-        "Trajectory error is |student - teacher| / |teacher| of the state at each model call, over all samples, then the mean over calls; "
-        "sample error is the same of the final samples. Both are 0 for level softmax, which is the pretrained model, and neither is a "
-        "measure of how good pictures look."
+        "Trajectory error is |student - teacher| / |teacher| of the state at each model call, over all samples, then the mean over calls. "
+        "Sample error is the same ratio for the final samples. Both are 0 for level softmax, which is the pretrained model. Neither "
+        "measures how good pictures look."
     )
     judged = found.comparison
     if judged.features is None:
-        return f"{text} No features judged the samples (--features none)."
-    halves = "" if judged.distance_of_halves is None else f" Two halves of it are {judged.distance_of_halves:.2f} apart."
+        return f"{text} The samples were not judged by features (--features none)."
+    halves = "" if judged.distance_of_halves is None else f" The distance between two halves of it is {judged.distance_of_halves:.2f}."
     return (
         f"{text} Frechet distance (arXiv 1706.08500), precision and recall (arXiv 1904.06991, 3 neighbours) compare features of "
-        f"{judged.features} with those of {judged.reference}.{halves} Such figures depend on the number of samples: compare them at equal "
-        "numbers only."
+        f"{judged.features} with those of {judged.reference}.{halves} Such figures depend on the number of samples: compare them only at "
+        "equal numbers."
     )

@@ -1,4 +1,4 @@
-"""How an export is told."""
+"""The report of `mediatorize export`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def words(result: Exported) -> str:
     lines = [f"{result.out}: {result.name}, exported to {result.target} ({result.bytes / 2**20:.1f} MiB)", checks(result)]
     if result.runs_softmax:
-        lines.append("It has no schedule and runs at softmax until a level is chosen: calibrate first, or pass --level.")
+        lines.append("The export has no schedule and runs at softmax until a level is chosen. Calibrate before export, or pass --level.")
     lines.append(f"{result.out / 'README.md'} says how to use it.")
     return "\n".join(lines)
 
@@ -32,7 +32,7 @@ def facts(result: Exported) -> dict[str, Any]:
 
 
 def checks(result: Exported) -> str:
-    """What the written files were compared by, and how far apart they are."""
+    """What the written files were compared with, and how much their outputs differ."""
     verified, rounded = result.verified, result.dtype != "float32"
     model = f"the bundle's model with its weights rounded to {result.dtype}" if rounded else "the bundle's model"
     apart = f"differ by at most {verified.largest:.1e} of their largest value" if verified.largest else "are the same, bit for bit"

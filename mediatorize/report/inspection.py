@@ -1,4 +1,4 @@
-"""How `mediatorize inspect` tells what it found."""
+"""The report of `mediatorize inspect`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def words(found: Inspection) -> str:
         f"  {arch.channels} channels of {_size(arch.input_size)} {kind}{image}; {found.parameters / 1e6:.1f}M parameters",
         *(f"  {note}" for note in found.notes),
         "",
-        "One forward on one sample (papers' Gflops are GMACs):",
+        "One forward pass on one sample (the papers' Gflops are GMACs):",
         _parts(found),
         "",
-        f"Reachable with every layer at one level (FLOPs of the whole model; local branch of rank {found.settings.local_rank} included):",
+        f"FLOPs of the whole model with every layer at one level (with the local branch of rank {found.settings.local_rank}):",
         _reachable(found),
     ]
     if found.redundancy is not None:
@@ -68,10 +68,10 @@ def _redundancy(found: Redundancy, tokens: int) -> str:
         errors = (f"{mean(values[layer]):.3f}" for values in found.errors.values())
         rows.append((f"{layer}", *(f"{rank:.1f}" for rank in ranks), *errors))
     about = (
-        f"How redundant attention is, over {found.states} states of the model's own trajectories: effective rank of its {tokens}x{tokens} "
-        "matrices (exp of the entropy of their singular values, mean over heads and states) at noise levels from 1 (noise) to 0 (data); "
-        "and |A - A_m| / |A| of the best matrix A_m of rank m (Frobenius norm, mean over noise levels too), below which no attention "
-        "through m mediators can come:"
+        f"How redundant attention is, measured on {found.states} states of the model's own trajectories. Rank: the effective rank of the "
+        f"{tokens}x{tokens} attention matrices A (exp of the entropy of their singular values, mean over heads and states), at noise "
+        "levels from 1 (noise) to 0 (data). Error: |A - A_m| / |A|, where A_m is the best matrix of rank m (Frobenius norm, mean over "
+        "noise levels too). No attention through m mediators can have a smaller error:"
     )
     return f"{about}\n{text_table(header, rows)}"
 

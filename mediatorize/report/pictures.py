@@ -77,7 +77,7 @@ def _calm(axis: Axes) -> None:
 
 
 def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
-    """A PNG: how far samples are from the teacher's, and how far from the reference, against FLOPs and measured time.
+    """A PNG: sample error and the distance from the reference, against FLOPs and measured time.
 
     Args:
         results: the teacher first.
@@ -248,8 +248,8 @@ def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequenc
         axis.set_xticks(axis.get_xticks()[::2])
         axis.set(title=title_of(level), xlabel="noise level")
     axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="relative error of the sample")
-    figure.suptitle("Error that one layer at one noise level makes alone")
+    figure.colorbar(image, ax=axes, label="sample error")
+    figure.suptitle("Sample error if only one layer at one noise level leaves softmax")
     _write(path, figure)
 
 

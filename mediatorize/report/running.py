@@ -1,4 +1,4 @@
-"""How `mediatorize run` tells what it did."""
+"""The report of `mediatorize run`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 def words(found: RunResult) -> str:
     blocks = [f"== {name} ==\n{told.words}" for name, told in found.told.items()]
     blocks += [f"== {name} == finished before; not run again" for name in found.skipped]
-    blocks += [f"== {name} == reads what the stages before it write; run them to see its plan" for name in found.unplanned]
+    blocks += [f"== {name} == reads the output of earlier stages; run those to see its plan" for name in found.unplanned]
     if found.dry_run:
-        return "\n\n".join([*blocks, f"Nothing was done; results would go to {found.recipe.out}."])
-    took = f"{found.recipe.path.name} took {seconds_in_words(found.seconds)}; results are in {found.recipe.out}."
+        return "\n\n".join([*blocks, f"Nothing was done. Results would go to {found.recipe.out}."])
+    took = f"{found.recipe.path.name} took {seconds_in_words(found.seconds)}. Results are in {found.recipe.out}."
     return "\n\n".join([*blocks, took])
 
 

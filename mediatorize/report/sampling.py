@@ -1,4 +1,4 @@
-"""How `mediatorize sample` tells what it made."""
+"""The report of `mediatorize sample`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a training is told: as it goes, and when it is done."""
+"""The report of a training, while it runs and when it is done."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ METRICS_FILE, BOARD_FOLDER = "finetune.jsonl", "tensorboard"
 def words(found: Finetuning) -> str:
     distill = found.plan.distill
     lines = [
-        f"{found.path}: {distill.steps} steps of {distill.batch} states of {_states(found.plan)}; "
-        f"{found.trained_parameters / 1e6:.2f}M parameters train",
+        f"{found.path}: {distill.steps} steps of {distill.batch} states from {_states(found.plan)}; "
+        f"{found.trained_parameters / 1e6:.2f}M parameters are trained",
         *(f"  {note}" for note in found.notes),
     ]
     if found.estimate is not None:
@@ -32,7 +32,7 @@ def words(found: Finetuning) -> str:
 
 
 def _states(plan: TrainingPlan) -> str:
-    """What the states of a training are made of."""
+    """Where the states of a training come from."""
     if plan.data is not None:
         from mediatorize.formats.data import DataFacts
 
@@ -44,16 +44,16 @@ def _states(plan: TrainingPlan) -> str:
 def _of_dry_run(estimate: Estimate) -> list[str]:
     rows = [(str(batch), f"{size / 2**30:.2f}") for batch, size in estimate.peak_bytes.items()]
     return [
-        f"Would take about {seconds_in_words(estimate.seconds)} at this device's rate; nothing was done.",
+        f"Would take about {seconds_in_words(estimate.seconds)} at this device's rate. Nothing was done.",
         text_table(("states at a time", "GiB at most"), rows),
     ]
 
 
 def _of_training(found: Finetuning, training: Training) -> list[str]:
     rows = [(title(level), f"{training.before[level]:.4f}", f"{after:.4f}") for level, after in training.after.items()]
-    resumed = f" (went on from step {training.resumed_at})" if training.resumed_at else ""
+    resumed = f" (resumed at step {training.resumed_at})" if training.resumed_at else ""
     moved = found.plan.distill.train == "all"
-    kept = "Level softmax moved with the rest (--train all)." if moved else "Level softmax is as it was, bit for bit."
+    kept = "Level softmax moved too (--train all)." if moved else "Level softmax is unchanged, bit for bit."
     return [
         text_table(("all layers at", "error before", "after"), rows),
         "Errors are |student - teacher| / |teacher| of the model's output on held-out trajectories of the teacher.",

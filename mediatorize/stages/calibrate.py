@@ -1,4 +1,4 @@
-"""`mediatorize calibrate`: the schedule (a level for every noise level and layer) that changes samples least within a budget."""
+"""`mediatorize calibrate` finds the schedule (a level for every noise level and layer) that changes samples least within a budget."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mediatorize.model.levels import MediatorSettings
 
 FOLDER = "calibration"
-"""In the bundle: the error table, the candidates, pictures, and what an unfinished measurement has so far."""
+"""A folder in the bundle: the error table, the candidates, pictures, and the results of an unfinished measurement."""
 SCHEDULES = "schedules"
-"""In the bundle: a schedule for every budget."""
+"""A folder in the bundle: one schedule per budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,58 +36,63 @@ class Calibration:
 
     bundle: Path
     folder: Path
-    """Of the error table and the pictures."""
+    """Holds the error table and the pictures."""
     arch: Architecture
     settings: MediatorSettings
     sampler: Sampler
-    """Whose trajectories errors are measured on."""
+    """Errors are measured on this sampler's trajectories."""
     cost: str
-    """What is budgeted: a name in `COSTS`."""
+    """The unit of the budget: a name in `COSTS`."""
     costs: Costs
-    """Of that sampler."""
+    """The costs of that sampler."""
     trajectories: int
     verify: int
     notes: tuple[str, ...]
     files: Mapping[float, Path]
     """The schedule's file, by budget."""
     weights: str = ""
-    """SHA-256 of the bundle's weights; empty of a dry run."""
+    """SHA-256 of the bundle's weights; empty after a dry run."""
     found: Outcomes | None = None
-    """None of a dry run."""
+    """None after a dry run."""
     seconds: float = 0.0
     estimated_seconds: float | None = None
-    """Only of a dry run: FLOPs over this device's measured rate."""
+    """After a dry run only: FLOPs divided by this device's measured rate."""
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="the bundle; the schedule is put into it")],
+    model: Annotated[Path, typer.Argument(help="the bundle; the schedule is written into it")],
     *,
     budget: Annotated[
         float | str | None,
-        option("share of the softmax sampler's cost, such as 0.75 or 75%", WHAT, parser=one(read_budget), metavar="SHARE"),
+        option("the most that sampling may cost, as a share of softmax's: 0.75 or 75%", WHAT, parser=one(read_budget), metavar="SHARE"),
     ] = None,
     budgets: Annotated[
         tuple[float | str, ...],
-        option("several; schedule.json is of --budget, or of the first", WHAT, parser=listed(read_budget), metavar="SHARE,SHARE,..."),
+        option(
+            "several budgets; schedule.json is for --budget, or for the first of these",
+            WHAT,
+            parser=listed(read_budget),
+            metavar="SHARE,SHARE,...",
+        ),
     ] = (),
-    cost: Annotated[str, option("what is budgeted: FLOPs, or time on this device at --batch", WHAT), OneOf(COSTS)] = "flops",
+    cost: Annotated[str, option("unit of the budget: FLOPs, or time on this device at --batch", WHAT), OneOf(COSTS)] = "flops",
     per: Annotated[
-        Literal["cell", "step"], option("cell: a level for every step and layer; step: one per step for all layers", WHAT)
+        Literal["cell", "step"], option("cell: a level for every step and layer; step: one level per step, for all layers", WHAT)
     ] = "cell",
-    rounds: Annotated[int, option("times that errors are measured again around the best schedule", WHAT, min=0)] = 0,
+    rounds: Annotated[int, option("how often errors are measured again, around the best schedule", WHAT, min=0)] = 0,
     solver: options.Solver = None,
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
     seed: options.Seed = 0,
-    trajectories: Annotated[int, option("samples of the teacher that errors are measured on", SAMPLING, min=1)] = 32,
-    verify: Annotated[int, option("held-out samples that judge candidates; 0 trusts predictions", SAMPLING, min=0)] = 64,
+    trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 32,
+    verify: Annotated[int, option("held-out samples to measure each candidate's error on; 0 uses predicted errors", SAMPLING, min=0)] = 64,
     batch: options.Batch = 32,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Calibration:
-    """Finds the schedule that changes samples least within a budget. Errors are measured once for all budgets. Resumes after a kill.
+    """Finds the schedule that changes samples least within a budget. Measures errors once for all budgets. Resumes after a kill.
 
     Example: mediatorize calibrate out --budgets 0.75,0.9 --steps 50 --cfg-scale 4
     """
@@ -133,7 +138,7 @@ def calibrate(
         costs=costs,
         trajectories=trajectories,
         verify=verify,
-        notes=() if tuned else ("warning: never finetuned; at the same budget a finetuned model loses less",),
+        notes=() if tuned else ("warning: never finetuned; at the same budget a finetuned model has a smaller sample error",),
         files=files,
     )
     if dry_run:
@@ -144,7 +149,7 @@ def calibrate(
     plan = {"sampler": measuring.to_json(), "trajectories": trajectories, "directions": DIRECTIONS, "weights": weights}
 
     def refusal(before: dict[str, Any]) -> UserError | None:
-        """Measurements of other weights are replaced; those of another sampler only by force."""
+        """Measurements of other weights are replaced. Measurements of another sampler are replaced only with --force."""
         other = Sampler.from_json(before["sampler"])
         measured = f"{other.solver}, {other.steps} steps, guidance {other.cfg_scale}, {before['trajectories']} trajectories"
         error = UserError(f"{result.folder}: is for {measured}, or another seed.", hint="Repeat those, or pass --force to measure anew.")

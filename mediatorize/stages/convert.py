@@ -1,4 +1,4 @@
-"""`mediatorize convert`: softmax attention -> switchable mediator attention, fitted layer by layer, with or without data."""
+"""`mediatorize convert` adds switchable mediator attention to a pretrained model and fits it layer by layer, with or without data."""
 
 from __future__ import annotations
 
@@ -28,38 +28,40 @@ if TYPE_CHECKING:
 
 
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="a pretrained DiT or SiT; with --dry-run also a published size, as DiT-XL/2@256")],
+    checkpoint: Annotated[str, typer.Argument(help="a pretrained DiT or SiT; with --dry-run also a published size: DiT-XL/2@256")],
     out: Annotated[Path, typer.Argument(help="the bundle (a folder) to write")],
     *,
     levels: Annotated[
         tuple[Level, ...],
-        option("levels that every layer gets beside softmax: mediator counts", WHAT, parser=listed(read_level), metavar="N,N,..."),
+        option("levels to add to every layer, beside softmax: numbers of mediators", WHAT, parser=listed(read_level), metavar="N,N,..."),
     ] = (1, 4, 16),
-    init: Annotated[str, option("where pooling starts", WHAT), OneOf(INITIALISERS)] = "cluster-queries",
-    mediators_from: Annotated[Space, option("which projection makes mediators", WHAT)] = "queries",
+    init: Annotated[str, option("how the pooling of tokens into mediators is initialised", WHAT), OneOf(INITIALISERS)] = "cluster-queries",
+    mediators_from: Annotated[Space, option("projection that mediators are pooled from", WHAT)] = "queries",
     local_rank: Annotated[
         int | None, option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64", WHAT, min=0)
     ] = None,
     modulation_rank: Annotated[
         int | None,
-        option("rank of the change to modulations, which finetune trains; default: a quarter of the width, at most 32", WHAT, min=0),
+        option("rank of the change to modulations, trained by finetune; default: a quarter of the width, at most 32", WHAT, min=0),
     ] = None,
-    mlp: Annotated[MlpOwner, option("own: mediator levels have MLPs of their own, which finetune trains; or shared", WHAT)] = "own",
+    mlp: Annotated[
+        MlpOwner, option("own: mediator levels get their own MLPs, trained by finetune; shared: they use softmax's", WHAT)
+    ] = "own",
     data: options.Data = None,
     vae: options.Vae = None,
     states: Annotated[
-        int, option("states to fit on, of the model's own trajectories or of --data; --fit-steps 0 takes few of them", DATA, min=16)
+        int, option("states to fit on, from the model's own trajectories or from --data; fewer with --fit-steps 0", DATA, min=16)
     ] = 1024,
-    trajectories: Annotated[int, option("samples of the model drawn at a time to get states", DATA, min=1)] = 32,
-    fit_steps: Annotated[int, option("steps of fitting per layer; 0 leaves mediators as initialised", WHAT, min=0)] = FitSettings.steps,
-    batch: Annotated[int, option("states per step of fitting", WHAT, min=1)] = FitSettings.batch,
-    learning_rate: Annotated[float, option("peak rate of fitting", WHAT)] = FitSettings.learning_rate,
+    trajectories: Annotated[int, option("samples drawn at a time to collect states", DATA, min=1)] = 32,
+    fit_steps: Annotated[int, option("fitting steps per layer; 0 leaves mediators as initialised", WHAT, min=0)] = FitSettings.steps,
+    batch: Annotated[int, option("states per fitting step", WHAT, min=1)] = FitSettings.batch,
+    learning_rate: Annotated[float, option("peak learning rate of fitting", WHAT)] = FitSettings.learning_rate,
     solver: options.Solver = None,
     sampler_steps: options.Steps = None,
     cfg_scale: Annotated[
         float,
         option(
-            "guidance of the trajectories, best what will be sampled with; 1 is none. With --data: half of the labels are null unless 1",
+            "guidance of the trajectories: use that of later sampling; 1 is none. With --data, half of the labels are null unless it is 1",
             SAMPLING,
         ),
     ] = 1.5,
@@ -73,7 +75,7 @@ def convert(
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Conversion:
-    """Gives every attention layer a mediator path beside its softmax one, and fits it to the layer's own outputs. Resumes after a kill.
+    """Adds a mediator path to every attention layer and fits it to the layer's softmax output. Resumes after a kill.
 
     Example: mediatorize convert DiT-XL-2-512x512.pt out --family dit
     """
@@ -122,7 +124,7 @@ def convert(
     )
     notes = check_plan(plan) + (opened.notes if opened else ())
     if taken < states:
-        notes += (f"without fitting, {taken} states are enough to start mediators and to measure errors",)
+        notes += (f"without fitting, {taken} states are enough to initialise mediators and to measure errors",)
     dataset = open_data(data, arch, vae, pick_device(device)) if data else None
     plan = replace(plan, data=dataset.facts() if dataset else None)
     if dry_run or opened is None:
@@ -160,7 +162,7 @@ def convert(
 
 
 def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents | None) -> Kept:
-    """The states of a plan, with a progress bar."""
+    """Collects the states of a plan and shows a progress bar."""
     from mediatorize.compression.store import Kept
     from mediatorize.compression.trajectories import data_states, teacher_states
 
@@ -173,7 +175,7 @@ def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents
 
 
 def refuse_occupied(out: Path, force: bool) -> None:
-    """Only a bundle or an empty folder is ever replaced, and a bundle only by force."""
+    """Refuses every folder that exists, except an empty one and, with --force, a bundle."""
     from mediatorize.formats import bundle
 
     bundle.recover(out)

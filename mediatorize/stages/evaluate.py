@@ -1,4 +1,4 @@
-"""`mediatorize evaluate`: the teacher against every level and schedule, from the same noise; one report."""
+"""`mediatorize evaluate` compares every level and schedule with the teacher, from the same noise, and writes one report."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ if TYPE_CHECKING:
     from mediatorize.model.transformer import DiffusionTransformer
 
 SAMPLES_FOLDER = "samples"
-"""In the report's folder: what has been sampled, in parts."""
+"""A folder in the report's folder: the samples, in parts."""
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a bundle, or a checkpoint to judge alone")],
-    out: Annotated[Path, typer.Argument(help="a folder for report.html, report.md, evaluation.json, pictures and the samples themselves")],
+    model: Annotated[str, typer.Argument(help="a bundle; or a checkpoint, which is evaluated alone")],
+    out: Annotated[Path, typer.Argument(help="folder for report.html, report.md, evaluation.json, pictures and samples")],
     *,
     levels: Annotated[
         tuple[Level, ...] | None,
-        option("which levels to judge; default: all that the bundle has", WHAT, parser=listed(read_level), metavar="LEVEL,LEVEL,..."),
+        option("levels to evaluate; default: all levels of the bundle", WHAT, parser=listed(read_level), metavar="LEVEL,LEVEL,..."),
     ] = None,
     schedule: Annotated[
         tuple[Path, ...],
-        option("schedules (JSON) to judge beside the bundle's own", WHAT, parser=listed(Path), metavar="FILE,FILE,..."),
+        option("schedule files (JSON) to evaluate, beside the bundle's own", WHAT, parser=listed(Path), metavar="FILE,FILE,..."),
     ] = (),
     samples: Annotated[int, option("samples per level", WHAT, min=2)] = 2000,
     features: Annotated[
         str,
         option(
-            "what judges pictures: digits (their classifier), none, or a torch.export .pt2: images in [-1, 1] to features[, scores]", WHAT
+            "feature extractor: digits (a classifier), none, or a torch.export .pt2 file: images in [-1, 1] to features[, scores]", WHAT
         ),
     ] = "digits",
     inception_weights: Annotated[
-        Path | None, option("pytorch-fid's pt_inception-2015-12-05 file; judges by FID's Inception in place of --features", WHAT)
+        Path | None, option("pytorch-fid's pt_inception-2015-12-05 file: uses FID's Inception in place of --features", WHAT)
     ] = None,
     reference: Annotated[
         Path | None,
-        option("a .npz of mu and sigma, or of pictures in arr_0; default: the real digits, else the teacher's own samples", DATA),
+        option("a .npz with mu and sigma, or with pictures in arr_0; default: the teacher's samples (digits: real digits)", DATA),
     ] = None,
-    npz: Annotated[bool, option("write every row's pictures for the ADM evaluator: teacher.npz and the others'", OUTPUT, "--npz")] = False,
+    npz: Annotated[bool, option("write pictures for the ADM evaluator: teacher.npz and one per level", OUTPUT, "--npz")] = False,
     vae: options.Vae = None,
     pairs: Annotated[
-        int, option("timed model calls per level, at least 2, each beside one of softmax; 0 measures no time", WHAT, min=0)
+        int, option("timed model calls per level (at least 2), each paired with a softmax call; 0 measures no time", WHAT, min=0)
     ] = 10,
-    timing_batch: Annotated[int, option("samples in a timed model call", RESOURCES, min=1)] = 32,
+    timing_batch: Annotated[int, option("samples per timed model call", RESOURCES, min=1)] = 32,
     solver: options.Solver = None,
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
@@ -71,7 +71,7 @@ def evaluate(
     dtype: options.Dtype = "float32",
     force: options.Force = False,
 ) -> Evaluation | Contribution:
-    """Judges the teacher (level softmax), every level and the schedule from the same noise. Resumes after a kill; runs under torchrun.
+    """Compares every level and schedule with the teacher (level softmax), from the same noise. Resumes after a kill; runs under torchrun.
 
     Example: mediatorize evaluate out report --features none --samples 64 --steps 50 --cfg-scale 4
     """
@@ -174,7 +174,7 @@ def _refuse_occupied(out: Path, force: bool) -> None:
 
 
 def _read_schedules(files: Sequence[Path], model: DiffusionTransformer) -> dict[str, Schedule]:
-    """Schedules by the name of their file, or by its path where the name is taken or reads as a level."""
+    """Schedules by file name, or by path if the name is taken or reads as a level."""
     from mediatorize.formats.bundle import read_schedule_file
 
     found: dict[str, Schedule] = {}

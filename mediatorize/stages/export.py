@@ -1,4 +1,4 @@
-"""`mediatorize export`: a bundle as files that other tools load, checked by loading them."""
+"""`mediatorize export` writes a bundle as files that other tools load, and checks them by loading them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 TARGETS = "; ".join(f"{name}: {target.help}" for name, target in EXPORTS.items())
 
 RECORD_FILE = "export.json"
-"""What was exported and what it was compared by; also the mark of a folder that may be replaced."""
+"""Says what was exported and how it was checked. It also marks the folder as one that may be replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written, and how far it is from the model."""
+    """What was written, and how much its outputs differ from the model's."""
 
     out: Path
     name: str
@@ -47,26 +47,26 @@ def export(
     model: Annotated[Path, typer.Argument(help="a bundle")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     *,
-    to: Annotated[str, option(f"what will load it. {TARGETS}", WHAT), OneOf(EXPORTS)],
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], option("safetensors: what weights are stored in", WHAT)] = "float32",
+    to: Annotated[str, option(f"the tool that will load it. {TARGETS}", WHAT), OneOf(EXPORTS)],
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], option("safetensors: precision of the stored weights", WHAT)] = "float32",
     adapter: Annotated[
         bool,
-        option("safetensors: only what was added to the pretrained checkpoint, for load_model(..., adapter=)", WHAT, "--adapter"),
+        option("safetensors: write only the weights added to the checkpoint, for load_model(..., adapter=)", WHAT, "--adapter"),
     ] = False,
-    vae: Annotated[Path | None, option("diffusers: a VAE to put in, a folder on disk", DATA)] = None,
+    vae: Annotated[Path | None, option("diffusers: folder of a VAE to include", DATA)] = None,
     level: Annotated[
         Level | None,
         option(
-            "diffusers: one level for all in place of the schedule; can be set after loading too",
+            "diffusers: one level for all layers and model calls, in place of the schedule; can also be set later",
             WHAT,
             parser=one(read_level),
             metavar="LEVEL",
         ),
     ] = None,
-    evaluation: Annotated[Path | None, option("a folder of `mediatorize evaluate`, whose results go into the model card", DATA)] = None,
+    evaluation: Annotated[Path | None, option("folder that `mediatorize evaluate` wrote; its results go into the model card", DATA)] = None,
     force: options.Force = False,
 ) -> Exported:
-    """Writes a bundle as files that other tools load, loads them and compares outputs at every level, and adds a model card.
+    """Writes a bundle as files that other tools load. Loads them back, compares outputs at every level, and adds a model card.
 
     Example: mediatorize export out dit-xl-diffusers --to diffusers --vae sd-vae-ft-ema
     """
@@ -126,7 +126,7 @@ def export(
 
 
 def refuse_foreign_folder(out: Path, force: bool) -> None:
-    """Only an export or an empty folder is ever replaced, and an export only by force."""
+    """Refuses every folder that exists, except an empty one and, with --force, an export."""
     from mediatorize.formats import bundle
 
     bundle.recover(out)
@@ -142,7 +142,7 @@ def refuse_foreign_folder(out: Path, force: bool) -> None:
 
 
 def read_evaluation(folder: Path, *, required: bool) -> str:
-    """The Markdown of an evaluation; nothing where the bundle has none."""
+    """The Markdown of an evaluation; an empty string if there is none."""
     file = folder / "report.md"
     if file.exists():
         return file.read_text()

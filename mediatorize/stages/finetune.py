@@ -1,4 +1,4 @@
-"""`mediatorize finetune`: short distillation of a bundle against its own softmax path, with or without data."""
+"""`mediatorize finetune` briefly trains a bundle against its own softmax path (distillation), with or without data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a dry run says of a training."""
+    """What a dry run predicts about a training."""
 
     seconds: float
     peak_bytes: dict[int, int]
@@ -38,60 +38,60 @@ class Finetuning:
     plan: TrainingPlan
     trained_parameters: int
     training: Training | None = None
-    """None of a dry run."""
+    """None after a dry run."""
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     estimate: Estimate | None = None
-    """Of a dry run alone."""
+    """After a dry run only."""
 
 
 def finetune(
     model: Annotated[Path, typer.Argument(help="the bundle to train; it is replaced when training is done")],
     *,
-    train_steps: Annotated[int, option("steps of training", WHAT, min=1)] = DistillSettings.steps,
+    train_steps: Annotated[int, option("training steps", WHAT, min=1)] = DistillSettings.steps,
     batch: Annotated[int, option("states per step, over all processes", WHAT, min=1)] = DistillSettings.batch,
     learning_rate: Annotated[
-        float, option("peak rate, for a width of 128; wider models take it in proportion", WHAT, min=0)
+        float, option("peak learning rate at width 128; wider models use it times 128 / width", WHAT, min=0)
     ] = DistillSettings.learning_rate,
-    warmup: Annotated[int, option("steps until the peak rate, at most a tenth of all", WHAT, min=0)] = DistillSettings.warmup,
+    warmup: Annotated[int, option("warm-up steps, at most a tenth of all steps", WHAT, min=0)] = DistillSettings.warmup,
     ema: Annotated[
         float, option("decay of averaged weights, such as 0.999; 0 keeps the last weights", WHAT, min=0, max=1)
     ] = DistillSettings.ema,
-    feature_weight: Annotated[float, option("weight of matching every block's output", WHAT, min=0)] = DistillSettings.feature_weight,
-    train: Annotated[Trained, option("mediators, or all: then level softmax moves too", WHAT)] = "mediators",
+    feature_weight: Annotated[float, option("loss weight of matching every block's output", WHAT, min=0)] = DistillSettings.feature_weight,
+    train: Annotated[Trained, option("what to train: mediators; or all, which changes level softmax too", WHAT)] = "mediators",
     weighting: Annotated[
         Weighting,
-        option("sample: errors count by how far they move a sample, measured first at the first guidance; even: all alike", WHAT),
+        option("sample: errors weigh by how far they move a sample, measured first at the first guidance; even: all equally", WHAT),
     ] = "sample",
     data: options.Data = None,
     vae: options.Vae = None,
     data_weight: Annotated[
-        float, option("with --data: weight of the error against the data themselves, beside the teacher", DATA, min=0)
+        float, option("with --data: loss weight of the error against the data, beside that against the teacher", DATA, min=0)
     ] = DistillSettings.data_weight,
-    trajectories: Annotated[int, option("samples of the teacher drawn at a time, whose states make a round", SAMPLING, min=1)] = 32,
-    reuse: Annotated[int, option("how often a state is trained on before it is replaced", SAMPLING, min=1)] = 1,
-    renoised: Annotated[int, option("for every state of a trajectory, states of its finished sample with new noise", SAMPLING, min=0)] = 3,
+    trajectories: Annotated[int, option("teacher samples per round; a round trains on their states", SAMPLING, min=1)] = 32,
+    reuse: Annotated[int, option("how often each state is trained on before it is replaced", SAMPLING, min=1)] = 1,
+    renoised: Annotated[int, option("extra states per state of a trajectory: its finished sample with new noise", SAMPLING, min=0)] = 3,
     solver: options.Solver = None,
     sampler_steps: options.Steps = None,
     cfg_scales: Annotated[
         tuple[float, ...],
-        option("guidance of the rounds, in turn; 1 is none", SAMPLING, parser=listed(number), metavar="X,X,..."),
+        option("guidance scales, one per round in turn; 1 is none", SAMPLING, parser=listed(number), metavar="X,X,..."),
     ] = (1.5, 1.0, 4.0),
     cfg_channels: options.Channels = 3,
     seed: options.Seed = 0,
-    accumulate: Annotated[int, option("parts to take a batch in, where memory is short", RESOURCES, min=1)] = DistillSettings.accumulate,
+    accumulate: Annotated[int, option("parts to split a batch into, to save memory", RESOURCES, min=1)] = DistillSettings.accumulate,
     checkpointing: Annotated[
-        bool, option("recompute activations in the backward pass, where memory is short", RESOURCES, "--checkpointing")
+        bool, option("recompute activations in the backward pass, to save memory", RESOURCES, "--checkpointing")
     ] = False,
-    save_every: Annotated[int, option("steps between saves to resume from", RESOURCES, min=1)] = 200,
+    save_every: Annotated[int, option("steps between saves; a resumed run starts at the last save", RESOURCES, min=1)] = 200,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], option("precision of the products: auto is bfloat16 on CUDA, else float32", RESOURCES)
+        Literal["auto", "float32", "bfloat16"], option("precision of matrix products; auto: bfloat16 on CUDA, else float32", RESOURCES)
     ] = "auto",
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Finetuning:
-    """Trains what was added on the model's own softmax outputs along its trajectories. Resumes after a kill; runs under torchrun.
+    """Trains the added weights to repeat the model's own softmax outputs along its trajectories. Resumes after a kill; runs under torchrun.
 
     Example: mediatorize finetune runs/bundle --train-steps 2000 --cfg-scales 1.5,1,4
     """
@@ -193,7 +193,7 @@ def finetune(
                     f"{work.folder / STATE_FILE}.",
                     hint=f"{error.hint.rstrip('.')}, and --force to begin anew.",
                 ) from error
-        notes = ("its schedule was made for the weights before; calibrate again",) if (model / "schedule.json").exists() else ()
+        notes = ("the bundle's schedule was made for the old weights; calibrate again",) if (model / "schedule.json").exists() else ()
         done = replace(done, training=training, seconds=time.monotonic() - start, notes=notes)
         if metrics is not None:
             finished = replace(config, finetuned=Distillation(fingerprint, training.before, training.after))

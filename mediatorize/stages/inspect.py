@@ -1,4 +1,4 @@
-"""`mediatorize inspect`: what a checkpoint is, where its FLOPs go, what reduction is reachable."""
+"""`mediatorize inspect` shows the model in a checkpoint, where its FLOPs go, and what each level would cost."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from mediatorize.compression.redundancy import Redundancy
 
 SHOWN_LEVELS = (1, 4, 16, 64)
-"""What a model could be converted to, where it is none yet."""
+"""Levels shown for a model that is not converted yet."""
 
 REDUNDANCY_CALLS = 10
-"""Model calls of the trajectories that redundancy is measured along."""
+"""Model calls per trajectory when redundancy is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reachable:
-    """Cost of a model at one resolution; FLOPs are of one forward on one sample, a multiply-add counting two."""
+    """Cost of a model at one resolution. FLOPs are for one forward pass on one sample; one multiply-add is two FLOPs."""
 
     arch: Architecture
     flops: int
-    """At softmax."""
+    """With every layer at softmax."""
     relative: Mapping[Level, float]
-    """With every layer at one level, of softmax's; levels that do not fit the resolution are left out."""
+    """FLOPs with every layer at one level, as a share of softmax's. Levels that do not fit the resolution are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Inspection:
     arch: Architecture
     parameters: int
     settings: MediatorSettings
-    """What was added, or could be."""
+    """The mediators that were added, or could be added."""
     reachable: tuple[Reachable, ...]
     """At half the resolution, at this one, and at twice it."""
     notes: tuple[str, ...] = ()
@@ -65,11 +65,11 @@ def inspect(
     num_classes: options.Classes = None,
     weights: options.Weights = None,
     redundancy: Annotated[
-        Path | None, option("a .png to write: how redundant attention is, per layer and noise level; samples a little", WHAT)
+        Path | None, option("a .png to write: how redundant attention is, per layer and noise level; draws a few samples", WHAT)
     ] = None,
     device: options.Device = "auto",
 ) -> Inspection:
-    """What a checkpoint is, where its FLOPs go, what reduction is reachable. Reads every weight once, to be sure that all are finite.
+    """Shows the model in a checkpoint, where its FLOPs go, and what each level would cost. Checks that all weights are finite.
 
     Example: mediatorize inspect DiT-XL/2@512
     """

@@ -1,4 +1,4 @@
-"""Recipes: TOML files with a table per stage, checked as the command line checks its words."""
+"""Recipes: TOML files with one table per stage. Keys and values are checked as on the command line."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Recipe:
     description: str
     out: Path
     preset: str
-    """Published size that stands for a checkpoint which is not there, in a dry run."""
+    """In a dry run, this published size replaces a missing checkpoint."""
     stages: dict[str, dict[str, Any]]
-    """Arguments by stage, in the stages' own types; those that are given."""
+    """The given arguments of each stage, in the stage's own types."""
 
 
 def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recipe:

@@ -1,4 +1,4 @@
-"""`mediatorize run`: the stages of a recipe, in order; what is finished is not run again."""
+"""`mediatorize run` runs the stages of a recipe in order. A finished stage is not run again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mediatorize.version import VERSION
 class RunResult:
     recipe: Recipe
     told: dict[str, Told]
-    """By stage, of those that were run, or planned in a dry run."""
+    """The report of each stage that was run, or planned in a dry run."""
     skipped: tuple[str, ...] = ()
     unplanned: tuple[str, ...] = ()
-    """Of a dry run: stages whose plan depends on what the stages before them would write."""
+    """In a dry run: stages whose plan depends on the output of earlier stages."""
     seconds: float
     dry_run: bool
 
@@ -34,11 +34,11 @@ class RunResult:
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe (TOML), one table per stage")],
     *,
-    set: Annotated[list[str] | None, option("a value that replaces the recipe's, as convert.levels=1,4; may be given again", WHAT)] = None,
-    out: Annotated[Path | None, option("where results go; default: the recipe's own", OUTPUT)] = None,
+    set: Annotated[list[str] | None, option("replaces a value of the recipe, such as convert.levels=1,4; can be repeated", WHAT)] = None,
+    out: Annotated[Path | None, option("folder for the results; default: the recipe's own", OUTPUT)] = None,
     dry_run: options.DryRun = False,
 ) -> RunResult:
-    """Runs the stages of a recipe. What is finished, with the same arguments, is not run again.
+    """Runs the stages of a recipe in order. Skips a stage that has finished with the same arguments.
 
     Example: mediatorize run recipes/digits.toml --set finetune.train_steps=500 --out runs/quick
     """
@@ -74,7 +74,7 @@ def run(
 
 
 def _can_be_planned(name: str, recipe: Recipe) -> bool:
-    """Whether a stage can say what it would do before the stages ahead of it have run."""
+    """Whether a stage can be planned before the earlier stages have run."""
     if name in ("inspect", "convert"):
         return True
     return _takes_dry_run(name) and recipe.stages[name]["model"].exists()

@@ -1,4 +1,4 @@
-"""What stages share at run time: a progress bar, what the machine is, a check of counts."""
+"""What stages share at run time: a progress bar, facts about the machine, and versions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def progress_bar(total: int, description: str, unit: str = "step", initial: int = 0) -> tqdm[Any]:
-    """On stderr; silent where that is no terminal."""
+    """A progress bar on stderr; silent if stderr is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=None, file=sys.stderr, dynamic_ncols=True)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What this machine computes with."""
+    """The hardware and the system of this machine."""
     import torch
 
     described = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
@@ -45,6 +45,6 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of what its figures depend on."""
+    """Versions of this package and of the packages that its figures depend on."""
     found = {name: version(name) for name in ("torch", "timm", "diffusers", "numpy", "scipy", "scikit-learn")}
     return {"python": platform.python_version(), "mediatorize": VERSION, **found}

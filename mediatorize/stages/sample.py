@@ -25,26 +25,22 @@ class Sampled:
     out: Path
     count: int
     name: str
-    """Of the model."""
+    """The model's name."""
     level: Level | None
-    """None: the levels of the bundle's schedule."""
+    """None means the levels of the bundle's schedule."""
     seconds: float
     flops: float | None
-    """Of all samples, guidance included; unknown for an adaptive solver."""
+    """FLOPs of all samples, guidance included; None for an adaptive solver."""
     softmax_flops: float | None
 
 
 def sample(
     model: Annotated[str, typer.Argument(help="a bundle or a pretrained checkpoint")],
     *,
-    out: Annotated[
-        Path, option("a .png for a grid, a .npz for an array: arr_0 uint8 for the ADM evaluator, or latents without --vae", OUTPUT)
-    ],
+    out: Annotated[Path, option("a .png (grid of pictures) or .npz (arr_0, uint8, for the ADM evaluator; without --vae, latents)", OUTPUT)],
     classes: Annotated[
         tuple[int, ...] | None,
-        option(
-            "class numbers, such as 207,360; default: every class in turn, up to ten", WHAT, parser=listed(whole_number), metavar="N,N,..."
-        ),
+        option("class numbers, such as 207,360; default: the first ten classes", WHAT, parser=listed(whole_number), metavar="N,N,..."),
     ] = None,
     per_class: Annotated[int, option("samples of each class", WHAT, min=1)] = 1,
     level: options.Level = None,
@@ -63,7 +59,7 @@ def sample(
     dtype: options.Dtype = "float32",
     force: options.Force = False,
 ) -> Sampled:
-    """Samples pictures. The same seed gives the same pictures, in batches of any size (dopri5 alone chooses its steps by batch).
+    """Samples pictures. The same seed gives the same pictures at any batch size (except with dopri5, whose steps depend on the batch).
 
     Example: mediatorize sample out --classes 207,360 --out grid.png --vae sd-vae-ft-ema
     """
@@ -133,5 +129,5 @@ def refuse_bad_output(out: Path, force: bool) -> None:
 
 
 def grid_columns(count: int, per_class: int) -> int:
-    """A row per class where there are several of each; else rows of ten, or a square of more than a hundred."""
+    """One row per class if each has several samples; otherwise rows of ten, or a square if there are more than a hundred."""
     return per_class if 1 < per_class <= 16 else min(count, max(10, math.isqrt(count)))

@@ -1,5 +1,5 @@
-"""The one resumable store: a folder of work under way. The same plan goes on, another plan is refused or replaced, and what has been made
-once is not made again."""
+"""The one resumable store: a folder of work in progress. Work with the same plan resumes. Work with another plan is refused or replaced.
+Results that exist are not made again."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Work:
         refusal: Callable[[dict[str, Any]], UserError | None],
         world: World | None = None,
     ) -> Work:
-        """The folder as it is if it is of this plan, else a new one.
+        """Opens the folder. Keeps its content if that has this plan; otherwise empties it.
 
         Args:
-            plan: everything that what is made depends on, as JSON keeps it.
+            plan: everything that the results depend on, as JSON keeps it.
             force: replace work of another plan.
-            refusal: what to say to work of another plan, given that; None to replace it.
+            refusal: takes another plan that is found there; returns the error to raise, or None to replace that plan's work.
             world: processes that share the folder; the first one makes it.
         """
         file = folder / PLAN_FILE
@@ -66,7 +66,7 @@ class Work:
         return (self.folder / f"{name}.safetensors").exists()
 
     def once(self, name: str, make: Callable[[], Kept]) -> Kept:
-        """What `make` gives, made at the first call for that name and read from its file ever after."""
+        """The result of `make`. The first call for a name makes and saves it; later calls read its file."""
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
             kept = make()
@@ -75,7 +75,7 @@ class Work:
         return Kept(*read_tensors(file))
 
     def number(self, group: str, key: str, make: Callable[[], float]) -> float:
-        """The same for one number of a group, all of which share a file."""
+        """The same for one number. All numbers of a group share one file."""
         file = self.folder / f"{group}.json"
         known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         if key not in known:
@@ -84,7 +84,7 @@ class Work:
         return known[key]
 
     def drop(self, pattern: str) -> None:
-        """Forgets what has names of a pattern, such as `call-*`."""
+        """Deletes results whose names match a pattern, such as `call-*`."""
         for file in self.folder.glob(f"{pattern}.safetensors"):
             file.unlink()
 
@@ -98,7 +98,7 @@ class Work:
 
 
 def _empty(folder: Path) -> None:
-    """Makes a folder empty, its plan last: a kill in between leaves work of the old plan, not files of nobody."""
+    """Empties a folder and deletes its plan last: after a kill, the files that are left still have their plan."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN_FILE):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
