@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mediatorize import randomness
 from mediatorize.errors import UserError
 from mediatorize.formats.images import VAE_SCALE, encode, load_vae
 from mediatorize.formats.tensors import StoredTensor, read_pickle, read_safetensors
@@ -94,7 +95,7 @@ class Latents:
         pairs = [self.stored(index) for index in indices]
         clean = []
         for index, (stored, _) in zip(indices, pairs, strict=True):
-            generator = _generator(seed, index)
+            generator = randomness.generator(seed, "data item", index)
             item = self.items.clean(stored, generator)
             clean.append(item if self.encoder is None else self.encoder.encode(item, generator))
         return torch.stack(clean), torch.tensor([label for _, label in pairs])
@@ -210,12 +211,6 @@ def refuse_labels(labels: ArrayLike, classes: int, name: Callable[[int], str]) -
     if len(bad):
         index = int(bad[0])
         raise UserError(f"{name(index)}: label {array[index]} is not one of 0 to {classes - 1}.", hint="Take data of the model's classes.")
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    """Of what is drawn for one item; the last word keeps it apart from the samplers' noise of the same seed and index."""
-    mixed = np.random.SeedSequence((seed, index, 0, 1)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed))
 
 
 # --- latents -------------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def _can_be_planned(name: str, recipe: Recipe) -> bool:
     """Whether a stage can be planned before the earlier stages have run."""
     if name in ("inspect", "convert"):
         return True
-    return _takes_dry_run(name) and recipe.stages[name]["model"].exists()
+    model = recipe.stages[name].get("model")
+    return _takes_dry_run(name) and (model is None or model.exists())
 
 
 def _plan(recipe: Recipe, name: str) -> Any:
