@@ -29,7 +29,7 @@ def words(found: Inspection) -> str:
         "One forward pass on one sample (the papers' Gflops are GMACs):",
         _parts(found),
         "",
-        f"FLOPs of the whole model with every layer at one level (with the local branch of rank {found.settings.local_rank}):",
+        f"Model FLOPs with every layer at one level, as a share of softmax's (local branch of rank {found.settings.local_rank}):",
         _reachable(found),
     ]
     if found.redundancy is not None:
