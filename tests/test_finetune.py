@@ -38,6 +38,7 @@ from mediatorize.compression.sensitivity import Effects
 from mediatorize.compression.training import (
     HELD_OUT_SAMPLES,
     DivergedError,
+    Finetuning,
     Training,
     TrainingPlan,
     batch_rows,
@@ -55,7 +56,7 @@ from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.report.training import facts, words
 from mediatorize.stages.convert import convert
-from mediatorize.stages.finetune import Finetuning, finetune
+from mediatorize.stages.finetune import finetune
 from mediatorize.stages.work import STATE_FILE
 
 SETTINGS = MediatorSettings((1, 4), local_rank=12, modulation_rank=12, mlp="own")

@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -219,6 +220,30 @@ class Training:
     after: Errors
     resumed_at: int
     """Steps that were already done in the state that was passed in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a dry run predicts about a training."""
+
+    seconds: float
+    peak_bytes: dict[int, int]
+    """Memory by batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """What `finetune` did, or with `dry_run` would do."""
+
+    path: Path
+    plan: TrainingPlan
+    trained_parameters: int
+    training: Training | None = None
+    """None after a dry run."""
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    estimate: Estimate | None = None
+    """After a dry run only."""
 
 
 class DivergedError(UserError):

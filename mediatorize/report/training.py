@@ -11,8 +11,7 @@ from mediatorize.model.levels import title
 from mediatorize.report.tables import seconds_in_words, text_table
 
 if TYPE_CHECKING:
-    from mediatorize.compression.training import Training, TrainingPlan
-    from mediatorize.stages.finetune import Estimate, Finetuning
+    from mediatorize.compression.training import Estimate, Finetuning, Training, TrainingPlan
 
 METRICS_FILE, BOARD_FOLDER = "finetune.jsonl", "tensorboard"
 

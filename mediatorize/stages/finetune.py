@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,31 +18,7 @@ from mediatorize.stages.options import DATA, RESOURCES, SAMPLING, WHAT, option
 from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
-    from mediatorize.compression.training import Training, TrainingPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What a dry run predicts about a training."""
-
-    seconds: float
-    peak_bytes: dict[int, int]
-    """Memory by batch size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetuning:
-    """What `finetune` did, or with `dry_run` would do."""
-
-    path: Path
-    plan: TrainingPlan
-    trained_parameters: int
-    training: Training | None = None
-    """None after a dry run."""
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
-    estimate: Estimate | None = None
-    """After a dry run only."""
+    from mediatorize.compression.training import Finetuning
 
 
 def finetune(
@@ -95,7 +71,7 @@ def finetune(
 
     Example: mediatorize finetune runs/bundle --train-steps 2000 --cfg-scales 1.5,1,4
     """
-    from mediatorize.compression.training import DivergedError, TrainingPlan, measured_effects
+    from mediatorize.compression.training import DivergedError, Estimate, Finetuning, TrainingPlan, measured_effects
     from mediatorize.compression.training import train as train_model
     from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.formats import bundle
