@@ -10,6 +10,7 @@ import inspect
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
@@ -70,7 +71,8 @@ def number(text: str) -> float:
 
 def typed_signature(function: Function) -> list[inspect.Parameter]:
     """A function's parameters in types that Typer knows, in the order of its signature."""
-    hints = get_type_hints(function, include_extras=True)
+    parameters = {name: kind for name, kind in function.__annotations__.items() if name != "return"}  # what it returns may need torch
+    hints = get_type_hints(SimpleNamespace(__annotations__=parameters), function.__globals__, include_extras=True)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind, *marks = get_args(hints[name])

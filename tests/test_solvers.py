@@ -351,7 +351,7 @@ def test_guidance_moves_the_first_channels_of_both_halves_alone() -> None:
     output = torch.randn(6, 8, 2, 2, generator=torch.Generator().manual_seed(0))
     conditional, unconditional = output.chunk(2)
     for scale in (0.0, 1.0, 2.5):
-        guided = solvers.guide(output, scale, 3)
+        guided = sampling.guide(output, scale, 3)
         expected = (1 - scale) * unconditional[:, :3] + scale * conditional[:, :3]
         torch.testing.assert_close(guided[:, :3], torch.cat([expected, expected]))
         assert torch.equal(guided[:, 3:], output[:, 3:])
