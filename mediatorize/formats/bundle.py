@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from mediatorize.compression.records import Distillation, LayerErrors
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import Level, MediatorSettings
+from mediatorize.model.levels import KINDS, Level, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
@@ -100,6 +100,17 @@ def is_bundle(path: Path) -> bool:
         return False
 
 
+def refuse_occupied(out: Path, force: bool) -> None:
+    """Refuses every folder that exists, except an empty one and, with --force, a bundle."""
+    recover(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_bundle(out):
+        raise UserError(f"{out}: exists and is not a bundle.", hint="Name another folder; --force replaces bundles only.")
+    if not force:
+        raise UserError(f"{out}: exists.", hint="Pass --force to replace it, or another path.")
+
+
 def read_config(path: Path) -> BundleConfig:
     file = path / "config.json"
     try:
@@ -160,6 +171,17 @@ def read_schedule_file(file: Path, depth: int, levels: Collection[Level]) -> Sch
     if unknown := schedule.used - set(levels):
         raise UserError(f"{file}: the model has no level {unknown.pop()}.", hint="Calibrate again.")
     return schedule
+
+
+def read_schedules(files: Sequence[Path], model: DiffusionTransformer, reserved: Collection[str] = ()) -> dict[str, Schedule]:
+    """Schedules for a model by file name, or by path if the name is `reserved`, taken, or reads as a level."""
+    found: dict[str, Schedule] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such schedule.", hint="Pass the path of a schedule.json.")
+        taken = file.stem in (*reserved, *found) or any(kind.read(file.stem) is not None for kind in KINDS.values())
+        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, model.all_levels)
+    return found
 
 
 def partial_folder(path: Path) -> Path:

@@ -6,10 +6,12 @@ Counted as `torch.utils.flop_counter` does: matrix products and convolutions, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from mediatorize.model.architecture import FREQUENCIES, Architecture
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained, kind_of, levels_per_layer
+from mediatorize.model.architecture import FREQUENCIES, Architecture, coarse_grid
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained, kind_of, levels_per_layer, most_mediators
 
 
 def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
@@ -47,6 +49,32 @@ def forward_flops_by_part(
 def forward_flops(arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None) -> int:
     """FLOPs of one forward on one sample."""
     return sum(forward_flops_by_part(arch, levels, settings).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reachable:
+    """Cost of a model at one resolution. FLOPs are for one forward pass on one sample; one multiply-add is two FLOPs."""
+
+    arch: Architecture
+    flops: int
+    """With every layer at softmax."""
+    relative: Mapping[Level, float]
+    """FLOPs with every layer at one level, as a share of softmax's. Levels that do not fit the resolution are left out."""
+
+
+def reachable(arch: Architecture, settings: MediatorSettings) -> tuple[Reachable, ...]:
+    """What the levels of `settings` would save at half the resolution of `arch`, at its own, and at twice it."""
+    found = []
+    for scale in (0.5, 1, 2):
+        grid = int(arch.grid[0] * scale), int(arch.grid[1] * scale)
+        if min(grid) < 2:
+            continue
+        scaled, softmax = replace(arch, grid=grid), forward_flops(replace(arch, grid=grid))
+        cells = math.prod(coarse_grid(grid))
+        fitting = [level for level in settings.levels if most_mediators([level]) <= cells]
+        relative = {level: forward_flops(scaled, level, settings) / softmax for level in fitting}
+        found.append(Reachable(arch=scaled, flops=softmax, relative=relative))
+    return tuple(found)
 
 
 def count_parameters(arch: Architecture, settings: MediatorSettings | None = None) -> int:

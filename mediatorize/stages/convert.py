@@ -131,7 +131,7 @@ def convert(
         rate = measured_flops_per_second(pick_device(device), arch.width, arch.tokens)
         return Conversion(out=out, plan=plan, notes=notes, estimated_seconds=plan.flops() / rate)
 
-    refuse_occupied(out, force)
+    bundle.refuse_occupied(out, force)
     opened.verify()
     model = opened.load()
     weights_hash = bundle.hash_of_weights(model)
@@ -172,16 +172,3 @@ def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents
     guidance, seed = plan.sampler.cfg_scale, plan.sampler.seed
     with progress_bar(plan.states, "reading data", "item") as bar:
         return Kept(vars(data_states(plan.arch, dataset, plan.states, cfg_scale=guidance, seed=seed, on_read=bar.update)[0]))
-
-
-def refuse_occupied(out: Path, force: bool) -> None:
-    """Refuses every folder that exists, except an empty one and, with --force, a bundle."""
-    from mediatorize.formats import bundle
-
-    bundle.recover(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not bundle.is_bundle(out):
-        raise UserError(f"{out}: exists and is not a bundle.", hint="Name another folder; --force replaces bundles only.")
-    if not force:
-        raise UserError(f"{out}: exists.", hint="Pass --force to replace it, or another path.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation
-from mediatorize.model.levels import KINDS, Level, read_level
+from mediatorize.model.levels import Level, read_level
 from mediatorize.signatures import as_command, listed
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, OUTPUT, RESOURCES, WHAT, option
@@ -18,8 +17,7 @@ from mediatorize.stages.running import hardware, progress_bar, versions
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
-    from mediatorize.model.schedule import Schedule
-    from mediatorize.model.transformer import DiffusionTransformer
+    pass
 
 SAMPLES_FOLDER = "samples"
 """A folder in the report's folder: the samples, in parts."""
@@ -97,7 +95,7 @@ def evaluate(
     sampler = Sampler.resolve(
         arch, solver=solver, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed, fixed_for="a comparison needs"
     )
-    rows = rows_of(loaded, levels, _read_schedules(schedule, loaded))
+    rows = rows_of(loaded, levels, bundle.read_schedules(schedule, loaded, reserved=(OWN_SCHEDULE,)))
     where = pick_device(device)
     refuse_unfit(model, arch, features, inception_weights, reference, vae, npz)
     decoder = load_vae(vae, torch.device("cpu")) if vae else None
@@ -171,19 +169,6 @@ def _refuse_occupied(out: Path, force: bool) -> None:
         raise UserError(f"{out}: has an evaluation.", hint="Pass --force to replace it, or another folder.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file.", hint="Name a folder.")
-
-
-def _read_schedules(files: Sequence[Path], model: DiffusionTransformer) -> dict[str, Schedule]:
-    """Schedules by file name, or by path if the name is taken or reads as a level."""
-    from mediatorize.formats.bundle import read_schedule_file
-
-    found: dict[str, Schedule] = {}
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no such schedule.", hint="Pass the path of a schedule.json.")
-        taken = file.stem in (OWN_SCHEDULE, *found) or any(kind.read(file.stem) is not None for kind in KINDS.values())
-        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, model.all_levels)
-    return found
 
 
 def _another_plan(out: Path, plan: dict[str, Any], other: dict[str, Any]) -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +11,8 @@ import typer
 
 from mediatorize.errors import UserError
 from mediatorize.model import cost
-from mediatorize.model.architecture import Architecture, coarse_grid, default_local_rank, preset
-from mediatorize.model.levels import Level, MediatorSettings, kind_of, most_mediators, title
+from mediatorize.model.architecture import Architecture, default_local_rank, preset
+from mediatorize.model.levels import MediatorSettings, kind_of, title
 from mediatorize.stages import options
 from mediatorize.stages.options import WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -29,17 +28,6 @@ REDUNDANCY_CALLS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reachable:
-    """Cost of a model at one resolution. FLOPs are for one forward pass on one sample; one multiply-add is two FLOPs."""
-
-    arch: Architecture
-    flops: int
-    """With every layer at softmax."""
-    relative: Mapping[Level, float]
-    """FLOPs with every layer at one level, as a share of softmax's. Levels that do not fit the resolution are left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What `inspect` found."""
 
@@ -50,7 +38,7 @@ class Inspection:
     parameters: int
     settings: MediatorSettings
     """The mediators that were added, or could be added."""
-    reachable: tuple[Reachable, ...]
+    reachable: tuple[cost.Reachable, ...]
     """At half the resolution, at this one, and at twice it."""
     notes: tuple[str, ...] = ()
     redundancy: Redundancy | None = None
@@ -98,7 +86,7 @@ def inspect(
             arch=config.arch,
             parameters=sum(sizes.values()),
             settings=config.settings,
-            reachable=reachable(config.arch, config.settings),
+            reachable=cost.reachable(config.arch, config.settings),
             notes=(f"levels {', '.join(map(title, config.settings.all_levels))}; mediators add {added / 1e6:.1f}M parameters",),
         )
     else:
@@ -112,7 +100,7 @@ def inspect(
             arch=opened.arch,
             parameters=sum(math.prod(weight.shape) for weight in opened.weights.values()),
             settings=settings,
-            reachable=reachable(opened.arch, settings),
+            reachable=cost.reachable(opened.arch, settings),
             notes=opened.notes,
         )
     if redundancy is None:
@@ -138,24 +126,9 @@ def _published(name: str) -> Inspection:
         arch=arch,
         parameters=cost.count_parameters(arch),
         settings=settings,
-        reachable=reachable(arch, settings),
+        reachable=cost.reachable(arch, settings),
     )
 
 
 def shown_settings(arch: Architecture) -> MediatorSettings:
     return MediatorSettings(SHOWN_LEVELS, local_rank=default_local_rank(arch.width))
-
-
-def reachable(arch: Architecture, settings: MediatorSettings) -> tuple[Reachable, ...]:
-    """What the levels of `settings` would save at half the resolution of `arch`, at its own, and at twice it."""
-    found = []
-    for scale in (0.5, 1, 2):
-        grid = int(arch.grid[0] * scale), int(arch.grid[1] * scale)
-        if min(grid) < 2:
-            continue
-        scaled, softmax = replace(arch, grid=grid), cost.forward_flops(replace(arch, grid=grid))
-        cells = math.prod(coarse_grid(grid))
-        fitting = [level for level in settings.levels if most_mediators([level]) <= cells]
-        relative = {level: cost.forward_flops(scaled, level, settings) / softmax for level in fitting}
-        found.append(Reachable(arch=scaled, flops=softmax, relative=relative))
-    return tuple(found)
