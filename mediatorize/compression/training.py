@@ -22,7 +22,7 @@ from mediatorize.compression.trajectories import DataSet, Samples, Targets, data
 from mediatorize.devices import World
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Channels, Sampler
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, refuse_below
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import MediatorSettings
@@ -196,13 +196,9 @@ class TrainingPlan:
 
 def _refuse_settings(distill: DistillSettings, *, trajectories: int, reuse: int, renoised: int) -> None:
     """Refuses numbers out of their range, by the names that `mediatorize finetune` gives them."""
-    positive = {"train-steps": distill.steps, "batch": distill.batch, "accumulate": distill.accumulate}
-    positive |= {"trajectories": trajectories, "reuse": reuse}
-    natural = {"seed": distill.seed, "warmup": distill.warmup, "renoised": renoised}
-    for least, values in ((1, positive), (0, natural)):
-        for name, value in values.items():
-            if value < least:
-                raise UserError(f"--{name} {value} is too small.", hint=f"Pass at least {least}.")
+    refuse_below({"train-steps": distill.steps, "batch": distill.batch, "accumulate": distill.accumulate}, 1)
+    refuse_below({"trajectories": trajectories, "reuse": reuse}, 1)
+    refuse_below({"seed": distill.seed, "warmup": distill.warmup, "renoised": renoised}, 0)
     if not distill.learning_rate > 0:
         raise UserError(f"A learning rate of {distill.learning_rate} trains nothing.", hint="Pass for instance 1e-3.")
     if not 0 <= distill.ema < 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mediatorize.errors import UserError
+from mediatorize.evaluation.features import as_bytes
 from mediatorize.formats.tensors import write_beside
 
 VAE_SCALE = 0.18215
@@ -24,8 +25,7 @@ Pixels = NDArray[np.uint8]
 
 def to_pixels(values: Tensor) -> Pixels:
     """(n, c, h, w) in [-1, 1] -> bytes (n, h, w, c)."""
-    scaled = ((values.float() + 1) * 127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+    return as_bytes(values)
 
 
 def load_vae(path: Path, device: torch.device) -> Any:
