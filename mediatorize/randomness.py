@@ -32,6 +32,7 @@ PURPOSES: dict[str, Callable[..., int]] = {
     "effects": lambda seed: 2**31 + 1,
     "calibration": lambda seed: 2**33 + 2 * seed,
     "held-out calibration": lambda seed: 2**33 + 2 * seed + 1,
+    "reported calibration": lambda seed: 2**34 + seed,
 }
 """What randomness is for -> (seed, index) -> the seed of a generator. An index is whole numbers: of a sample, a step, a layer, a round."""
 

@@ -1,4 +1,4 @@
-"""The cost of a sampler, given the levels of its layers. The unit is FLOPs, in closed form, or seconds, measured on this device.
+"""The cost of a sampler, given its schedule. The unit is FLOPs, in closed form, or seconds, measured on this device.
 
 Importing the table of costs does not import torch.
 """
@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mediatorize.compression.allocate import Choice, total
+from mediatorize.compression.paths import WINDOW
 from mediatorize.errors import UserError
 from mediatorize.model import cost
-from mediatorize.model.levels import SOFTMAX, MediatorSettings, kind_of, title
+from mediatorize.model.levels import FULL, LINEAR, OWN, SOFTMAX, Level, MediatorSettings, kind_of, parts_of, title
+from mediatorize.model.schedule import AnySchedule, Call, Watched, calls_at, streams_of, watched_surrogates
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from mediatorize.model.block import Block
     from mediatorize.model.transformer import DiffusionTransformer
 
 TIMINGS = 5
@@ -29,81 +30,141 @@ TIMINGS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
-    """The cost of a whole sampler, given the level of every layer in every cell (noise level)."""
+class CallCosts:
+    """The cost of a model call on one row, by what its blocks run."""
 
-    cells: NDArray[Any]
-    """(cells, layers, options): the cost that depends on a layer's level. Whole numbers are compared exactly."""
     rest: int | float
-    """The cost that no level changes."""
-    softmax_option: int
-    """The place of softmax among the options."""
+    """Of all that no level changes."""
+    block: Callable[[Level], Any]
+    """Of one block at a level."""
+    surrogates: Callable[[Watched], Any] = lambda watched: 0
+    """Of what a block runs beside its computed sub-layers, for later forecasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """The cost of a whole sampler, by its schedule. Whole numbers (FLOPs) are compared exactly."""
+
+    call: CallCosts
+    rows: tuple[int, ...]
+    """Of every model call per sample: 2 where it is guided, else 1."""
+    noise_levels: tuple[float, ...]
+    """Of every model call."""
+    depth: int
+    options: tuple[Level, ...]
+    """Levels of whole blocks that a layer can run at, softmax among them."""
 
     @property
     def softmax(self) -> Any:
         """Of the sampler with every layer at softmax."""
-        return self.rest + self.cells[:, :, self.softmax_option].sum().item()
+        return self.of(SOFTMAX)
 
-    @property
-    def least(self) -> float:
-        """The smallest share of softmax's cost that can be reached."""
-        return float((self.rest + self.cells.min(2).sum().item()) / self.softmax)
+    def of(self, schedule: AnySchedule | Level) -> Any:
+        """Of the sampler by a schedule, or with one level throughout."""
+        return self.of_calls(calls_at(schedule, self.noise_levels, self.depth))
 
-    def of(self, choice: Choice) -> Any:
-        return self.rest + total(self.cells, choice)
+    def of_calls(self, calls: Sequence[Call]) -> Any:
+        total: Any = 0
+        for levels in streams_of(calls, self.rows):
+            for own, watched in zip(levels, watched_surrogates(levels, self.depth), strict=True):
+                if own:
+                    total += self.call.rest + sum(self.call.block(level) for level in own) + sum(map(self.call.surrogates, watched))
+        return total
+
+    def share(self, schedule: AnySchedule | Level) -> float:
+        """Of softmax's cost."""
+        return float(self.of(schedule) / self.softmax)
+
+    def least(self, kinds: Collection[str]) -> float:
+        """The smallest share of softmax's cost that these kinds of stand-ins reach."""
+        cheapest = min(self.options, key=self.call.block)
+        one = self.call.rest + self.depth * self.call.block(cheapest)
+        count = len(self.rows)
+        if "forecasts" not in kinds:
+            return float(sum(self.rows) * one / self.softmax)
+        forecast = min(self.call.rest + self.depth * self.call.block(LINEAR), one)
+        computed = fewest_computed(count)
+        return float((computed * one * max(self.rows) + (sum(self.rows) - computed * max(self.rows)) * forecast) / self.softmax)
 
     def room(self, share: float) -> Any:
-        """What the attention layers may cost for the whole to keep a share of softmax's cost."""
+        """What a sampler may cost to keep a share of softmax's cost."""
         whole = share * self.softmax
-        return (math.floor(whole) if np.issubdtype(self.cells.dtype, np.integer) else whole) - self.rest
+        return math.floor(whole) if isinstance(self.softmax, int) else whole
 
 
-def flops_costs(model: DiffusionTransformer, settings: MediatorSettings, calls: Sequence[int], rows: int, batch: int) -> Costs:
-    """FLOPs of one sample, in closed form.
+def fewest_computed(calls: int) -> int:
+    """The fewest computed calls of which forecasts can rest: the window lies between them."""
+    return -(-calls // WINDOW)
+
+
+def flops_costs(model: DiffusionTransformer, settings: MediatorSettings, rows: int, batch: int) -> CallCosts:
+    """FLOPs of one row, in closed form.
 
     Args:
-        calls: model calls of each cell.
-        rows: of a model call per sample; guidance makes them two.
+        rows: of a guided model call per sample; of no account here.
         batch: samples at a time; of no account here.
     """
     arch = model.arch
-    one = np.array([cost.layer_flops(arch, level, settings) for level in settings.all_levels], dtype=np.int64)
-    times = np.asarray(calls, dtype=np.int64) * rows
-    rest = cost.forward_flops(arch) - arch.depth * cost.layer_flops(arch, SOFTMAX, settings)
-    return Costs(
-        cells=np.tile(times[:, None, None] * one, (1, arch.depth, 1)),
-        rest=rest * int(times.sum()),
-        softmax_option=settings.all_levels.index(SOFTMAX),
+    return CallCosts(
+        rest=cost.forward_flops(arch) - arch.depth * cost.block_flops(arch, SOFTMAX, settings),
+        block=cache(lambda level: cost.block_flops(arch, level, settings)),
+        surrogates=cache(lambda watched: cost.surrogates_flops(arch, watched, settings)),
     )
 
 
-def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, calls: Sequence[int], rows: int, batch: int) -> Costs:
-    """Seconds of one batch, on the model's device and in its precision.
+def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, rows: int, batch: int) -> CallCosts:
+    """Seconds of one row of a batch, on the model's device and in its precision, memory traffic included.
 
-    Every layer is timed at every level. Layers have one shape, so that their times differ by chance alone: a level's time is the median
-    over layers, lest the solver choose by chance.
+    Every sub-layer is timed in every layer. Layers have one shape, so that their times differ by chance alone: the median over layers is
+    taken, lest the solver choose by chance. Forecast calls are timed as they run, with a memory.
     """
     import torch
+
+    from mediatorize.model.memory import Memory
 
     arch, parameter = model.arch, next(model.parameters())
     count = rows * batch
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tokens = torch.randn(count, arch.tokens, arch.width, generator=generator).to(parameter)
-        layers = model.attention_layers()
-        one = {
-            level: statistics.median(median_seconds(lambda: layer(tokens, level), tokens.device) for layer in layers)  # noqa: B023
-            for level in settings.all_levels
-        }
         x = torch.randn(count, arch.channels, *arch.input_size, generator=generator).to(parameter)
         t, y = torch.full((count,), 0.5, device=x.device), torch.zeros(count, dtype=torch.long, device=x.device)
-        rest = max(0.0, median_seconds(lambda: model(x, t, y), x.device) - arch.depth * one[SOFTMAX])
-    times = np.asarray(calls, dtype=np.float64)
-    return Costs(
-        cells=np.tile(times[:, None, None] * np.array(list(one.values())), (1, arch.depth, 1)),
-        rest=rest * float(times.sum()),
-        softmax_option=settings.all_levels.index(SOFTMAX),
-    )
+
+        def of_layers(run: Callable[[Block, Tensor], object]) -> float:
+            return statistics.median(median_seconds(partial(run, block, tokens), tokens.device) for block in model.layers()) / count
+
+        def of_attention(level: Level) -> float:
+            return of_layers(lambda block, tokens: block.attn(tokens, level))
+
+        def of_mlp(level: Level) -> float:
+            return of_layers(lambda block, tokens: block.run_mlp(tokens, level))
+
+        attention = {level: of_attention(level) for level in settings.all_levels}
+        mlp = {level: of_mlp(level) for level in (FULL, *settings.mlp_levels)}
+        mlp[OWN] = mlp[FULL]
+        whole = median_seconds(lambda: model(x, t, y), x.device) / count
+        memory = Memory(arch.depth)
+        for place in (0.0, 1.0):
+            memory.begin(place)
+            model(x, t, y, memory=memory)
+        memory.begin(2.0)
+        forecast = median_seconds(lambda: model(x, t, y, levels=LINEAR, memory=memory), x.device) / count
+
+    rest = max(0.0, whole - arch.depth * (attention[SOFTMAX] + mlp[FULL]))
+    extrapolated = (forecast - rest) / arch.depth  # of both sub-layers
+
+    def of_block(level: Level) -> float:
+        parts = parts_of(level)
+        forecasts = [part for part in (parts.attention, parts.mlp) if part.order is not None]
+        runs = (0.0 if parts.attention.runs is None else attention[parts.attention.runs]) + (
+            0.0 if parts.mlp.runs is None else mlp[parts.mlp.runs]
+        )
+        return runs + (extrapolated if len(forecasts) == 2 else max(extrapolated, 0.0) * len(forecasts) / 2)
+
+    def of_surrogates(watched: Watched) -> float:
+        return sum(attention[level] for level in watched[0]) + sum(mlp[level] for level in watched[1])
+
+    return CallCosts(rest=rest, block=of_block, surrogates=of_surrogates)
 
 
 @dataclass(frozen=True)
@@ -112,8 +173,8 @@ class Unit:
 
     name: str
     """The unit's name in sentences: softmax's FLOPs."""
-    measure: Callable[[DiffusionTransformer, MediatorSettings, Sequence[int], int, int], Costs]
-    """(model, settings, calls of each cell, rows per sample, batch) -> costs."""
+    measure: Callable[[DiffusionTransformer, MediatorSettings, int, int], CallCosts]
+    """(model, settings, rows of a guided call per sample, batch) -> costs of one row."""
     prefix: str = ""
     """The prefix of schedule files for budgets in this unit."""
     timed: bool = False
@@ -144,17 +205,59 @@ def read_budget(given: float | str) -> float:
     return round(share, 6)
 
 
-def refuse_out_of_reach(budget: float, costs: Costs, settings: MediatorSettings, unit: Unit) -> None:
-    """A budget below the cheapest levels' cost: the message says what can be reached, and what would widen that."""
-    if budget >= costs.least:
+KINDS_OF_SAVING = {
+    "mediators": "layers that run at levels of mediators",
+    "mlps": "narrow MLPs",
+    "forecasts": "calls that are forecast from those before",
+}
+"""What a schedule may spend less by, by name."""
+
+
+def read_kind(text: str) -> str:
+    """A name in `KINDS_OF_SAVING`."""
+    if text not in KINDS_OF_SAVING:
+        raise UserError(f"{text!r} is no kind of saving.", hint=f"Choose among {', '.join(KINDS_OF_SAVING)}.")
+    return text
+
+
+def kinds_of(settings: MediatorSettings, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """Kinds of saving that a bundle has; of those that are wanted, an error where it does not have one."""
+    there = tuple(kind for kind in KINDS_OF_SAVING if kind != "mlps" or settings.mlp_widths)
+    if "mlps" in wanted and "mlps" not in there:
+        raise UserError("This bundle has no narrow MLPs.", hint="Run `mediatorize convert` with --mlp-widths 8,4, or leave mlps out.")
+    return tuple(kind for kind in there if not wanted or kind in wanted)
+
+
+def read_search(text: str, verify: int) -> tuple[int, float | None]:
+    """How many changes of a candidate are measured, and for how many seconds at most: from a number of samples, or a time such as 90s."""
+    hint = "Pass a number of samples such as 320, or a time such as 90s."
+    try:
+        if text.endswith("s"):
+            seconds = float(text[:-1])
+            evaluations = 10**6
+        else:
+            seconds, evaluations = None, -(-int(text) // max(1, verify))
+    except ValueError:
+        raise UserError(f"{text!r} is no length of a search.", hint=hint) from None
+    if (seconds is not None and not 0 <= seconds < math.inf) or evaluations < 0:
+        raise UserError(f"{text!r} is no length of a search.", hint=hint)
+    return evaluations, seconds
+
+
+def refuse_out_of_reach(budget: float, costs: Costs, settings: MediatorSettings, unit: Unit, kinds: Collection[str]) -> None:
+    """A budget below the cheapest schedule's cost: the message says what can be reached, and what would widen that."""
+    least = costs.least(kinds)
+    if budget >= least:
         return
     levels = ", ".join(title(level) for level in settings.levels)
-    fewest = min(kind_of(level).mediators(level) for level in settings.levels)
-    wider = [*(["smaller --levels"] if fewest > 1 else []), *(["a smaller --local-rank"] if settings.local_rank else [])]
-    hint = f"Convert with {' or '.join(wider)}; " if wider else ""
+    wider = []
+    if "forecasts" not in kinds:
+        fewest = min(kind_of(level).mediators(level) for level in settings.levels)
+        wider = ["allow --kinds forecasts", *(["convert with smaller --levels"] if fewest > 1 else [])]
+    hint = f"To go lower, {' or '.join(wider)}. Or ask" if wider else "Ask"
     raise UserError(
-        f"can go down to {costs.least:.1%} of softmax's {unit.name} with levels {levels}; you asked for {budget:.1%}.",
-        hint=f"{hint}{'a' if hint else 'A'} higher resolution widens the range too. Or ask for {math.ceil(costs.least * 1000) / 10:.1f}%.",
+        f"can go down to {least:.1%} of softmax's {unit.name} with {', '.join(kinds)} and levels {levels}; you asked for {budget:.1%}.",
+        hint=f"{hint} for {math.ceil(least * 1000) / 10:.1f}%.",
     )
 
 

@@ -1,45 +1,67 @@
 """The search for a schedule (design 5): propose candidates from the error table, judge them by samples, keep the best within a budget.
 
-A *budget* is a share of the softmax sampler's cost. A *candidate* is a choice of one level for every noise level and layer. Solvers propose
-candidates by the errors that the table predicts. Errors of many layers do not quite add up, so samples from held-out noise then judge them.
+A *budget* is a share of the softmax sampler's cost. A *candidate* is a schedule: which model calls are computed, what stands in for the
+others, and the levels of layers in computed calls. Solvers propose candidates by the errors that the table predicts. Samples from one set
+of noise then judge them, and the search goes on from the best. Samples from another set of noise say what the chosen one and its baselines
+are worth.
 
     sampler = Sampler.resolve(model.arch, steps=25)
-    found = search(model, sampler, [0.75], costs_of("flops", model, sampler))
+    found = search(model, sampler, [0.4], costs_of("flops", model, sampler))
     latents = sample(model, labels, steps=25, schedule=found.outcomes[0].schedule)
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import groupby, pairwise, product
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mediatorize.compression.allocate import Choice, allocate, descend, latent_change_rule
-from mediatorize.compression.costs import COSTS, Costs, median_seconds
+from mediatorize.compression.allocate import Choice, allocate, descend, joint_error, latent_change_rule
+from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, median_seconds
+from mediatorize.compression.paths import MEASURES, WINDOW, ForecastTable, bases, best_path, mean_square, neighbours, refined, uniform_path
 from mediatorize.compression.sensitivity import (
     ErrorTable,
     Probes,
+    Products,
+    Surrogates,
+    adjoint_products,
     cells_of,
     error_table,
+    forecast_table,
     latent_changes,
     probe_all,
-    products_of_call,
+    shares,
     spread_labels,
 )
 from mediatorize.compression.store import InMemory, Kept, Store
 from mediatorize.diffusion.sampling import Sampler, sample_batch, sample_many
 from mediatorize.model import cost as closed_form
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained, title
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.levels import (
+    LINEAR,
+    ORDERS,
+    SOFTMAX,
+    Level,
+    MediatorSettings,
+    Part,
+    Parts,
+    in_order,
+    is_pretrained,
+    title,
+)
+from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule, polynomial_weights
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian, seed_for
 
@@ -52,8 +74,25 @@ DIRECTIONS = 4
 PAIRS = 3
 """Batches by the schedule and by softmax that a latency is the median of."""
 
+EVALUATIONS = 8
+"""How many times, for each budget, the best path so far is changed and measured again, unless more or fewer are asked for."""
+
+MOST_PATHS = {"computed and forecast calls": 6, "forecasts of the model's output": 2}
+"""How many paths of a kind are judged for a budget, before the best is improved."""
+
+FLIPPED = 0.5
+"""A sample whose relative error is above this has flipped to another one."""
+
 WHOLE, RULE, PER_STEP, PER_CELL = "one level throughout", "latent-change rule", "a level per step", "a level per step and layer"
+FEWER, UNIFORM, OUTPUTS, PATH = "fewer steps", "uniform forecasts", "forecasts of the model's output", "computed and forecast calls"
+MIXED, DIFFERENCE = "forecasts with levels and surrogates", "forecasts of the guidance"
 """Kinds of candidates."""
+
+NAMES = {UNIFORM: "uniform", OUTPUTS: "output, computed", PATH: "computed", MIXED: "with surrogates, computed"}
+"""What candidates of a kind are called, before their computed calls."""
+
+BASELINES = (WHOLE, FEWER, UNIFORM)
+"""What one could do without a search."""
 
 
 # --- progress ------------------------------------------------------------------------------------------------------------------
@@ -83,16 +122,44 @@ def silent(total: int, description: str, unit: str) -> AbstractContextManager[Ba
 
 
 @dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Relative errors |sample - teacher's| / |teacher's| of single samples, summed up."""
+
+    samples: int
+    median: float
+    mean: float
+    geometric: float
+    """The geometric mean: what candidates are compared by. Samples that flip to another mode do not rule it."""
+    flipped: float
+    """The share of samples whose error is above `FLIPPED`."""
+
+    @classmethod
+    def of(cls, samples: Tensor, expected: Tensor) -> Errors:
+        """Of samples (n, c, h, w)."""
+        errors = (samples - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-12)
+        return cls(
+            samples=len(errors),
+            median=float(errors.median()),
+            mean=float(errors.mean()),
+            geometric=float(errors.clamp(min=1e-9).log().mean().exp()),
+            flipped=float((errors > FLIPPED).float().mean()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A choice of levels, and where it comes from."""
+    """A schedule, and where it comes from."""
 
     name: str
     kind: str
     """One of the kinds above."""
-    choice: Choice
-    """(cells, layers): indices into the table's options."""
-    remeasured: bool = False
-    """Whether errors were measured again, around an earlier candidate, to find it."""
+    schedule: AnySchedule
+    steps: int
+    """Of the sampler it is for: fewer than asked for, where that is what it does."""
+    path: tuple[int, ...] = ()
+    """The computed calls, where others are forecast."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """Predicted sample error, by ways of adding up the errors of single changes; "vectors" adds them as they point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +168,12 @@ class Candidate(Proposal):
 
     share: float
     """Its cost, as a share of the softmax sampler's."""
-    per_step: bool
-    """Whether every noise level has one level for all layers."""
-    predicted: dict[str, float]
-    """Predicted sample error, for each way of adding up the errors of single cells (`ErrorTable.predicted`)."""
-    measured: float | None = None
-    """|sample - teacher's| / |teacher's| from held-out noise."""
+    measured: Errors | None = None
+    """On the noise that the search judges by."""
 
     @property
     def error(self) -> float:
-        return self.predicted["vectors"] if self.measured is None else self.measured
+        return self.predicted.get("vectors", float("inf")) if self.measured is None else self.measured.geometric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +192,17 @@ class Outcome:
 
     budget: float
     chosen: Candidate
-    schedule: Schedule
+    reported: Mapping[str, Errors]
+    """Errors on noise that no choice was made by, by the name of the candidate: of the chosen one and of its baselines."""
+    baselines: tuple[Candidate, ...]
+    """The best of every kind of baseline within the budget."""
     solved_seconds: float
     """Time to propose candidates for this budget."""
     latency: Latency | None = None
+
+    @property
+    def schedule(self) -> AnySchedule:
+        return self.chosen.schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +226,13 @@ def search(
     budgets: Sequence[float],
     costs: Costs,
     *,
+    kinds: Collection[str] = tuple(KINDS_OF_SAVING),
     per: Per = "cell",
-    trajectories: int = 32,
-    verify: int = 64,
-    rounds: int = 0,
+    trajectories: int = 16,
+    verify: int = 32,
+    evaluations: int = EVALUATIONS,
+    seconds: float | None = None,
+    most_memory: float | None = None,
     batch: int = 32,
     timed: bool = False,
     store: Store | None = None,
@@ -170,83 +243,127 @@ def search(
 
     Args:
         model: converted, in eval mode.
-        sampler: its seed decides all noise; the samples that errors are measured on and the held-out ones differ from what it samples.
+        sampler: its seed decides all noise; the samples that errors are measured on differ from what it samples.
         budgets: shares of softmax's cost, in (0, 1].
         costs: of this model and sampler (`costs_of`).
-        per: "step" gives all layers of a noise level one level.
+        kinds: what may be spent less by: names in `KINDS_OF_SAVING`.
+        per: "step" gives all layers of a noise level one level of mediators.
         trajectories: of the teacher, that the error table is measured on.
-        verify: held-out samples that candidates are judged by; 0 trusts predictions.
-        rounds: how many times errors are measured again around the best candidate.
+        verify: samples that candidates are judged by; 0 trusts predictions.
+        evaluations: for each budget, how many changes of the best candidate are measured.
+        seconds: for each budget, the time after which no more are.
+        most_memory: numbers per sample that a schedule may keep for its forecasts.
         batch: samples at a time.
         timed: also time whole batches by the chosen schedules.
         store: keeps what is measured; one that outlasts the process resumes the search.
         facts: kept with the error table.
 
     Raises:
-        UserError: not even the cheapest levels keep a budget.
+        UserError: not even the cheapest schedule keeps a budget.
     """
     begun = time.monotonic()
     store = InMemory() if store is None else store
-    measuring, held_out = samplers(sampler)
     was_there = store.has("probes") and store.has("sensitivity")
-    probes = teacher_probes(model, measuring, trajectories, batch, store, progress)
-    table = teacher_table(model, measuring, probes, batch, store, progress, facts)
+    tables = measured_tables(model, samplers(sampler)[0], trajectories, batch, store, progress, facts)
     table_seconds = None if was_there else time.monotonic() - begun
 
-    judge = Judge(model, table, costs, held_out, verify, batch, store, progress)
-    for option, level in enumerate(table.options):
-        if not is_pretrained(level):
-            judge.add(Proposal(name=title(level), kind=WHOLE, choice=np.full(costs.cells.shape[:2], option)))
-    changes = changes_of_cells(probes, measuring.noise_levels(model.arch))
+    judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, progress)
+    proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
+    for level in model.added().levels:
+        judge.add(proposer.whole(level))
     solved = {}
     for budget in budgets:
-        begun, room = time.monotonic(), costs.room(budget)
-        proposals = solutions(table, changes, costs, room, per)
+        begun = time.monotonic()
+        proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
         for proposal in proposals:
-            judge.add(replace(proposal, name=f"{proposal.name}, {budget:.2%}"))
-        for turn in range(rounds):
-            present = judge.best(budget, per).choice
-            nearby = table_around(model, measuring, probes, table, present, batch, progress)
-            again = _descend(nearby, costs, room, present, per, apart=True)
-            kind = PER_STEP if per == "step" else PER_CELL
-            judge.add(Proposal(name=f"measured again {turn + 1}, {budget:.2%}", kind=kind, choice=again, remeasured=True))
+            judge.add(proposal)
+        if verify and "forecasts" in kinds:
+            judge.improve(proposer, budget, evaluations, seconds)
 
+    reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, progress)
     outcomes = []
     for budget in budgets:
-        best = judge.best(budget, per)
-        schedule = table.schedule(best.choice)
-        latency = latency_of(model, sampler, schedule, float(costs.of(best.choice)), batch) if timed else None
-        found = Outcome(budget=budget, chosen=best, schedule=schedule, solved_seconds=solved[budget], latency=latency)
-        outcomes.append(found)
-    return Outcomes(outcomes=tuple(outcomes), candidates=tuple(judge.candidates), table=table, table_seconds=table_seconds)
+        best = judge.best(budget, per, kinds)
+        baselines = judge.baselines(budget)
+        reported = {candidate.name: reporter.errors(candidate) for candidate in (best, *baselines)} if verify else {}
+        latency = latency_of(model, sampler, best, float(costs.of(best.schedule)) * batch, batch) if timed else None
+        outcomes.append(
+            Outcome(budget=budget, chosen=best, reported=reported, baselines=baselines, solved_seconds=solved[budget], latency=latency)
+        )
+    return Outcomes(outcomes=tuple(outcomes), candidates=tuple(judge.candidates), table=tables.errors, table_seconds=table_seconds)
 
 
-def samplers(sampler: Sampler) -> tuple[Sampler, Sampler]:
-    """The sampler whose trajectories errors are measured on, and the held-out one: `sampler` with seeds that nobody else draws from."""
-    measuring, held_out = (seed_for(sampler.seed, purpose) for purpose in ("calibration", "held-out calibration"))
-    return replace(sampler, seed=measuring), replace(sampler, seed=held_out)
+def samplers(sampler: Sampler) -> tuple[Sampler, Sampler, Sampler]:
+    """The sampler whose trajectories errors are measured on, the one that judges, and the one that reports: each with a seed of its own."""
+    purposes = ("calibration", "held-out calibration", "reported calibration")
+    measuring, judging, reporting = (replace(sampler, seed=seed_for(sampler.seed, purpose)) for purpose in purposes)
+    return measuring, judging, reporting
 
 
 def costs_of(unit: str, model: DiffusionTransformer, sampler: Sampler, batch: int = 32) -> Costs:
-    """What the sampler costs by the levels that are chosen, in a unit of `COSTS`."""
-    cells, place = cells_of(sampler.noise_levels(model.arch))
-    calls = [place.count(cell) for cell in range(len(cells))]
-    return COSTS[unit].measure(model, model.added(), calls, sampler.rows, batch)
+    """What the sampler costs by its schedule, in a unit of `COSTS`."""
+    settings = model.added()
+    return Costs(
+        call=COSTS[unit].measure(model, settings, sampler.rows, batch),
+        rows=tuple(sampler.rows_of_calls(model.arch)),
+        noise_levels=tuple(sampler.noise_levels(model.arch)),
+        depth=model.arch.depth,
+        options=tuple(bare_levels(settings, KINDS_OF_SAVING)),
+    )
+
+
+def bare_levels(settings: MediatorSettings, kinds: Collection[str]) -> list[Level]:
+    """Levels of whole blocks in computed calls, in the order of their rank: softmax last."""
+    attention: tuple[Level, ...] = settings.all_levels if "mediators" in kinds else (SOFTMAX,)
+    mlps: tuple[Level, ...] = settings.mlp_levels if "mlps" in kinds else ()
+    narrow = [Parts(Part(level), Part(mlp)).level for level in attention for mlp in mlps]
+    return in_order([*narrow, *attention])
+
+
+def surrogates_of(settings: MediatorSettings, kinds: Collection[str]) -> Surrogates:
+    """What may stand in for sub-layers in forecast calls."""
+    if "forecasts" not in kinds:
+        return Surrogates()
+    return Surrogates(settings.levels if "mediators" in kinds else (), settings.mlp_levels if "mlps" in kinds else ())
 
 
 def flops_of_search(
-    arch: Architecture, settings: MediatorSettings, sampler: Sampler, trajectories: int, verify: int, budgets: int, rounds: int
+    arch: Architecture,
+    settings: MediatorSettings,
+    sampler: Sampler,
+    *,
+    trajectories: int,
+    verify: int,
+    budgets: Sequence[float],
+    evaluations: int,
 ) -> float:
     """Roughly: probes (a backward counts as two forwards and runs the call again), the table, and whole samples of candidates."""
-    rows = len(sampler.times()) * sampler.rows
-    table = 1 + len(settings.levels) * (arch.depth + 1) / (2 * arch.depth)
-    forwards = trajectories * (1 + 3 * DIRECTIONS + table * (1 + rounds * budgets))
-    candidates = 1 + len(settings.levels) + (4 + rounds) * budgets
-    return rows * (forwards + candidates * verify) * closed_form.forward_flops(arch)
+    rows = sum(sampler.rows_of_calls(arch))
+    table = 1 + 2 * DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2
+    forwards = trajectories * (1 + 3 * DIRECTIONS + table)
+    samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
+    return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
 
 
 # --- measuring errors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """What is known of a sampler's errors before anything is sampled with a schedule."""
+
+    errors: ErrorTable
+    """Of levels in computed calls."""
+    calls: ForecastTable
+    """Of forecasts of whole calls."""
+    outputs: ForecastTable
+    """Of forecasts of the model's output."""
+    products: Products
+    norms: Tensor
+    """(n,) of the teacher's samples."""
+    changes: list[float]
+    """Mean absolute change of the latents from each noise level's first call to the next level's."""
 
 
 def teacher_probes(
@@ -262,63 +379,47 @@ def teacher_probes(
     return Probes(**store.once("probes", make).tensors)
 
 
-def teacher_table(
+def measured_tables(
     model: DiffusionTransformer,
     sampler: Sampler,
-    probes: Probes,
+    trajectories: int,
     batch: int,
     store: Store,
     progress: Progress = silent,
     facts: Mapping[str, Any] | None = None,
-) -> ErrorTable:
-    """The error table around the teacher. Each call is kept as soon as it is measured; the pretrained level changes nothing."""
-    options = model.added().all_levels
+) -> Tables:
+    """The tables around the teacher. Every batch of trajectories is kept as soon as it is measured."""
+    probes = teacher_probes(model, sampler, trajectories, batch, store, progress)
+    settings, noise_levels = model.added(), sampler.noise_levels(model.arch)
+    options = bare_levels(settings, KINDS_OF_SAVING)
     added = [level for level in options if not is_pretrained(level)]
-    times = sampler.times()
-
-    def of_call(call: int) -> Kept:
-        return Kept({"products": products_of_call(model, sampler, probes, call, times[call], added, batch)})
+    parts = torch.arange(trajectories).split(max(1, batch // sampler.rows))
 
     def make() -> Kept:
-        parts = []
-        with progress(len(times), "measuring errors", "call") as bar:
-            for call in range(len(times)):
-                parts.append(store.once(f"call-{call:04d}", partial(of_call, call)).tensors["products"])
-                bar.update()
-        return Kept({"products": torch.stack(parts), "sample_squares": _squares(probes)}, facts or {})
+        measured = []
+        with progress(len(parts) * len(noise_levels), "measuring errors", "call") as bar:
+            for index, rows in enumerate(parts):
 
-    kept = store.once("sensitivity", make).tensors
-    store.drop("call-*")
-    measured = kept["products"]  # (calls, layers, added levels, n, k)
-    products = measured.new_zeros(*measured.shape[:2], len(options), *measured.shape[3:])
-    products[:, :, [options.index(level) for level in added]] = measured
-    return error_table(products, kept["sample_squares"], sampler.noise_levels(model.arch), options)
+                def of_part(rows: Tensor = rows) -> Kept:
+                    surrogates = surrogates_of(settings, KINDS_OF_SAVING)
+                    return Kept(vars(adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, bar.update)))
 
+                measured.append(Products(**store.once(f"part-{index:04d}", of_part).tensors))
+        return Kept(vars(Products.joined(measured)), facts or {})
 
-def table_around(
-    model: DiffusionTransformer,
-    sampler: Sampler,
-    probes: Probes,
-    table: ErrorTable,
-    choice: Choice,
-    batch: int,
-    progress: Progress = silent,
-) -> ErrorTable:
-    """`table`, its changes of single cells measured again where all others are at `choice`."""
-    noise_levels = sampler.noise_levels(model.arch)
-    _, place = cells_of(noise_levels)
-    parts = []
-    with progress(len(place), "measuring again", "call") as bar:
-        for call, t in enumerate(sampler.times()):
-            levels = [table.options[option] for option in choice[place[call]]]
-            parts.append(products_of_call(model, sampler, probes, call, t, table.options, batch, levels))
-            bar.update()
-    return table.around(choice, error_table(torch.stack(parts), _squares(probes), noise_levels, table.options))
-
-
-def _squares(probes: Probes) -> Tensor:
-    """(n,) squared norms of the samples."""
-    return probes.samples.flatten(1).square().sum(1)
+    products = Products(**store.once("sensitivity", make).tensors)
+    store.drop("part-*")
+    levels = products.levels.new_zeros(*products.levels.shape[:2], len(options), *products.levels.shape[3:])
+    levels[:, :, [options.index(level) for level in added]] = products.levels
+    norms = probes.samples.flatten(1).norm(dim=1)
+    return Tables(
+        errors=error_table(levels, norms, noise_levels, options),
+        calls=forecast_table(products.outputs.sum((2, 3, 4)), norms, noise_levels),
+        outputs=forecast_table(products.model_outputs.sum(2), norms, noise_levels),
+        products=replace(products, levels=levels),
+        norms=norms,
+        changes=changes_of_cells(probes, noise_levels),
+    )
 
 
 def changes_of_cells(probes: Probes, noise_levels: Sequence[float]) -> list[float]:
@@ -330,42 +431,263 @@ def changes_of_cells(probes: Probes, noise_levels: Sequence[float]) -> list[floa
 # --- candidates ----------------------------------------------------------------------------------------------------------------
 
 
-def solutions(table: ErrorTable, changes: Sequence[float], costs: Costs, room: float, per: Per) -> list[Proposal]:
-    """Choices within a budget, by several ways of adding up errors. With one level per step, and by the paper's rule, in any case.
-
-    Args:
-        changes: of the latents, for every cell.
-        room: what the attention layers may cost.
-    """
-    squares = table.squares()
-    found = []
-    if per == "cell":
-        start = allocate(squares, costs.cells, room)
-        found = [
-            Proposal(name="sum of squares", kind=PER_CELL, choice=start),
-            Proposal(name="sum of vectors per layer", kind=PER_CELL, choice=_descend(table, costs, room, start, per, apart=True)),
-            Proposal(name="sum of vectors", kind=PER_CELL, choice=_descend(table, costs, room, start, per, apart=False)),
-        ]
-    steps = allocate(squares, costs.cells, room, per_step=True)
-    found += [
-        Proposal(name="per step, sum of squares", kind=PER_STEP, choice=steps),
-        Proposal(name="per step, sum of vectors", kind=PER_STEP, choice=_descend(table, costs, room, steps, "step", apart=True)),
-    ]
-    rule = latent_change_rule(changes, squares, costs.cells, room)
-    return found if rule is None else [*found, Proposal(name=RULE, kind=RULE, choice=rule)]
-
-
-def _descend(table: ErrorTable, costs: Costs, room: float, start: Choice, per: Per, *, apart: bool) -> Choice:
-    return descend(table.products, costs.cells, room, start, apart=apart, per_step=per == "step")
-
-
-class Judge:
-    """Measures the errors of candidates. Errors that the store has for the same number of held-out samples are not measured again."""
+class Proposer:
+    """Schedules within a budget, by what the tables predict."""
 
     def __init__(
         self,
         model: DiffusionTransformer,
-        table: ErrorTable,
+        sampler: Sampler,
+        costs: Costs,
+        tables: Tables,
+        kinds: Collection[str],
+        per: Per = "cell",
+        most_memory: float | None = None,
+    ) -> None:
+        self.model, self.sampler, self.costs, self.tables, self.kinds, self.per = model, sampler, costs, tables, kinds, per
+        self.most_memory = most_memory
+        self.noise_levels = tuple(sampler.noise_levels(model.arch))
+        self.depth = model.arch.depth
+        self.calls = len(self.noise_levels)
+
+    def within(self, budget: float) -> Iterator[Proposal]:
+        """Proposals for a budget, baselines among them."""
+        room, named = self.costs.room(budget), f", for {budget:.2%}"
+        found: list[Proposal] = []
+        if (fewer := self.fewer_steps(room)) is not None:
+            found.append(fewer)
+        bare = [kind for kind in self.kinds if kind != "forecasts"]
+        if bare and self.costs.least(bare) <= budget:
+            found += self.levels(room)
+        if "forecasts" in self.kinds:
+            found += self.paths(room)
+        for proposal in found:
+            if self.most_memory is None or self.sampler.memory_numbers(self.model.arch, proposal.schedule) <= self.most_memory:
+                yield replace(proposal, name=proposal.name + named)
+
+    def whole(self, level: Level) -> Proposal:
+        """One level throughout."""
+        choice = np.full((len(self.tables.errors.noise_levels), self.depth), self.tables.errors.options.index(level))
+        schedule = Schedule((), ((level,) * self.depth,))
+        predicted = self.tables.errors.predicted(choice)
+        return Proposal(name=title(level), kind=WHOLE, schedule=schedule, steps=self.sampler.steps, predicted=predicted)
+
+    def fewer_steps(self, room: Any) -> Proposal | None:
+        """The teacher with as many steps as the budget allows."""
+        how = self.sampler.how
+        for steps in range(self.sampler.steps - 1, how.fewest - 1, -1):
+            other = replace(self.sampler, steps=steps)
+            if costs_with(self.costs, self.model.arch, other).softmax <= room:
+                noise_levels = tuple(other.noise_levels(self.model.arch))
+                schedule = CallSchedule(noise_levels, (Call((SOFTMAX,) * self.depth),) * len(noise_levels))
+                return Proposal(name=f"{steps} steps", kind=FEWER, schedule=schedule, steps=steps)
+        return None
+
+    # levels in computed calls alone
+
+    def levels(self, room: Any) -> list[Proposal]:
+        """Levels by noise level and layer, by several ways of adding up errors; levels by step and by the paper's rule in any case."""
+        table, squares = self.tables.errors, self.tables.errors.squares()
+        cells, place = cells_of(self.noise_levels)
+        usable = set(bare_levels(self.model.added(), self.kinds))
+        one = np.array([self.costs.call.block(level if level in usable else SOFTMAX) for level in table.options])
+        rows = np.zeros(len(cells), dtype=np.int64)
+        np.add.at(rows, place, self.costs.rows)
+        costs = np.tile(rows[:, None, None] * one, (1, self.depth, 1))
+        left = room - int(rows.sum()) * self.costs.call.rest
+        idle = [option for option, level in enumerate(table.options) if level not in usable]
+        products = table.products.copy()
+        products[:, :, idle] = 0.0  # as softmax, whose cost they have
+        squares = np.square(products).sum(-1)
+        names = np.array([SOFTMAX if option in idle else level for option, level in enumerate(table.options)], dtype=object)
+        readable = replace(table, options=tuple(names.tolist()), products=products)
+        chosen: list[tuple[str, str, Choice]] = []
+        if self.per == "cell":
+            start = allocate(squares, costs, left)
+            chosen.append(("sum of squares", PER_CELL, start))
+            chosen += [
+                (name, PER_CELL, descend(products, costs, left, start, apart=apart))
+                for name, apart in (("sum of vectors per layer", True), ("sum of vectors", False))
+            ]
+        steps = allocate(squares, costs, left, per_step=True)
+        chosen.append(("per step, sum of squares", PER_STEP, steps))
+        chosen.append(("per step, sum of vectors", PER_STEP, descend(products, costs, left, steps, apart=True, per_step=True)))
+        rule = latent_change_rule(self.tables.changes, squares, costs, left) if self.kinds and "mediators" in self.kinds else None
+        chosen += [] if rule is None else [(RULE, RULE, rule)]
+        how: dict[str, Any] = {"steps": self.sampler.steps}
+        return [
+            Proposal(name=name, kind=kind, schedule=readable.schedule(choice), predicted=readable.predicted(choice), **how)
+            for name, kind, choice in chosen
+        ]
+
+    # computed and forecast calls
+
+    def paths(self, room: Any) -> list[Proposal]:
+        """Computed calls in several places, uniform ones and forecasts of the model's output among them."""
+        found: list[Proposal] = []
+        if (uniform := self._largest(room, partial(uniform_path, self.calls))) is not None:
+            found.append(self.along(UNIFORM, uniform, room))
+        for kind, table in ((PATH, self.tables.calls), (OUTPUTS, self.tables.outputs)):
+            seen: set[tuple[int, ...]] = set()
+            for measure in MEASURES.values():
+                errors = table.errors(measure)
+                for lead in (1, 2, 3) if kind == PATH else (1,):
+                    errors[1:lead] = np.inf  # the first calls are computed
+                    path = self._largest(room, partial(best_path, errors), kind)
+                    if path is not None:
+                        seen |= {path, refined(table, path, mean_square)} if lead == 1 else {path}
+            paths = sorted(seen, key=lambda path: mean_square(table.joint(path)))
+            found += [self.along(kind, path, room) for path in paths if self._fits(kind, path, room)][: MOST_PATHS[kind]]
+        mixed = [self.along(MIXED, path, room) for path in self._other_counts(room)] if self._has_stand_ins() else []
+        found += sorted((p for p in mixed if p.predicted), key=lambda proposal: proposal.predicted["vectors"])[:3]
+        return [proposal for proposal in found if self.costs.of(proposal.schedule) <= room]
+
+    def along(self, kind: str, path: tuple[int, ...], room: Any) -> Proposal:
+        """A proposal of a kind with these computed calls."""
+        how: dict[str, Any] = {"kind": kind, "steps": self.sampler.steps, "path": path}
+        table = self.tables.outputs if kind == OUTPUTS else self.tables.calls
+        name = f"{NAMES[kind]} {_in_short(path)}"
+        if kind == MIXED:
+            return self._filled(path, room, name, how)
+        predicted = {"vectors": mean_square(table.joint(path)) ** 0.5} if table.reaches(path) else {}
+        return Proposal(name=name, schedule=self._plain(kind, path), predicted=predicted, **how)
+
+    def neighbours(self, candidate: Proposal, room: Any) -> list[tuple[int, ...]]:
+        """Paths near a candidate's, within the budget, the most promising first."""
+        table = self.tables.outputs if candidate.kind == OUTPUTS else self.tables.calls
+        plain = OUTPUTS if candidate.kind == OUTPUTS else PATH
+        near = [path for path in neighbours(candidate.path, self.calls) if table.reaches(path)]
+        near = [path for path in near if candidate.kind == MIXED or self._fits(plain, path, room)]
+        return sorted(near, key=lambda path: mean_square(table.joint(path)))
+
+    def _plain(self, kind: str, path: Sequence[int]) -> CallSchedule:
+        resting: tuple[Level, ...] = () if kind == OUTPUTS else (LINEAR,) * self.depth
+        computed = set(path)
+        calls = tuple(Call((SOFTMAX,) * self.depth if call in computed else resting) for call in range(self.calls))
+        return CallSchedule(self.noise_levels, calls)
+
+    def _fits(self, kind: str, path: Sequence[int], room: Any) -> bool:
+        return bool(self.costs.of(self._plain(kind, path)) <= room)
+
+    def _largest(self, room: Any, path_of: Callable[[int], tuple[int, ...] | None], kind: str = PATH) -> tuple[int, ...] | None:
+        """The path of most computed calls within the budget."""
+        for count in range(self._most(room), 0, -1):
+            path = path_of(count)
+            if path is not None and self._fits(kind, path, room):
+                return path
+        return None
+
+    def _most(self, room: Any) -> int:
+        """At least as many computed calls as fit."""
+        least_rows = min(self.costs.rows)
+        one = (self.costs.call.rest + self.depth * self.costs.call.block(SOFTMAX)) * least_rows
+        return min(self.calls - 1, int(room / one))
+
+    # levels and surrogates between computed calls
+
+    def _has_stand_ins(self) -> bool:
+        return len(self.kinds) > 1
+
+    def _other_counts(self, room: Any) -> list[tuple[int, ...]]:
+        """Paths with a few computed calls fewer, which leaves room for surrogates, and more, which must then run at cheaper levels."""
+        errors = self.tables.calls.errors(mean_square)
+        most = len(self._largest(room, partial(best_path, errors)) or (0,))
+        counts = sorted({count for count in range(most - 3, most + 4) if 1 <= count < self.calls})
+        paths = [path for count in counts if (path := best_path(errors, count)) is not None]
+        return list(dict.fromkeys(refined(self.tables.calls, path, mean_square) for path in paths))
+
+    def _filled(self, path: tuple[int, ...], room: Any, name: str, how: dict[str, Any]) -> Proposal:
+        """Levels at the computed calls and surrogates at the others, by an exact allocation under what the budget leaves."""
+        options, products = self._options(path)
+        computed = set(path)
+        plain = Proposal(name=name, schedule=self._plain(PATH, path), **how)
+        one: NDArray[Any] = (
+            np.array([[self.costs.call.block(level) for level in options[call in computed]] for call in range(self.calls)])
+            * np.array(self.costs.rows)[:, None]
+        )
+        costs = np.repeat(one[:, None, :], self.depth, axis=1)
+        left = room - sum(self.costs.rows) * self.costs.call.rest
+        squares = np.square(products).sum(-1)
+        for _ in range(8):
+            if costs.min(2).sum() > left:
+                return plain
+            start = allocate(squares, costs, left)
+            choice = descend(products, costs, left, start, apart=False)
+            schedule = self._chosen(choice, options, computed)
+            over = self.costs.of(schedule) - room
+            if over <= 0:
+                error = joint_error(products, choice) ** 0.5
+                return replace(plain, schedule=schedule, predicted={"vectors": error})
+            left -= over  # surrogates run at computed calls too, which no cell counts
+        return plain
+
+    def _chosen(self, choice: Choice, options: tuple[list[Level], list[Level]], computed: Collection[int]) -> CallSchedule:
+        calls = []
+        for call, row in enumerate(choice):
+            names = options[call in computed]
+            calls.append(Call(tuple(names[option] for option in row)))
+        return CallSchedule(self.noise_levels, tuple(calls))
+
+    def _options(self, path: tuple[int, ...]) -> tuple[tuple[list[Level], list[Level]], NDArray[np.float64]]:
+        """Levels at forecast calls and at computed ones, as many of each, and what they do: (calls, layers, options, n * k)."""
+        found, norms, places = self.tables.products, self.tables.norms, self.tables.calls.places
+        settings, all_surrogates = self.model.added(), surrogates_of(self.model.added(), KINDS_OF_SAVING)
+        surrogates = surrogates_of(settings, self.kinds)
+        resting = [
+            Parts(Part(attention, ORDERS[LINEAR]), Part(mlp, ORDERS[LINEAR])).level
+            for attention, mlp in product((None, *surrogates.attention), (None, *surrogates.mlp))
+        ]
+        bare = bare_levels(settings, self.kinds)
+        size = max(len(resting), len(bare))
+        options = (resting + resting[:1] * (size - len(resting)), bare + [SOFTMAX] * (size - len(bare)))
+        of_levels = {level: index for index, level in enumerate(self.tables.errors.options)}
+        of_surrogates = {level: index for index, level in enumerate([*all_surrogates.attention, *all_surrogates.mlp])}
+        outputs, stand_ins = shares(found.outputs, norms).sum(-3), shares(found.surrogates, norms).sum(-3)  # halves add up
+        whole = torch.zeros(self.calls, self.depth, size, *outputs.shape[-2:], dtype=torch.float64)
+        resting_on = bases(path, self.calls)
+        for call in range(self.calls):
+            if call not in resting_on:
+                levels = shares(found.levels[call], norms)
+                for place, level in enumerate(options[1]):
+                    whole[call, :, place] = levels[:, of_levels[level]]
+                continue
+            basis = resting_on[call]
+            weights = polynomial_weights([places[index] for index in basis], places[call])
+
+            def left_out(values: Tensor) -> Tensor:  # (back, layers, parts, n, k) -> (layers, parts, n, k)
+                return sum(weight * values[call - index] for weight, index in zip(weights, basis, strict=True)) - values[0]  # noqa: B023
+
+            rest, gained = left_out(outputs[call]), left_out(stand_ins[call])
+            for place, (attention, mlp) in enumerate(product((None, *surrogates.attention), (None, *surrogates.mlp))):
+                effect = rest.sum(1)
+                for surrogate in (attention, mlp):
+                    if surrogate is not None:
+                        effect = effect - gained[:, of_surrogates[surrogate]]
+                whole[call, :, place] = effect
+            whole[call, :, len(resting) :] = whole[call, :, :1]
+        return options, (whole.flatten(3) / (whole.shape[-2] * whole.shape[-1]) ** 0.5).numpy()
+
+
+def _in_short(path: Sequence[int]) -> str:
+    """The computed calls as steps of the same length: `1 +4x3 +5` is 1, 5, 9, 13, 18."""
+    parts, steps = [str(path[0] + 1)], [after - before for before, after in pairwise(path)]
+    for step, those in groupby(steps):
+        count = len(list(those))
+        parts.append(f"+{step}" + (f"x{count}" if count > 1 else ""))
+    return " ".join(parts)
+
+
+def costs_with(costs: Costs, arch: Architecture, sampler: Sampler) -> Costs:
+    """The costs of another sampler of the same model, per call as before."""
+    return replace(costs, rows=tuple(sampler.rows_of_calls(arch)), noise_levels=tuple(sampler.noise_levels(arch)))
+
+
+class Judge:
+    """Measures the errors of candidates on one set of noise. What the store has for as many samples is not measured again."""
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
         costs: Costs,
         sampler: Sampler,
         samples: int,
@@ -373,58 +695,104 @@ class Judge:
         store: Store,
         progress: Progress = silent,
     ) -> None:
-        self.model, self.table, self.costs, self.sampler = model, table, costs, sampler
+        self.model, self.costs, self.sampler = model, costs, sampler
         self.samples, self.batch, self.store, self.progress = samples, batch, store, progress
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
         self.candidates: list[Candidate] = []
 
-    def add(self, proposal: Proposal) -> None:
-        """Judges a choice of levels, unless one like it of that kind is there."""
-        choice, kind = proposal.choice, proposal.kind
-        if any(kind == candidate.kind and np.array_equal(choice, candidate.choice) for candidate in self.candidates):
-            return
+    def add(self, proposal: Proposal) -> Candidate:
+        """Judges a proposal, unless one that does the same is there."""
+        for candidate in self.candidates:
+            if candidate.kind == proposal.kind and candidate.schedule == proposal.schedule:
+                return candidate
+        costs = costs_with(self.costs, self.model.arch, replace(self.sampler, steps=proposal.steps))
         judged = Candidate(
             **vars(proposal),
-            share=float(self.costs.of(choice) / self.costs.softmax),
-            per_step=bool((choice == choice[:, :1]).all()),
-            predicted=self.table.predicted(choice),
-            measured=self.error(proposal.name, choice) if self.samples else None,
+            share=float(costs.of(proposal.schedule) / self.costs.softmax),
+            measured=self.errors(proposal) if self.samples else None,
         )
         self.candidates.append(judged)
+        return judged
 
-    def error(self, name: str, choice: Choice) -> float:
-        """|sample - teacher's| / |teacher's| of the held-out samples."""
-        key = " ".join(",".join(map(str, row)) for row in choice.tolist())  # places may have two digits: commas keep them apart
+    def errors(self, proposal: Proposal) -> Errors:
+        """Of samples by the proposal's schedule, against the teacher's from the same noise."""
+        content = json.dumps([proposal.steps, proposal.schedule.to_json()])
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        group = f"candidates-{self.samples}-{self.sampler.seed}"
+        found: list[Errors] = []
 
-        def measure() -> float:
-            teacher = self._teacher
-            return float((self._sample(name, self.table.schedule(choice)) - teacher).norm() / teacher.norm())
+        def measure() -> Errors:
+            if not found:
+                teacher = self._teacher
+                found.append(Errors.of(self._sample(proposal.name, proposal.schedule, proposal.steps), teacher))
+            return found[0]
 
-        return self.store.number(f"candidates-{self.samples}", key, measure)
+        numbers = {
+            name: self.store.number(group, f"{key} {name}", lambda name=name: getattr(measure(), name))  # type: ignore[misc]
+            for name in ("median", "mean", "geometric", "flipped")
+        }
+        return Errors(samples=self.samples, **numbers)
 
-    def best(self, budget: float, per: Per) -> Candidate:
+    def improve(self, proposer: Proposer, budget: float, evaluations: int, seconds: float | None) -> None:
+        """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept."""
+        room, begun = self.costs.room(budget), time.monotonic()
+        paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and self._keeps(c, budget)]
+        if not paths:
+            return
+        best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
+        for _ in range(evaluations):
+            if seconds is not None and time.monotonic() - begun > seconds:
+                return
+            near = [path for path in proposer.neighbours(best, room) if path not in seen]
+            if not near:
+                return
+            seen.add(near[0])
+            moved = proposer.along(best.kind, near[0], room)
+            if self.costs.of(moved.schedule) > room:
+                continue
+            judged = self.add(replace(moved, name=f"{moved.name}, moved, for {budget:.2%}"))
+            best = min(best, judged, key=lambda candidate: candidate.error)
+
+    def _keeps(self, candidate: Candidate, budget: float) -> bool:
+        return candidate.share <= budget + 1e-12
+
+    def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING)) -> Candidate:
         """The candidate of least error within a budget; of a smaller budget's too, should they be better."""
-        most = self.costs.room(budget) + self.costs.rest
-        fitting = [c for c in self.candidates if self.costs.of(c.choice) <= most and (per == "cell" or c.per_step)]
+        fitting = [candidate for candidate in self.candidates if self._keeps(candidate, budget)]
+        if per == "step":
+            fitting = [c for c in fitting if c.kind != PER_CELL]
+        if "forecasts" not in kinds:  # what is asked for is a schedule of this sampler
+            fitting = [c for c in fitting if c.kind != FEWER] or fitting
         return min(fitting, key=lambda candidate: (candidate.error, candidate.share))
+
+    def baselines(self, budget: float) -> tuple[Candidate, ...]:
+        """The best candidate within a budget of every kind of baseline that has one."""
+        found = []
+        for kind in BASELINES:
+            fitting = [c for c in self.candidates if c.kind == kind and self._keeps(c, budget)]
+            found += [min(fitting, key=lambda candidate: candidate.error)] if fitting else []
+        return tuple(found)
 
     @cached_property
     def _teacher(self) -> Tensor:
-        return self._sample("held-out teacher", SOFTMAX)
+        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps)
 
-    def _sample(self, description: str, schedule: Schedule | Level) -> Tensor:
+    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int) -> Tensor:
         with self.progress(len(self.labels), description, "sample") as bar:
-            return sample_many(self.model, self.labels, self.sampler, schedule, self.batch, bar.update)
+            return sample_many(self.model, self.labels, replace(self.sampler, steps=steps), schedule, self.batch, bar.update)
 
 
-def latency_of(model: DiffusionTransformer, sampler: Sampler, schedule: Schedule, predicted: float, batch: int) -> Latency:
+def latency_of(model: DiffusionTransformer, sampler: Sampler, candidate: Candidate, predicted: float, batch: int) -> Latency:
     """Times whole batches, by the schedule and by softmax in turn, so that other load hits both."""
     where = next(model.parameters()).device
     labels = torch.zeros(batch, dtype=torch.long)
     noise = gaussian(sampler.seed, "initial noise", range(batch), (model.arch.channels, *model.arch.input_size))
-    levels: tuple[Schedule | Level, ...] = (schedule, SOFTMAX)
+    runs: tuple[tuple[Sampler, AnySchedule | Level], ...] = (
+        (replace(sampler, steps=candidate.steps), candidate.schedule),
+        (sampler, SOFTMAX),
+    )
     times = [
-        [median_seconds(partial(sample_batch, model, labels, sampler, level, noise=noise), where, 1) for level in levels]
+        [median_seconds(partial(sample_batch, model, labels, how, levels, noise=noise), where, 1) for how, levels in runs]
         for _ in range(PAIRS)
     ]
     measured, softmax = (statistics.median(column) for column in zip(*times, strict=True))

@@ -1,15 +1,15 @@
 """The error table: how far a sample moves when one layer of one model call runs at one level (design 5).
 
-A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order, a change d of the k-th call's guided output
-moves the sample by J_k d. J_k is never built. For random directions v of unit variance, one backward pass through the solver gives
-`g_k = J_k' v`, and the mean of <g_k, d>^2 over v is |J_k d|^2. The table keeps the products <g_k, d>, not their squares. So changes that
-point the same way at several calls add up, and opposite changes cancel.
+A solver calls the model at states x_1, x_2, ... and ends in a sample. To first order, a change d of the k-th call's guided output moves
+the sample by J_k d. J_k is never built. For random directions v of unit variance, one backward pass through the solver gives
+`g_k = J_k' v`, and the mean of <g_k, d>^2 over v is |J_k d|^2. A second pass, back through each call, carries g_k on to every block. The
+table keeps the products <g, d>, not their squares. So changes that point the same way at several calls add up, and opposite ones cancel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.allocate import Choice, chosen_vectors, joint_error
+from mediatorize.compression.paths import ForecastTable
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, draw_noise
 from mediatorize.model.levels import SOFTMAX, Level
+from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian, generator
@@ -154,32 +156,137 @@ def effects_on_samples(
     return Effects(tuple(ascending.tolist()), tuple(values.tolist()))
 
 
-@torch.no_grad()
-def output_changes(
-    model: DiffusionTransformer, guided: GuidedModel, x: Tensor, t: float, levels: Sequence[Level], around: Sequence[Level] | None = None
-) -> Tensor:
-    """Change of the guided output when one layer runs at one level: (layers, levels, n, output channels, h, w)
+@dataclass(frozen=True)
+class Surrogates:
+    """Cheap stand-ins whose rest a forecast may extrapolate: levels of the attention and of the MLP."""
 
-    Blocks below the layer are not run again: their outputs are kept from one pass. `around` has the levels of all other layers (default
-    softmax); changes are from the teacher in any case.
+    attention: tuple[Level, ...] = ()
+    mlp: tuple[Level, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.attention) + len(self.mlp)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products of changes on the teacher's trajectories with what moves the sample, to first order.
+
+    Axes: calls; layers; levels; two sub-layers (attention, MLP); halves of a guided call; samples n; directions k. A `back` axis holds, for
+    each call, what that call gave (0), and what earlier ones gave in its place (1 to the window).
     """
-    layers = model.layers()
-    base: Sequence[Level] = around or [SOFTMAX] * len(layers)
-    batch, times, labels = guided.inputs(x, t)
-    conditioning = model.condition(times, labels)
 
-    def finish(tokens: Tensor, first: int) -> Tensor:
-        copies = conditioning.repeat(len(tokens) // len(conditioning), 1)
-        outputs = model.finish(model.run_blocks(tokens, copies, base[first:], first), copies)
-        return torch.stack([guided.output(part) for part in outputs.split(len(batch))])
+    levels: Tensor
+    """(calls, layers, levels, n, k): of a block that runs at a level, all others at softmax."""
+    outputs: Tensor
+    """(calls, back, layers, 2, halves, n, k): of sub-layers' outputs behind the gates of the call at hand, as all later layers are kept."""
+    surrogates: Tensor
+    """(calls, back, layers, surrogates, halves, n, k): of the surrogates' outputs likewise, those of the attention first."""
+    model_outputs: Tensor
+    """(calls, back, halves, n, k): of the model's outputs."""
 
-    *inputs, tokens = model.walk(model.embed(batch), conditioning, base)
-    teacher = finish(tokens, len(layers))[0] if around is None else guided.output(model(batch, times, labels))
-    changes = []
-    for index, block in enumerate(layers):
-        variants = torch.cat([block(inputs[index], conditioning, level) for level in levels])
-        changes.append(finish(variants, index + 1) - teacher)
-    return torch.stack(changes)
+    @classmethod
+    def joined(cls, parts: Sequence[Products]) -> Products:
+        return cls(*(torch.cat([getattr(part, field) for part in parts], dim=-2) for field in vars(parts[0])))
+
+
+def adjoint_products(
+    model: DiffusionTransformer,
+    sampler: Sampler,
+    probes: Probes,
+    rows: Tensor,
+    levels: Sequence[Level],
+    surrogates: Surrogates,
+    window: int,
+    on_call: Callable[[], object] | None = None,
+) -> Products:
+    """The products of some trajectories, by one pass back through each call.
+
+    Backward from the gradient by the call's output, every block's output has its own gradient g; <g, d> is then the effect of any change d
+    there, with no further model calls. In memory: one call's activations and gradients, and the outputs of `window` calls' sub-layers.
+
+    Args:
+        rows: (n,) indices into the probes.
+        levels: of whole blocks.
+        window: how many calls back outputs are compared; 0 compares none.
+    """
+    device = next(model.parameters()).device
+    guided = GuidedModel(model, probes.labels[rows].to(device), sampler)
+    watched = [(surrogates.attention, surrogates.mlp)] * model.arch.depth
+    kept: list[_Outputs] = []
+    found: list[tuple[Tensor, ...]] = []
+    for call, t in enumerate(sampler.times()):
+        memory = Memory(model.arch.depth, order=0)
+        memory.begin(0.0, watched if window else None)
+        batch, times, labels = guided.inputs(probes.states[call, rows].to(device), t)
+        conditioning = model.condition(times, labels)
+        with torch.enable_grad():
+            embedded = model.embed(batch).detach().requires_grad_()
+            first, *after = model.walk(embedded, conditioning, SOFTMAX, memory=memory)
+            output = model.finish(after[-1], conditioning)
+            told = guided.output(output)
+            toward = probes.gradients[call][:, rows].to(device)
+            grads = [torch.autograd.grad(told, [output, *after], v, retain_graph=index + 1 < len(toward)) for index, v in enumerate(toward)]
+        by_output, *by_block = (torch.stack(parts) for parts in zip(*grads, strict=True))  # (k, rows, ...) each
+        halves = len(batch) // len(rows)
+        with torch.no_grad():
+            tokens = [first, *after]
+            changes = torch.zeros(model.arch.depth, len(levels), len(rows), len(toward))
+            for layer, block in enumerate(model.layers()):
+                for place, level in enumerate(levels):
+                    change = block(tokens[layer], conditioning, level) - tokens[layer + 1]
+                    changes[layer, place] = _products(change, by_block[layer], halves).sum(0)
+            now = _Outputs.of(memory, output, surrogates)
+            kept = [now, *kept][: window + 1]
+            gates = torch.stack([torch.stack(block.gates(conditioning)) for block in model.layers()])  # (layers, 2, rows, c)
+            sides = [0] * len(surrogates.attention) + [1] * len(surrogates.mlp)
+            backs = [part.products(by_output, by_block[-1], gates, sides, halves) for part in kept]
+            missing = [tuple(torch.zeros_like(part) for part in backs[0])] * (window + 1 - len(backs))
+            found.append((changes, *(torch.stack(parts) for parts in zip(*backs, *missing, strict=True))))
+        if on_call is not None:
+            on_call()
+    return Products(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What one call's sub-layers (layers, 2, rows, n, c), their surrogates (layers, surrogates, rows, n, c) and the model gave."""
+
+    sub_layers: Tensor
+    surrogates: Tensor
+    model: Tensor
+
+    @classmethod
+    def of(cls, memory: Memory, output: Tensor, surrogates: Surrogates) -> _Outputs:
+        both = [(block.attention, block.mlp) for block in memory.blocks]
+        sub_layers = torch.stack([torch.stack([part.outputs.values[-1] for part in parts]) for parts in both])
+        stand_ins = sub_layers.new_zeros(len(both), surrogates.count, *sub_layers.shape[2:])
+        for layer, parts in enumerate(both):
+            wanted = [(0, level) for level in surrogates.attention] + [(1, level) for level in surrogates.mlp]
+            for place, (side, level) in enumerate(wanted):
+                if level in parts[side].surrogates:
+                    stand_ins[layer, place] = sub_layers[layer, side] - parts[side].surrogates[level].values[-1]
+        return cls(sub_layers.detach(), stand_ins.detach(), output.detach())
+
+    def products(self, by_output: Tensor, by_last: Tensor, gates: Tensor, sides: list[int], halves: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(layers, 2, halves, n, k), (layers, surrogates, halves, n, k), (halves, n, k), on the CPU, behind another call's gates."""
+
+        def gated(values: Tensor, sides: list[int]) -> Tensor:
+            parts = [
+                torch.stack([_products(value * gate[side].unsqueeze(1), by_last, halves) for value, side in zip(layer, sides, strict=True)])
+                if sides
+                else by_last.new_zeros(0, halves, by_last.shape[1] // halves, len(by_last))
+                for layer, gate in zip(values, gates, strict=True)
+            ]
+            return torch.stack(parts).cpu()
+
+        return gated(self.sub_layers, [0, 1]), gated(self.surrogates, sides), _products(self.model, by_output, halves).cpu()
+
+
+def _products(change: Tensor, gradients: Tensor, halves: int) -> Tensor:
+    """<gradient, change> of every row: (rows, ...), (k, rows, ...) -> (halves, n, k)"""
+    products = torch.einsum("rd,krd->rk", change.flatten(1).float(), gradients.flatten(2).float())
+    return products.unflatten(0, (halves, -1))
 
 
 @dataclass(frozen=True)
@@ -196,7 +303,7 @@ class ErrorTable:
     options: tuple[Level, ...]
     """Levels in the order of their rank."""
     products: NDArray[np.float64]
-    """(cells, layers, options, probes): squares are shares of the samples' squared norm."""
+    """(cells, layers, options, probes): sums of squares are mean squared relative errors of samples."""
 
     def predicted(self, choice: Choice) -> dict[str, float]:
         """Relative error of the samples by three models: changes add as vectors, their squares add, their norms add."""
@@ -226,14 +333,6 @@ class ErrorTable:
             before = noise_level
         return Schedule(tuple(edges), tuple(pieces))
 
-    def around(self, choice: Choice, remeasured: ErrorTable) -> ErrorTable:
-        """This table, with the changes of single cells as they are when all others are at `choice`.
-
-        `remeasured` has, for every cell and option, the whole change of the cell's calls with one layer at that option.
-        """
-        now = chosen_vectors(remeasured.products, choice)[:, :, None]
-        return replace(self, products=chosen_vectors(self.products, choice)[:, :, None] + remeasured.products - now)
-
 
 def cells_of(noise_levels: Sequence[float]) -> tuple[tuple[float, ...], list[int]]:
     """The distinct noise levels of a sampler's calls, in order, and each call's place among them."""
@@ -241,33 +340,24 @@ def cells_of(noise_levels: Sequence[float]) -> tuple[tuple[float, ...], list[int
     return tuple(places), [places[level] for level in noise_levels]
 
 
-def error_table(products: Tensor, sample_squares: Tensor, noise_levels: Sequence[float], options: Sequence[Level]) -> ErrorTable:
-    """The table from products (calls, layers, options, n, k) and the squared norms of the samples (n,)."""
+def error_table(products: Tensor, sample_norms: Tensor, noise_levels: Sequence[float], options: Sequence[Level]) -> ErrorTable:
+    """The table from products (calls, layers, options, n, k) and the norms of the samples (n,)."""
     cells, place = cells_of(noise_levels)
     summed = torch.zeros(len(cells), *products.shape[1:], dtype=torch.float64).index_add_(0, torch.tensor(place), products.double())
-    scaled = summed.flatten(3) / (sample_squares.double().sum() * products.shape[-1]).sqrt()
+    scaled = shares(summed, sample_norms).flatten(3) / products[0, 0, 0].numel() ** 0.5
     counts = tuple(place.count(cell) for cell in range(len(cells)))
     return ErrorTable(cells, counts, tuple(options), scaled.numpy())
 
 
-def products_of_call(
-    model: DiffusionTransformer,
-    sampler: Sampler,
-    probes: Probes,
-    call: int,
-    t: float,
-    options: Sequence[Level],
-    batch: int,
-    around: Sequence[Level] | None = None,
-) -> Tensor:
-    """Products of one call's output changes with its gradients: (layers, options, n, k), on the CPU. `batch` trajectories at a time."""
-    device = next(model.parameters()).device
-    parts = []
-    for rows in torch.arange(len(probes.labels)).split(batch):
-        guided = GuidedModel(model, probes.labels[rows].to(device), sampler)
-        changes = output_changes(model, guided, probes.states[call, rows].to(device), t, options, around)
-        parts.append(torch.einsum("ljnchw,knchw->ljnk", changes, probes.gradients[call][:, rows].to(device)).cpu())
-    return torch.cat(parts, dim=2)
+def shares(products: Tensor, sample_norms: Tensor) -> Tensor:
+    """Products (..., n, k) as shares of the samples' norms (n,), in double precision."""
+    return products.double() / sample_norms.double().clamp(min=1e-12).unsqueeze(1)
+
+
+def forecast_table(products: Tensor, sample_norms: Tensor, noise_levels: Sequence[float]) -> ForecastTable:
+    """What forecasts of whole calls do, from products (calls, back, n, k)."""
+    _, place = cells_of(noise_levels)
+    return ForecastTable(tuple(map(float, place)), shares(products, sample_norms).numpy())
 
 
 def latent_changes(states: Tensor) -> list[float]:

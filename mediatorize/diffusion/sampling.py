@@ -10,17 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.solvers import SOLVERS, Solver, find_solver, refuse_steps
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
+from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule, calls_at
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
 Channels = int | Literal["all"]
+Interval = tuple[float, float]
+EVERYWHERE: Interval = (0.0, 1.0)
+"""Noise levels at which guidance holds, unless fewer are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Sampler:
     """Classifier-free guidance; 1 is none, and costs half."""
     cfg_channels: Channels = 3
     """How many channels are guided."""
+    cfg_interval: Interval = EVERYWHERE
+    """Noise levels from the lowest to the highest at which calls are guided (arXiv 2404.07724); the others cost half."""
     seed: int = 0
     """Seed of the initial noise and of every step's noise."""
 
@@ -45,6 +51,7 @@ class Sampler:
         steps: int | None = None,
         cfg_scale: float = 1.0,
         cfg_channels: Channels = 3,
+        cfg_interval: Interval = EVERYWHERE,
         seed: int = 0,
         fixed_for: str = "",
     ) -> Sampler:
@@ -66,14 +73,19 @@ class Sampler:
         if seed < 0 or (cfg_channels != "all" and cfg_channels < 1):
             raise UserError(f"Seed {seed} or {cfg_channels} guided channels cannot be.", hint="Seeds are from 0, channels from 1 or all.")
         refuse_guidance(arch, cfg_scale)
-        return cls(solver=name, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed)
+        low, high = cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"No noise level is in the interval {low:g},{high:g}.", hint="Pass --cfg-interval LOW,HIGH between 0 and 1.")
+        if chosen.adaptive and cfg_interval != EVERYWHERE:
+            raise UserError(f"{name} takes its steps by both halves of a guided call.", hint="Pass --solver euler with --cfg-interval.")
+        return cls(solver=name, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=(low, high), seed=seed)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Sampler:
-        return cls(**fields)
+        return cls(**{**fields, "cfg_interval": tuple(fields.get("cfg_interval", EVERYWHERE))})
 
     @property
     def how(self) -> Solver:
@@ -81,8 +93,13 @@ class Sampler:
 
     @property
     def rows(self) -> int:
-        """Rows of a model call that one sample takes: guidance doubles them."""
+        """Rows of a guided model call that one sample takes: guidance doubles them."""
         return 1 if self.cfg_scale == 1 else 2
+
+    def rows_at(self, noise_level: float) -> int:
+        """Rows of a model call at a noise level that one sample takes."""
+        low, high = self.cfg_interval
+        return self.rows if low - SAME_PLACE <= noise_level <= high + SAME_PLACE else 1
 
     def times(self) -> list[float]:
         """The times at which the solver calls the model, by running it on nothing."""
@@ -100,16 +117,27 @@ class Sampler:
         process = process_of(arch)
         return [float(process.noise_level(torch.tensor(process.own_time(t)))) for t in self.times()]
 
-    def levels_of_calls(self, arch: Architecture, schedule: Schedule | Level | None) -> list[tuple[Level, ...]]:
-        """The level of every layer, for each model call; the solver's steps must be fixed."""
-        at = level_source(schedule)
-        return [tuple(levels_per_layer(at(noise_level), arch.depth)) for noise_level in self.noise_levels(arch)]
+    def calls(self, arch: Architecture, schedule: AnySchedule | Level | None) -> list[Call]:
+        """What each model call runs; the solver's steps must be fixed."""
+        return calls_at(SOFTMAX if schedule is None else schedule, self.noise_levels(arch), arch.depth)
 
-    def flops(self, arch: Architecture, schedule: Schedule | Level | None, settings: MediatorSettings | None) -> float | None:
+    def rows_of_calls(self, arch: Architecture) -> list[int]:
+        """Rows of every model call that one sample takes."""
+        return [self.rows_at(noise_level) for noise_level in self.noise_levels(arch)]
+
+    def memory_numbers(self, arch: Architecture, schedule: AnySchedule | Level | None) -> int:
+        """How many numbers per sample are kept between calls, for forecasts."""
+        return 0 if self.how.adaptive else cost.memory_numbers(arch, self.calls(arch, schedule), self.rows_of_calls(arch))
+
+    def flops(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> float | None:
         """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
         if self.how.adaptive:
             return None
-        return self.rows * sum(float(cost.forward_flops(arch, levels, settings)) for levels in self.levels_of_calls(arch, schedule))
+        return float(cost.calls_flops(arch, self.calls(arch, schedule), self.rows_of_calls(arch), settings))
+
+
+SAME_PLACE = 1e-6
+"""Noise levels are in an interval that they miss by no more."""
 
 
 def refuse_guidance(arch: Architecture, cfg_scale: float) -> None:
@@ -132,15 +160,16 @@ class GuidedModel:
     whole: bool = False
     """Whether the solver gets both halves of a guided batch. The originals' adaptive solvers choose their steps by both."""
 
-    @property
-    def guided(self) -> bool:
-        return self.sampler.rows == 2
+    def guided_at(self, t: float) -> bool:
+        """Whether the call at the solver's time is guided."""
+        process = process_of(self.model.arch)
+        return self.sampler.rows_at(float(process.noise_level(torch.tensor(process.own_time(t))))) == 2
 
     def inputs(self, x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """The model's x, t and labels; guided, the batch twice, conditional first."""
         labels = self.labels
         x = x[: len(labels)]
-        if self.guided:
+        if self.guided_at(t):
             x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, self.model.arch.classes)])
         times = torch.full((len(x),), process_of(self.model.arch).own_time(t), device=x.device, dtype=torch.float32)
         return x.to(next(self.model.parameters()).dtype), times, labels  # only the model is in low precision
@@ -148,7 +177,7 @@ class GuidedModel:
     def output(self, output: Tensor) -> Tensor:
         """What the solver is told, in float32, of what the model said."""
         output, arch = output.float(), self.model.arch
-        if self.guided:
+        if len(output) > len(self.labels):
             channels = self.sampler.cfg_channels
             output = guide(output, self.sampler.cfg_scale, arch.channels if channels == "all" else min(channels, arch.channels))
             output = output if self.whole else output[: len(self.labels)]
@@ -163,9 +192,10 @@ def sample(
     steps: int | None = None,
     cfg_scale: float = 1.0,
     cfg_channels: Channels = 3,
+    cfg_interval: Interval = EVERYWHERE,
     noise: Tensor | None = None,
     seed: int = 0,
-    schedule: Schedule | Level | None = None,
+    schedule: AnySchedule | Level | None = None,
     first_index: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
@@ -177,15 +207,17 @@ def sample(
         steps: of the solver; euler, ddim and ddpm call the model once per step. `None` takes the solver's default.
         cfg_scale: classifier-free guidance; 1 is none, and costs half.
         cfg_channels: how many channels are guided. DiT and SiT guide the first 3, whatever there are; REPA and diffusers all.
+        cfg_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
         noise: the initial state (b, c, h, w); `None` draws it from `seed`.
         seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
-        schedule: a `Schedule`, one level for everything, or `None`: the model's own schedule where it has one, else softmax.
+        schedule: a `Schedule` or `CallSchedule`, one level for everything, or `None`: the model's own where it has one, else softmax.
         observe: called before every model call with its x, t and labels, the guided batch in full.
 
     Returns:
         Latents (b, c, h, w), on the model's device.
     """
-    sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed)
+    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, seed=seed, **guidance)
     return sample_batch(model, labels, sampler, schedule, noise=noise, first_index=first_index, observe=observe)
 
 
@@ -194,14 +226,14 @@ def sample_batch(
     model: DiffusionTransformer,
     labels: Tensor | Sequence[int],
     sampler: Sampler,
-    schedule: Schedule | Level | None = None,
+    schedule: AnySchedule | Level | None = None,
     *,
     noise: Tensor | None = None,
     first_index: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
     """`sample` with a resolved sampler."""
-    arch, process = model.arch, process_of(model.arch)
+    arch = model.arch
     parameter = next(model.parameters())
     labels = torch.as_tensor(labels, device=parameter.device)
     refuse_unknown_labels(arch, labels)
@@ -210,26 +242,48 @@ def sample_batch(
     x = draw(-1) if noise is None else noise.to(parameter.device, torch.float32)
     if x.shape != (len(labels), *shape):
         raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
-    levels_at = level_source(schedule if schedule is not None else model.schedule)
+    schedule = schedule if schedule is not None else model.schedule
     guided_model = GuidedModel(model, labels, sampler, whole=sampler.how.adaptive)
+    call = driver_of(model, sampler, schedule, len(labels))
 
     def predict(x: Tensor, t: float) -> Tensor:
-        levels = levels_at(float(process.noise_level(torch.tensor(process.own_time(t)))))
         batch, times, batch_labels = guided_model.inputs(x, t)
         if observe is not None:
             observe(batch, times, batch_labels)
-        return guided_model.output(model(batch, times, batch_labels, levels=levels))
+        return guided_model.output(call(batch, times, batch_labels))
 
-    if guided_model.guided and sampler.how.adaptive:
+    if sampler.rows == 2 and sampler.how.adaptive:
         x = torch.cat([x, x])  # the originals integrate both halves, and step sizes depend on both
     return sampler.how.run(predict, x, sampler.steps, draw)[: len(labels)]
+
+
+def driver_of(
+    model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None, batch: int
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What a solver's calls of the model go through: (x, t, labels) -> the model's output. For one trajectory of a batch."""
+    if not sampler.how.adaptive:
+        arch = model.arch
+        rows = sampler.rows_of_calls(arch)
+        return Driver(model, arch.depth, sampler.calls(arch, schedule), sampler.noise_levels(arch), rows, batch)
+    if isinstance(schedule, CallSchedule):
+        raise UserError(
+            f"{sampler.solver} takes as many steps as it needs; a schedule with forecasts is for fixed ones.",
+            hint="Pass --solver euler, or --level softmax.",
+        )
+    process = process_of(model.arch)
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        levels = schedule.at(float(process.noise_level(t[0]))) if isinstance(schedule, Schedule) else schedule
+        return model(x, t, y, levels=SOFTMAX if levels is None else levels)
+
+    return call
 
 
 def sample_part(
     model: DiffusionTransformer,
     labels: Tensor,
     sampler: Sampler,
-    schedule: Schedule | Level | None,
+    schedule: AnySchedule | Level | None,
     first_index: int,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
@@ -244,7 +298,7 @@ def sample_many(
     model: DiffusionTransformer,
     labels: Tensor,
     sampler: Sampler,
-    schedule: Schedule | Level | None,
+    schedule: AnySchedule | Level | None,
     batch: int,
     on_samples: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -292,11 +346,3 @@ def refuse_unknown_labels(arch: Architecture, labels: Tensor) -> None:
 def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:
     if level is not None and level not in model.all_levels:
         raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, model.all_levels))}.")
-
-
-def level_source(schedule: Schedule | Level | None) -> Callable[[float], Level | Sequence[Level]]:
-    """Noise level -> levels; None is softmax throughout."""
-    if isinstance(schedule, Schedule):
-        return schedule.at
-    level: Level = SOFTMAX if schedule is None else schedule
-    return lambda noise_level: level

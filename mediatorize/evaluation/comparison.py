@@ -22,14 +22,14 @@ from torch import Tensor
 
 from mediatorize.devices import World
 from mediatorize.diffusion.process import process_of
-from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_part
+from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_batch, sample_part
 from mediatorize.errors import UserError
 from mediatorize.evaluation.features import Extractor, Pictures, Reference, as_bytes, as_images, judge
 from mediatorize.evaluation.metrics import Features, distance_of_halves, statistics_of
 from mediatorize.evaluation.results import OWN_SCHEDULE, Comparison, RowKind, RowResult, Timing
 from mediatorize.evaluation.timing import paired_time, peak_bytes
 from mediatorize.model.levels import SOFTMAX, Level, in_order, is_pretrained
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.schedule import AnySchedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
@@ -64,16 +64,16 @@ class Row:
     """One way to run the model."""
 
     name: str
-    levels: Schedule | Level
+    levels: AnySchedule | Level
 
     @property
     def kind(self) -> RowKind:
-        return "schedule" if isinstance(self.levels, Schedule) else "level"
+        return "level" if isinstance(self.levels, int | str) else "schedule"
 
     @property
     def key(self) -> str:
         """A name of its own for what it does, whatever it is called, which a file can have."""
-        if isinstance(self.levels, Schedule):
+        if not isinstance(self.levels, int | str):
             return f"schedule-{hashlib.sha256(json.dumps(self.levels.to_json()).encode()).hexdigest()[:12]}"
         return str(self.levels)
 
@@ -84,7 +84,7 @@ class Row:
 
 
 def rows_of(
-    model: DiffusionTransformer, levels: Sequence[Level] | None = None, schedules: Mapping[str, Schedule] | None = None
+    model: DiffusionTransformer, levels: Sequence[Level] | None = None, schedules: Mapping[str, AnySchedule] | None = None
 ) -> list[Row]:
     """The teacher, the model's own schedule where it has one, other schedules by name, then levels from the dearest.
 
@@ -357,7 +357,11 @@ def _with_time(
     def call(levels: tuple[Level, ...]) -> Callable[[], Tensor]:
         return lambda: model(x, t, y, levels=levels)
 
-    wanted = [Counter(sampler.levels_of_calls(arch, row.levels)) for row in rows]
+    apart = [any(not call.computed or call.unconditional for call in sampler.calls(arch, row.levels)) for row in rows]
+    wanted = [
+        Counter() if whole else Counter(call.levels for call in sampler.calls(arch, row.levels))
+        for whole, row in zip(apart, rows, strict=True)
+    ]
     calls = sum(wanted[0].values())
     (softmax,) = wanted[0]  # the teacher runs every layer and call so
     ratios = {softmax: 1.0}
@@ -371,9 +375,17 @@ def _with_time(
                 ratios[levels] = paired_time(call(levels), call(softmax), max(3, -(-pairs // len(counts))), device).ratio
                 memory[levels] = peak_bytes(call(levels), device)
                 bar.update(1)
+    noise = gaussian(sampler.seed, "initial noise", range(batch), (arch.channels, *arch.input_size))
+
+    def whole_sampler(levels: AnySchedule | Level) -> Callable[[], Tensor]:
+        return lambda: sample_batch(model, y[:batch], sampler, levels, noise=noise)
+
     timed = []
-    for counts, result in zip(wanted, found.results, strict=True):
-        ratio = sum(ratios[levels] * times for levels, times in counts.items()) / calls
+    for row, counts, result in zip(rows, wanted, found.results, strict=True):
+        if counts:
+            ratio = sum(ratios[levels] * times for levels, times in counts.items()) / calls
+        else:  # calls that rest on others are timed with them
+            ratio = paired_time(whole_sampler(row.levels), whole_sampler(SOFTMAX), max(3, -(-pairs // calls)), device).ratio
         latency = ratio * control.reference_seconds
         peaks = [peak for levels in counts if (peak := memory[levels]) is not None]
         timed.append(

@@ -63,6 +63,8 @@ class Probe:
     x: Tensor
     y: Tensor
     cases: tuple[Case, ...]
+    walk: tuple[tuple[float, str], ...] = ()
+    """Of a schedule with forecasts: the time of all its calls, and the names of the first ones, which are made in turn."""
 
     def times(self, case: Case) -> Tensor:
         """(b,)"""
@@ -73,7 +75,22 @@ class Probe:
         import torch
 
         with torch.no_grad():
-            return {case.name: model(self.x, self.times(case), self.y, levels=case.levels) for case in self.cases}
+            found = {case.name: model(self.x, self.times(case), self.y, levels=case.levels) for case in self.cases}
+            return found | (self.walked(model) if self.walk else {})
+
+    def walked(self, model: DiffusionTransformer) -> dict[str, Tensor]:
+        """What the first calls of a model's schedule give, one after the other."""
+        import torch
+
+        from mediatorize.diffusion.driver import Driver
+        from mediatorize.diffusion.process import process_of
+        from mediatorize.model.schedule import calls_at
+
+        assert model.schedule is not None, "the walk is of its schedule"
+        noise_levels = [float(process_of(model.arch).noise_level(torch.tensor(t))) for t, _ in self.walk]
+        calls = calls_at(model.schedule, noise_levels, model.arch.depth)
+        call = Driver(model, model.arch.depth, calls, noise_levels, [1] * len(calls), len(self.x))
+        return {name: call(self.x, self.x.new_full((len(self.x),), t), self.y) for t, name in self.walk if name}
 
 
 class Target(Protocol):

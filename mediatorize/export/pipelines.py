@@ -23,6 +23,7 @@ from mediatorize.formats.bundle import save_tensors, write_json, write_text
 from mediatorize.formats.images import load_vae
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
+from mediatorize.model.schedule import AnySchedule, CallSchedule
 from mediatorize.version import VERSION
 
 TRANSFORMER_FILE, TRANSFORMER_CLASS = "mediator_transformer", "MediatorTransformer2DModel"
@@ -59,8 +60,10 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {"ddpm": _ddpm_scheduler, "flow": _fl
 """The scheduler that an export comes with, by the process of its model."""
 
 
-def suits_stock_pipeline(arch: Architecture, vae: Path | None) -> bool:
+def suits_stock_pipeline(arch: Architecture, vae: Path | None, schedule: AnySchedule | None = None) -> bool:
     """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents."""
+    if isinstance(schedule, CallSchedule):
+        return False  # its forecasts need a driver for each run
     fits = arch.null_class and arch.classes <= STOCK_NULL_CLASS and arch.input_size[0] == arch.input_size[1]
     return process_of(arch).name == STOCK_PROCESS and vae is not None and fits
 
@@ -95,7 +98,7 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     scheduler.save_pretrained(folder / "scheduler")
 
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
-    if not suits_stock_pipeline(arch, choices.vae):
+    if not suits_stock_pipeline(arch, choices.vae, model.schedule):
         index["_class_name"] = [PIPELINE_FILE, PIPELINE_CLASS]
         write_text(folder / f"{PIPELINE_FILE}.py", standalone(f"{TRAVELLING}.pipeline", _title("A pipeline for DiT and SiT")))
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -126,7 +129,7 @@ sys.modules.update(mediatorize=None, timm=None)
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-folder, probe, found, cases = sys.argv[1:]
+folder, probe, found, cases, calls = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 pipeline.set_progress_bar_config(disable=True)
 inputs, outputs, transformer = load_file(probe), {{}}, pipeline.transformer
@@ -136,6 +139,11 @@ with torch.no_grad():
         transformer.level = level
         times = torch.full((len(inputs["x"]),), t)
         outputs[name] = transformer(inputs["x"], timestep=times, class_labels=inputs["y"]).sample.contiguous()
+    transformer.level, walk, batch = None, json.loads(calls), len(inputs["x"])
+    call = transformer.driver([t for t, _ in walk], [1] * len(walk), batch)
+    for t, name in walk:
+        if name:
+            outputs[name] = call(inputs["x"], torch.full((batch,), t), inputs["y"]).contiguous()
 save_file(outputs, found)
 """
 """Loads a folder in a process that has neither mediatorize nor timm, and calls its transformer."""
@@ -148,7 +156,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
         inputs, found = Path(scratch) / "probe.safetensors", Path(scratch) / "found.safetensors"
         save_file({"x": probe.x, "y": probe.y}, inputs)
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(found), cases]
+        command = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(found), cases, json.dumps(probe.walk)]
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -160,7 +168,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
 
 def usage(subject: Subject, choices: Choices) -> str:
     arch = subject.arch
-    stock = suits_stock_pipeline(arch, choices.vae)
+    stock = suits_stock_pipeline(arch, choices.vae, subject.model.schedule)
     pictures = choices.vae is not None or arch.channels in (1, 3)
     labels = f"class_labels=[0, {min(1, arch.classes - 1)}]"
     steps = "" if stock else ", guidance_scale=1.5" if arch.null_class else ""

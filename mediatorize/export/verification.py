@@ -12,6 +12,7 @@ from torch import Tensor
 from mediatorize.diffusion.process import process_of
 from mediatorize.errors import UserError
 from mediatorize.export.contract import Case, Choices, Export, Probe, Subject
+from mediatorize.model.schedule import CallSchedule
 
 TOLERANCE = 1e-4
 """Of an output's largest value: how far a loaded export may be from the model."""
@@ -41,13 +42,18 @@ def probe_of(subject: Subject, seed: int = 0, batch: int = 2) -> Probe:
 
     levels = subject.levels
     cases = [Case(name=f"level {level}", t=time_at((i + 1) / (len(levels) + 1)), levels=level) for i, level in enumerate(levels)]
-    if schedule is not None:
+    walk: tuple[tuple[float, str], ...] = ()
+    if isinstance(schedule, CallSchedule):
+        resting = next((index for index, call in enumerate(schedule.of_calls) if not call.computed), 0)
+        names = [f"call {index + 1} of the schedule" if index <= resting else "" for index in range(len(schedule.of_calls))]
+        walk = tuple((time_at(noise), name) for noise, name in zip(schedule.noise_levels, names, strict=True))
+    elif schedule is not None:
         for low, high in zip((0.0, *schedule.edges), (*schedule.edges, 1.0), strict=True):
             middle = (low + high) / 2
             name = f"schedule at noise level {middle:.4g}"
             cases.append(Case(name=name, t=time_at(middle), levels=schedule.at(middle), scheduled=True))
     labels = torch.randint(arch.classes, (batch,), generator=generator)
-    return Probe(torch.randn(batch, arch.channels, *arch.input_size, generator=generator), labels, tuple(cases))
+    return Probe(torch.randn(batch, arch.channels, *arch.input_size, generator=generator), labels, tuple(cases), walk)
 
 
 def verify(folder: Path, export: Export, subject: Subject, choices: Choices) -> Verification:
@@ -58,7 +64,8 @@ def verify(folder: Path, export: Export, subject: Subject, choices: Choices) -> 
     """
     probe = probe_of(subject)
     found = export.target.outputs(folder, subject, choices, probe)
-    probe = replace(probe, cases=tuple(case for case in probe.cases if case.name in found))
+    walk = probe.walk if any(name in found for _, name in probe.walk if name) else ()
+    probe = replace(probe, cases=tuple(case for case in probe.cases if case.name in found), walk=walk)
     exact = probe.outputs(subject.model)
     expected = exact if choices.dtype == "float32" else probe.outputs(export.reference(subject, choices))
     assert found.keys() == expected.keys()

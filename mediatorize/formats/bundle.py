@@ -20,8 +20,8 @@ from mediatorize.compression.records import Distillation, LayerErrors
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import KINDS, Level, MediatorSettings
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.levels import KINDS, SOFTMAX, MediatorSettings, missing
+from mediatorize.model.schedule import AnySchedule, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
 
@@ -153,34 +153,36 @@ def load_bundle(path: Path) -> DiffusionTransformer:
     return model.requires_grad_(False).eval()
 
 
-def read_schedule(path: Path, config: BundleConfig) -> Schedule | None:
+def read_schedule(path: Path, config: BundleConfig) -> AnySchedule | None:
     """The bundle's schedule, where it has one: for its number of layers, of levels that it has."""
     file = path / "schedule.json"
-    return read_schedule_file(file, config.arch.depth, config.settings.all_levels) if file.exists() else None
+    return read_schedule_file(file, config.arch.depth, config.settings) if file.exists() else None
 
 
-def read_schedule_file(file: Path, depth: int, levels: Collection[Level]) -> Schedule:
-    """The schedule in a JSON file: for `depth` layers, of `levels` alone."""
+def read_schedule_file(file: Path, depth: int, settings: MediatorSettings | None) -> AnySchedule:
+    """The schedule in a JSON file: for `depth` layers, of levels that a model with such settings has."""
     try:
         with about(file):
-            schedule = Schedule.from_json(json.loads(file.read_text()))
+            schedule = schedule_from_json(json.loads(file.read_text()))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}).", hint="Calibrate again.") from error
     if schedule.depth != depth:
         raise UserError(f"{file}: is for {schedule.depth} layers, the model has {depth}.", hint="Calibrate again.")
-    if unknown := schedule.used - set(levels):
-        raise UserError(f"{file}: the model has no level {unknown.pop()}.", hint="Calibrate again.")
+    levels, mlps = (settings.all_levels, settings.mlp_levels) if settings else ((SOFTMAX,), ())
+    for level in sorted(schedule.used, key=str):
+        if (lacking := missing(level, levels, mlps)) is not None:
+            raise UserError(f"{file}: the model has no level {lacking}.", hint="Calibrate again.")
     return schedule
 
 
-def read_schedules(files: Sequence[Path], model: DiffusionTransformer, reserved: Collection[str] = ()) -> dict[str, Schedule]:
+def read_schedules(files: Sequence[Path], model: DiffusionTransformer, reserved: Collection[str] = ()) -> dict[str, AnySchedule]:
     """Schedules for a model by file name, or by path if the name is `reserved`, taken, or reads as a level."""
-    found: dict[str, Schedule] = {}
+    found: dict[str, AnySchedule] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such schedule.", hint="Pass the path of a schedule.json.")
         taken = file.stem in (*reserved, *found) or any(kind.read(file.stem) is not None for kind in KINDS.values())
-        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, model.all_levels)
+        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, model.settings)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from timm.layers import Attention, Mlp
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.attention import MediatorAttention
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained
+from mediatorize.model.levels import FULL, OWN, SOFTMAX, Level, MediatorSettings, Part, is_pretrained, mlp_share, parts_of
+from mediatorize.model.memory import BlockMemory, SubLayerMemory
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -76,13 +78,38 @@ class ModulationUpdate(nn.Module):
         return self.up(self.down(F.silu(conditioning)))
 
 
+class NarrowMlp(nn.Module):
+    """A narrow MLP in place of a block's own (design 4). Its levels are nested: a narrower one is the first hidden units of the widest."""
+
+    def __init__(self, arch: Architecture, shares: Sequence[int]) -> None:
+        """
+        Args:
+            shares: 8 is an eighth of the hidden width; in descending order.
+        """
+        super().__init__()
+        self.hidden = arch.mlp_width
+        self.fc1 = nn.Linear(arch.width, self.hidden // shares[-1])
+        self.fc2 = nn.Linear(self.hidden // shares[-1], arch.width, bias=False)
+        self.biases = nn.ParameterDict({str(share): nn.Parameter(torch.zeros(arch.width)) for share in shares})
+
+    def forward(self, x: Tensor, level: Level) -> Tensor:
+        """(b, n, c) -> (b, n, c) at one of its levels."""
+        share = mlp_share(level)
+        if str(share) not in self.biases:
+            raise UserError(f"This model has no MLP of width {level}.", hint="Run `mediatorize convert` with --mlp-widths.")
+        units = self.hidden // share
+        hidden = F.gelu(F.linear(x, self.fc1.weight[:units], self.fc1.bias[:units]), approximate="tanh")
+        return F.linear(hidden, self.fc2.weight[:, :units], self.biases[str(share)])
+
+
 class BlockMediator(nn.Module):
-    """What a block has of its own at mediator levels, beside its attention: a change of the modulation, and its MLP."""
+    """What a block has of its own at mediator levels, beside its attention: a change of the modulation, its MLP, and narrow MLPs."""
 
     def __init__(self, arch: Architecture, settings: MediatorSettings) -> None:
         super().__init__()
         self.modulation = ModulationUpdate(arch.width, settings.modulation_rank) if settings.modulation_rank else None
         self.mlp = block_mlp(arch) if settings.mlp == "own" else None
+        self.narrow = NarrowMlp(arch, settings.mlp_widths) if settings.mlp_widths else None
 
 
 class Block(nn.Module):
@@ -118,21 +145,71 @@ class Block(nn.Module):
     def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
         """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
         vectors = self.adaLN_modulation(conditioning)
-        if not is_pretrained(level) and self.mediator is not None and self.mediator.modulation is not None:
+        if changes_modulation(level) and self.mediator is not None and self.mediator.modulation is not None:
             vectors = vectors + self.mediator.modulation(conditioning)
         return vectors.chunk(6, dim=1)
+
+    def gates(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, c) -> the gates (b, c) of the attention and of the MLP, alone."""
+        linear = cast(nn.Linear, self.adaLN_modulation[1])
+        hidden, weights, biases = F.silu(conditioning), linear.weight.chunk(6), linear.bias.chunk(6)
+        return F.linear(hidden, weights[2], biases[2]), F.linear(hidden, weights[5], biases[5])
 
     def attention_input(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention layer gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
         shift, scale, gate = self.modulation(conditioning, SOFTMAX)[:3]
         return modulate(self.norm1(x), shift, scale), gate.unsqueeze(1)
 
-    def forward(self, x: Tensor, conditioning: Tensor, level: Level) -> Tensor:
-        """(b, n, c), (b, c) -> (b, n, c)"""
+    def forward(self, x: Tensor, conditioning: Tensor, level: Level, memory: BlockMemory | None = None) -> Tensor:
+        """(b, n, c), (b, c) -> (b, n, c). Without a memory nothing is forecast: the pretrained sub-layer runs in its place."""
+        parts = parts_of(level)
+        attention, mlp = parts.attention, parts.mlp
+        if memory is None:
+            attention, mlp = _computed(attention, SOFTMAX), _computed(mlp, FULL)
+        elif attention.runs is None and mlp.runs is None:
+            gate1, gate2 = self.gates(conditioning)
+            x = torch.addcmul(x, gate1.unsqueeze(1), memory.attention.forecast(attention.order or 0, None, x))
+            return torch.addcmul(x, gate2.unsqueeze(1), memory.mlp.forecast(mlp.order or 0, None, x))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, level)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), level)
-        mlp = self.mlp if is_pretrained(level) or self.mediator is None or self.mediator.mlp is None else self.mediator.mlp
-        return x + gate2.unsqueeze(1) * mlp(modulate(self.norm2(x), shift2, scale2))
+        y = _run(attention, lambda: modulate(self.norm1(x), shift1, scale1), self.attn, x, None if memory is None else memory.attention)
+        x = x + gate1.unsqueeze(1) * y
+        y = _run(mlp, lambda: modulate(self.norm2(x), shift2, scale2), self.run_mlp, x, None if memory is None else memory.mlp)
+        return x + gate2.unsqueeze(1) * y
+
+    def run_mlp(self, x: Tensor, level: Level) -> Tensor:
+        """(b, n, c) -> (b, n, c) at a level of the MLP."""
+        if level == FULL or (level == OWN and (self.mediator is None or self.mediator.mlp is None)):
+            return self.mlp(x)
+        if level == OWN and self.mediator is not None and self.mediator.mlp is not None:
+            return self.mediator.mlp(x)
+        if self.mediator is None or self.mediator.narrow is None:
+            raise UserError("This model has no narrow MLPs.", hint="Run `mediatorize convert` with --mlp-widths.")
+        return self.mediator.narrow(x, level)
+
+
+def changes_modulation(level: Level) -> bool:
+    """Whether a block at a level uses the low-rank change of its modulation: its attention runs bare, at an added level."""
+    attention = parts_of(level).attention
+    return attention.order is None and attention.runs != SOFTMAX
+
+
+def _computed(part: Part, pretrained: Level) -> Part:
+    return part if part.order is None else Part(pretrained)
+
+
+def _run(
+    part: Part, inputs: Callable[[], Tensor], run: Callable[[Tensor, Level], Tensor], tokens: Tensor, memory: SubLayerMemory | None
+) -> Tensor:
+    """A sub-layer's output (b, n, c), computed or forecast. `inputs` gives what it reads, `tokens` are what it is added to."""
+    if part.order is not None and memory is not None:
+        rest = memory.forecast(part.order, part.runs, tokens)
+        return rest if part.runs is None else rest + run(inputs(), part.runs)
+    assert part.runs is not None, "what is not forecast is computed"
+    x = inputs()
+    y = run(x, part.runs)
+    if memory is not None:
+        memory.remember(y, {level: run(x, level) for level in memory.watched})
+    return y
 
 
 def block_mlp(arch: Architecture) -> Mlp:
@@ -148,14 +225,22 @@ def call(block: Block, tokens: Tensor, conditioning: Tensor, level: Level) -> Te
     return block(tokens, conditioning, level)
 
 
-def walk(blocks: Sequence[Block], tokens: Tensor, conditioning: Tensor, levels: Sequence[Level], run: Run = call) -> Iterator[Tensor]:
+def walk(
+    blocks: Sequence[Block],
+    tokens: Tensor,
+    conditioning: Tensor,
+    levels: Sequence[Level],
+    run: Run = call,
+    memories: Sequence[BlockMemory] | None = None,
+) -> Iterator[Tensor]:
     """The tokens (b, n, c) before every block, and after the last. A block is run only when what comes after it is asked for.
 
     Args:
         levels: one for each block.
-        run: runs a block, as for recomputed activations or in batches.
+        run: runs a block, as for recomputed activations or in batches; of no account with memories.
+        memories: one for each block, where sub-layers are remembered and forecast.
     """
     yield tokens
-    for block, level in zip(blocks, levels, strict=True):
-        tokens = run(block, tokens, conditioning, level)
+    for index, (block, level) in enumerate(zip(blocks, levels, strict=True)):
+        tokens = run(block, tokens, conditioning, level) if memories is None else block(tokens, conditioning, level, memories[index])
         yield tokens

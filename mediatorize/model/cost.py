@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mediatorize.model.architecture import FREQUENCIES, Architecture, coarse_grid
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained, kind_of, levels_per_layer, most_mediators
+from mediatorize.model.levels import (
+    SOFTMAX,
+    Level,
+    MediatorSettings,
+    is_pretrained,
+    kind_of,
+    levels_per_layer,
+    mlp_share,
+    most_mediators,
+    parts_of,
+)
+from mediatorize.model.schedule import Call, Watched, highest_order, is_computed, streams_of, watched_surrogates
 
 
 def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
@@ -19,31 +30,80 @@ def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings
     return kind_of(level).flops(arch, level, settings)
 
 
-def modulation_update_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
-    """The low-rank change of a block's six modulation vectors at the added levels; once per sample."""
-    return 14 * arch.width * settings.modulation_rank if settings and not is_pretrained(level) else 0
+def mlp_flops(arch: Architecture, level: Level) -> int:
+    """One MLP of `arch`, of a block at `level`."""
+    runs = parts_of(level).mlp.runs
+    return 0 if runs is None else _mlp_flops(arch, runs)
 
 
-def layer_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
-    """All of a layer's cost that depends on its level: the attention, and the modulation's change at the added levels."""
-    return attention_flops(arch, level, settings) + modulation_update_flops(arch, level, settings)
+def _mlp_flops(arch: Architecture, runs: Level) -> int:
+    return 4 * arch.tokens * arch.width * (arch.mlp_width // mlp_share(runs))
+
+
+def modulation_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
+    """A block's six modulation vectors, once per sample; where both sub-layers are forecast without surrogates, its two gates alone.
+
+    At the added levels also the low-rank change.
+    """
+    parts = parts_of(level)
+    if parts.attention.runs is None and parts.mlp.runs is None:
+        return 4 * arch.width**2
+    changed = parts.attention.order is None and not is_pretrained(parts.attention.runs or SOFTMAX)
+    return 12 * arch.width**2 + (14 * arch.width * settings.modulation_rank if settings and changed else 0)
+
+
+def block_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
+    """One whole block."""
+    return attention_flops(arch, level, settings) + mlp_flops(arch, level) + modulation_flops(arch, level, settings)
+
+
+def surrogates_flops(arch: Architecture, watched: Watched, settings: MediatorSettings | None = None) -> int:
+    """The surrogates that run beside a block's computed sub-layers."""
+    attention, mlp = watched
+    return sum(attention_flops(arch, level, settings) for level in attention) + sum(_mlp_flops(arch, level) for level in mlp)
 
 
 def forward_flops_by_part(
     arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None
 ) -> dict[str, int]:
     """FLOPs of one forward on one sample, by part."""
-    tokens, width, depth = arch.tokens, arch.width, arch.depth
-    per_layer = levels_per_layer(levels, depth)
-    updates = sum(modulation_update_flops(arch, level, settings) for level in per_layer)
+    tokens, width = arch.tokens, arch.width
+    per_layer = levels_per_layer(levels, arch.depth)
     return {
         "patch embedding": 2 * tokens * width * arch.channels * arch.patch**2,
         "timestep embedding": 2 * FREQUENCIES * width + 2 * width**2,
         "attention": sum(attention_flops(arch, level, settings) for level in per_layer),
-        "mlp": depth * 4 * tokens * width * arch.mlp_width,
-        "modulation": depth * 12 * width**2 + 4 * width**2 + updates,
+        "mlp": sum(mlp_flops(arch, level) for level in per_layer),
+        "modulation": sum(modulation_flops(arch, level, settings) for level in per_layer) + 4 * width**2,
         "last layer": 2 * tokens * width * arch.last_rows,
     }
+
+
+def calls_flops(arch: Architecture, calls: Sequence[Call], rows: Sequence[int], settings: MediatorSettings | None = None) -> int:
+    """FLOPs of one sample's model calls, with the surrogates that later forecasts need.
+
+    Args:
+        rows: of each call per sample: 2 where it is guided, else 1.
+    """
+    total = 0
+    for levels in streams_of(calls, rows):
+        for own, watched in zip(levels, watched_surrogates(levels, arch.depth), strict=True):
+            if own:
+                total += forward_flops(arch, own, settings) + sum(surrogates_flops(arch, block, settings) for block in watched)
+    return total
+
+
+def memory_numbers(arch: Architecture, calls: Sequence[Call], rows: Sequence[int]) -> int:
+    """How many numbers per sample a sampler must keep between its calls, for forecasts."""
+    total = 0
+    for levels in streams_of(calls, rows):
+        if all(is_computed(own) for own in levels if own):
+            continue
+        kept = highest_order(levels) + 1
+        watched = watched_surrogates(levels, arch.depth)
+        surrogates = max(sum(len(attention) + len(mlp) for attention, mlp in blocks) for blocks in watched)
+        total += (2 * arch.depth + surrogates) * arch.tokens * arch.width * kept
+    return total
 
 
 def forward_flops(arch: Architecture, levels: Level | Sequence[Level] = SOFTMAX, settings: MediatorSettings | None = None) -> int:
@@ -96,6 +156,9 @@ def added_parameters(arch: Architecture, settings: MediatorSettings) -> int:
     block += 2 * width * local + 9 * local
     block += width * update + _linear(update, 6 * width) if update else 0
     block += _mlp_parameters(arch) if settings.mlp == "own" else 0
+    if settings.mlp_widths:
+        hidden = arch.mlp_width // settings.mlp_widths[-1]
+        block += _linear(width, hidden) + hidden * width + width * len(settings.mlp_widths)
     return arch.depth * block
 
 

@@ -2,12 +2,17 @@
 
 A *level* is one such way: `"softmax"` is the pretrained layer, bit for bit; a whole number is a count of mediators. What a kind of level is
 called, its rank, its FLOPs, its parameters and its module are one entry of `KINDS`; no other file tells one kind from another.
+
+A level may also say how a whole block runs, its attention and its MLP apart: `"softmax|1/8"` has an MLP of an eighth of the hidden width;
+`"linear"` forecasts both from the model calls before; `"linear+4|linear+1/8"` forecasts what 4 mediators and the narrow MLP leave out.
+`parts_of` takes such a level apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediatorize.errors import UserError
@@ -24,6 +29,14 @@ MlpOwner = Literal["own", "shared"]
 SOFTMAX = "softmax"
 """The level at which a layer is the pretrained one, bit for bit."""
 
+FULL, OWN = "full", "own"
+"""Levels of an MLP: the pretrained one, and the one of added levels (`MediatorSettings.mlp`)."""
+
+ORDERS = {"hold": 0, "linear": 1, "quadratic": 2}
+"""Forecasts by name, and the order of each one's polynomial through the last computed calls."""
+
+HOLD, LINEAR, QUADRATIC = ORDERS
+
 
 @dataclass(frozen=True)
 class MediatorSettings:
@@ -39,9 +52,11 @@ class MediatorSettings:
     """Rank of the change that a block's modulation makes at the added levels; 0 leaves it out."""
     mlp: MlpOwner = "shared"
     """Whether the added levels share every block's MLP with softmax, or have their own: the same FLOPs, and as many weights again."""
+    mlp_widths: tuple[int, ...] = ()
+    """Narrow MLPs beside every block's: 8 is one of an eighth of the hidden width. In descending order; each is a part of the next."""
 
     def __post_init__(self) -> None:
-        added = self.levels and all(is_level(level) and not is_pretrained(level) for level in self.levels)
+        added = self.levels and all(is_level(level) and kind_of(level).module is not None for level in self.levels)
         if not added or list(self.levels) != in_order(self.levels):
             raise UserError(
                 f"Levels {list(self.levels)} are not distinct, ascending counts of at least 1.",
@@ -51,6 +66,10 @@ class MediatorSettings:
             raise UserError(f"Mediators cannot come from {self.space!r}.", hint="Choose queries or keys.")
         if self.mlp not in ("own", "shared"):
             raise UserError(f"MLPs cannot be {self.mlp!r}.", hint="Choose own or shared.")
+        if any(width < 2 for width in self.mlp_widths) or list(self.mlp_widths) != sorted(set(self.mlp_widths), reverse=True):
+            raise UserError(
+                f"MLP widths {list(self.mlp_widths)} are not distinct, descending shares of at least 2.", hint="Pass for instance 8,4."
+            )
         if min(self.local_rank, self.modulation_rank) < 0:
             raise UserError(f"A rank of {min(self.local_rank, self.modulation_rank)} is negative.", hint="Pass 0 to leave a part out.")
 
@@ -59,12 +78,18 @@ class MediatorSettings:
         """Every level that a layer of such a model can run at, in the order of their rank: softmax is the last."""
         return tuple(in_order([*self.levels, SOFTMAX]))
 
+    @property
+    def mlp_levels(self) -> tuple[Level, ...]:
+        """Levels of the narrow MLPs, the narrowest first."""
+        return tuple(f"1/{width}" for width in self.mlp_widths)
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"levels": list(self.levels)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> MediatorSettings:
-        return cls(**(fields | {"levels": tuple(fields["levels"])}))
+    def from_json(cls, content: dict[str, Any]) -> MediatorSettings:
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +105,7 @@ class Kind:
     title: Callable[[Level], str]
     """Its name in tables and pictures."""
     flops: Callable[[Architecture, Level, MediatorSettings | None], int]
-    """Of one attention layer on one sample."""
+    """Of one attention layer on one sample; of a forecast, what runs beside it."""
     parameters: Callable[[Architecture, Level], int]
     """Of the module below."""
     module: Callable[[Level, int, int, tuple[int, int], MediatorSettings], nn.Module] | None
@@ -113,6 +138,100 @@ def _mediator_module(level: Level, width: int, heads: int, grid: tuple[int, int]
     return MediatorLevel(int(level), width, heads, grid, settings.space)
 
 
+@dataclass(frozen=True)
+class Part:
+    """How one sub-layer of a block, its attention or its MLP, runs in one model call."""
+
+    runs: Level | None
+    """What is computed from the sub-layer's input; None: nothing."""
+    order: int | None = None
+    """None: what is computed is the output. Else the rest of the output is forecast by a polynomial of this order."""
+
+    def __str__(self) -> str:
+        if self.order is None:
+            return str(self.runs)
+        name = next(name for name, order in ORDERS.items() if order == self.order)
+        return name if self.runs is None else f"{name}+{self.runs}"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a block's attention and its MLP run."""
+
+    attention: Part
+    mlp: Part
+
+    @property
+    def level(self) -> Level:
+        """The level that says so."""
+        attention, mlp = self.attention, self.mlp
+        whole = attention == mlp if attention.runs is None else attention.order is None and mlp == _mlp_beside(attention.runs)
+        if whole:
+            return attention.runs if attention.runs is not None else str(attention)
+        return f"{attention}|{mlp}"
+
+    @property
+    def computed(self) -> bool:
+        """Whether nothing is forecast."""
+        return self.attention.order is None and self.mlp.order is None
+
+
+def _mlp_beside(attention: Level) -> Part:
+    """The MLP of a block whose level names its attention alone."""
+    return Part(FULL if attention == SOFTMAX else OWN)
+
+
+def _read_share(value: object) -> Level | None:
+    """A narrow MLP's level: 1/8."""
+    text = str(value)
+    share = text.removeprefix("1/")
+    return text if text != share and share.isascii() and share.isdigit() and int(share) > 1 else None
+
+
+def _read_part(text: str, read: Callable[[object], Level | None]) -> Part | None:
+    name, plus, surrogate = text.partition("+")
+    if name in ORDERS:
+        runs = read(surrogate) if plus else None
+        return None if plus and runs is None else Part(runs, ORDERS[name])
+    return None if (runs := read(text)) is None else Part(runs)
+
+
+def _read_attention(value: object) -> Level | None:
+    """A level of the attention alone."""
+    found = (kind.read(value) for name, kind in KINDS.items() if name != "block")
+    return next((level for level in found if level is not None), None)
+
+
+def _read_mlp(value: object) -> Level | None:
+    return str(value) if value in (FULL, OWN) else _read_share(value)
+
+
+def _read_parts(value: object) -> Parts | None:
+    if not isinstance(value, str):
+        return None
+    first, bar, second = value.partition("|")
+    if not bar:
+        return Parts(Part(None, ORDERS[value]), Part(None, ORDERS[value])) if value in ORDERS else None
+    attention, mlp = _read_part(first, _read_attention), _read_part(second, _read_mlp)
+    return None if attention is None or mlp is None else Parts(attention, mlp)
+
+
+def _read_block(value: object) -> Level | None:
+    return None if (parts := _read_parts(value)) is None else parts.level
+
+
+def _block_rank(level: Level) -> float:
+    parts = parts_of(level)
+    if not parts.computed:
+        return -10 + sum(part.order or 0 for part in (parts.attention, parts.mlp))
+    return -1 / (1 + kind_of(parts.attention.runs or SOFTMAX).rank(parts.attention.runs or SOFTMAX))
+
+
+def _block_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
+    runs = parts_of(level).attention.runs
+    return 0 if runs is None else kind_of(runs).flops(arch, runs, settings)
+
+
 KINDS: dict[str, Kind] = {
     "softmax": Kind(
         looks=SOFTMAX,
@@ -133,8 +252,50 @@ KINDS: dict[str, Kind] = {
         module=_mediator_module,
         mediators=int,
     ),
+    "block": Kind(
+        looks="a forecast (hold, linear or quadratic)",
+        read=_read_block,
+        rank=_block_rank,
+        title=str,
+        flops=_block_flops,
+        parameters=lambda arch, level: 0,
+        module=None,
+    ),
 }
 """Kinds of level by name. To add one: an entry here, and the module that it names."""
+
+
+@lru_cache(maxsize=4096)
+def parts_of(level: Level) -> Parts:
+    """How a block's attention and MLP run at a level."""
+    if (parts := _read_parts(level)) is not None:
+        return parts
+    return Parts(Part(level), _mlp_beside(level))
+
+
+def forecasts(level: Level) -> bool:
+    """Whether a level leaves a part of a block to a forecast."""
+    return not parts_of(level).computed
+
+
+def missing(level: Level, attention: Collection[Level], mlps: Collection[Level]) -> Level | None:
+    """What a level needs that a model with these levels of attention and narrow MLPs does not have; None if it has all."""
+    parts = parts_of(level)
+    if parts.attention.runs is not None and parts.attention.runs not in attention:
+        return parts.attention.runs
+    if parts.mlp.runs not in (None, FULL, OWN) and parts.mlp.runs not in mlps:
+        return parts.mlp.runs
+    return None
+
+
+def mlp_share(level: Level) -> int:
+    """The part of the hidden width that an MLP has at its level: 8 for 1/8, 1 for the whole."""
+    return 1 if level in (FULL, OWN) else int(str(level).removeprefix("1/"))
+
+
+def _all_looks() -> str:
+    *most, last = (kind.looks for kind in KINDS.values())
+    return f"{', '.join(most)} or {last}"
 
 
 def read_level(value: object) -> Level:
@@ -142,7 +303,7 @@ def read_level(value: object) -> Level:
     for kind in KINDS.values():
         if (level := kind.read(value)) is not None:
             return level
-    raise UserError(f"{value!r} is no level.", hint=f"Levels are {' or '.join(kind.looks for kind in KINDS.values())}.")
+    raise UserError(f"{value!r} is no level.", hint=f"Levels are {_all_looks()}.")
 
 
 def is_level(value: object) -> bool:
@@ -155,12 +316,12 @@ def kind_of(level: Level) -> Kind:
     for kind in KINDS.values():
         if kind.read(level) == level:
             return kind
-    raise UserError(f"{level!r} is no level.", hint=f"Levels are {' or '.join(kind.looks for kind in KINDS.values())}.")
+    raise UserError(f"{level!r} is no level.", hint=f"Levels are {_all_looks()}.")
 
 
 def is_pretrained(level: Level) -> bool:
     """Whether a layer at this level is the pretrained one."""
-    return kind_of(level).module is None
+    return level == SOFTMAX
 
 
 def in_order(levels: Iterable[Level]) -> list[Level]:

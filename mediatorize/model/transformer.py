@@ -15,7 +15,8 @@ from mediatorize.errors import UserError
 from mediatorize.model.architecture import FREQUENCIES, Architecture
 from mediatorize.model.block import Block, Run, SwitchableAttention, call, modulate, walk
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.memory import Memory
+from mediatorize.model.schedule import AnySchedule
 from mediatorize.randomness import generator
 
 
@@ -72,7 +73,7 @@ class DiffusionTransformer(nn.Module):
         super().__init__()
         self.arch = arch
         self.settings: MediatorSettings | None = None
-        self.schedule: Schedule | None = None
+        self.schedule: AnySchedule | None = None
         self.x_embedder = PatchEmbed(arch.input_size, arch.patch, arch.channels, arch.width)
         self.t_embedder = TimestepEmbedder(arch.width, arch.frequency_shift)
         self.y_embedder = LabelEmbedder(arch.classes + arch.null_class, arch.width)
@@ -102,7 +103,7 @@ class DiffusionTransformer(nn.Module):
         """(b, channels, height, width) -> (b, n, c): the first block's input."""
         return self.x_embedder(x) + self.pos_embed
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, levels: Level | Sequence[Level] = SOFTMAX) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, levels: Level | Sequence[Level] = SOFTMAX, memory: Memory | None = None) -> Tensor:
         """The checkpoint's own prediction.
 
         Args:
@@ -110,24 +111,35 @@ class DiffusionTransformer(nn.Module):
             t: (b,). DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
             y: class labels (b,); `arch.classes` is the null class.
             levels: one level for all layers, or one per layer.
+            memory: of the trajectory that this call is a part of: computed sub-layers are remembered in it, forecasts read it. Without one
+                everything is computed.
 
         Returns:
             DiT with learned variance: noise and variance logits (b, 2 channels, height, width).
             SiT: velocity (b, channels, height, width), data - noise (REPA: noise - data).
         """
         conditioning = self.condition(t, y)
-        return self.finish(self.run_blocks(self.embed(x), conditioning, levels), conditioning)
+        return self.finish(self.run_blocks(self.embed(x), conditioning, levels, memory=memory), conditioning)
 
     def walk(
-        self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], first: int = 0, run: Run = call
+        self,
+        tokens: Tensor,
+        conditioning: Tensor,
+        levels: Level | Sequence[Level],
+        first: int = 0,
+        run: Run = call,
+        memory: Memory | None = None,
     ) -> Iterator[Tensor]:
         """The tokens (b, n, c) before every block from the `first` on, and after the last."""
         blocks = self.layers()[first:]
-        return walk(blocks, tokens, conditioning, levels_per_layer(levels, len(blocks)), run)
+        memories = None if memory is None else memory.blocks[first:]
+        return walk(blocks, tokens, conditioning, levels_per_layer(levels, len(blocks)), run, memories)
 
-    def run_blocks(self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], first: int = 0) -> Tensor:
+    def run_blocks(
+        self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], first: int = 0, memory: Memory | None = None
+    ) -> Tensor:
         """The tokens (b, n, c) after the last block, from those before the block `first`."""
-        for after in self.walk(tokens, conditioning, levels, first):
+        for after in self.walk(tokens, conditioning, levels, first, memory=memory):
             tokens = after
         return tokens
 

@@ -14,7 +14,7 @@ from mediatorize.report.tables import seconds_in_words, text_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mediatorize.compression.search import Candidate, Latency, Outcome, Outcomes
+    from mediatorize.compression.search import Candidate, Errors, Latency, Outcome, Outcomes
     from mediatorize.stages.calibrate import Calibration
 
 LEAST_JUDGED = 3
@@ -23,13 +23,16 @@ LEAST_JUDGED = 3
 
 def words(result: Calibration) -> str:
     how, found, unit = result.sampler, result.found, COSTS[result.cost].name
-    levels = ", ".join(title(level) for level in result.settings.all_levels)
+    levels = ", ".join(title(level) for level in (*result.settings.all_levels, *(f"MLP {level}" for level in result.settings.mlp_levels)))
+    calls = len(result.costs.noise_levels)
     lines = [
-        f"{result.arch.name}: levels {levels} in {result.arch.depth} layers at {len(result.costs.cells)} noise levels; "
-        f"{how.solver}, {how.steps} steps, guidance {how.cfg_scale}",
-        f"  possible budgets: {result.costs.least:.1%} to 100% of softmax's {unit}",
-        *(f"  {note}" for note in result.notes),
+        f"{result.arch.name}: levels {levels} in {result.arch.depth} layers, {calls} model calls; {how.solver}, {how.steps} steps, "
+        f"guidance {how.cfg_scale}",
+        f"  possible budgets: {result.costs.least(result.kinds):.1%} to 100% of softmax's {unit}, with {', '.join(result.kinds)}",
     ]
+    if "forecasts" in result.kinds:
+        lines.append(f"  forecasts keep up to {result.memory_bytes / 2**20:.3g} MiB per sample between calls (float32)")
+    lines += [f"  {note}" for note in result.notes]
     if found is None:
         seconds = seconds_in_words(result.estimated_seconds or 0.0)
         lines.append(
@@ -37,42 +40,78 @@ def words(result: Calibration) -> str:
             f"about {seconds} at this device's rate. Nothing was written."
         )
         return "\n".join(lines)
-    lines += ["", _table(found, unit), _about_errors(result.verify), *_about_predictions(found.candidates), ""]
+    lines += ["", _table(found, unit), _about_errors(result), *_about_predictions(found.candidates), ""]
     for outcome in found.outcomes:
-        best = outcome.chosen
-        file = result.files[outcome.budget]
-        lines.append(f"{file}: {best.name}, {best.share:.2%} of softmax's {unit} for a budget of {outcome.budget:.2%}")
-        lines += [] if outcome.latency is None else [_about_time(outcome.latency)]
+        lines += _about(result, outcome, unit)
     table = "was there from before" if found.table_seconds is None else f"took {seconds_in_words(found.table_seconds)}"
     lines.append(f"The error table {table}. The whole command took {seconds_in_words(result.seconds)}. Pictures are in {result.folder}.")
     return "\n".join(lines)
 
 
 def _table(found: Outcomes, unit: str) -> str:
-    """A row per candidate, the dearest first."""
+    """For every budget the best candidate of each kind, the dearest first."""
+    shown: dict[str, Candidate] = {}
+    for outcome in found.outcomes:
+        within = [candidate for candidate in found.candidates if candidate.share <= outcome.budget]
+        for kind in dict.fromkeys(candidate.kind for candidate in within):
+            best = min((c for c in within if c.kind == kind), key=lambda candidate: candidate.error)
+            shown[best.name] = best
     rows = []
-    for candidate in sorted(found.candidates, key=lambda candidate: (-candidate.share, candidate.error)):
+    for candidate in sorted(shown.values(), key=lambda candidate: (-candidate.share, candidate.error)):
         kept = ", ".join(f"{outcome.budget:.2%}" for outcome in found.outcomes if outcome.chosen is candidate)
-        measured = "-" if candidate.measured is None else f"{candidate.measured:.4f}"
-        rows.append((candidate.name, f"{candidate.share:.2%}", f"{candidate.predicted['vectors']:.4f}", measured, kept))
-    return text_table(("candidate", f"of softmax's {unit}", "predicted error", "measured error", "kept for"), rows)
+        predicted = f"{candidate.predicted['vectors']:.4f}" if candidate.predicted else "-"
+        errors = candidate.measured
+        told = ("-",) * 3 if errors is None else (f"{errors.median:.4f}", f"{errors.mean:.4f}", f"{errors.flipped:.0%}")
+        rows.append((candidate.kind, candidate.name, f"{candidate.share:.2%}", predicted, *told, kept))
+    header = ("kind", "best of its kind", f"of softmax's {unit}", "predicted", "median error", "mean", "flipped", "kept for")
+    return text_table(header, rows)
 
 
-def _about_errors(verify: int) -> str:
-    measured = f"The measured error is from {verify} held-out samples" if verify else "No error was measured (--verify 0)"
-    return f"Error means sample error: |samples - teacher's samples| / |teacher's samples|. {measured}."
+def _about_errors(result: Calibration) -> str:
+    measured = (
+        f"Errors are of {result.verify} samples; candidates are compared by the geometric mean"
+        if result.verify
+        else "No error was measured (--verify 0)"
+    )
+    return (
+        f"Error means a sample's |sample - teacher's sample| / |teacher's sample|. {measured}. A sample has flipped where it is above 0.5. "
+        f"{len(result.found.candidates) if result.found else 0} candidates were tried."
+    )
 
 
 def _about_predictions(candidates: Sequence[Candidate]) -> list[str]:
-    """How well each way of adding up errors predicted the measured candidates."""
-    judged = [(candidate.predicted, candidate.measured) for candidate in candidates if candidate.measured]
+    """How well errors were predicted, adding up changes as vectors."""
+    judged = [(c.predicted["vectors"], c.measured.mean) for c in candidates if c.predicted and c.measured and c.measured.mean]
     if len(judged) < LEAST_JUDGED:
         return []
-    parts = []
-    for way in judged[0][0]:
-        logs = [math.log(predicted[way] / measured) for predicted, measured in judged]
-        parts.append(f"as {way} {math.exp(statistics.fmean(logs)):.2f} (spread {statistics.pstdev(logs):.0%})")
-    return [f"Predicted / measured error (geometric mean over candidates), if errors of single layers add up {', '.join(parts)}."]
+    logs = [math.log(predicted / measured) for predicted, measured in judged if predicted]
+    if not logs:
+        return []
+    return [
+        f"Predicted / measured mean error: {math.exp(statistics.fmean(logs)):.2f} (geometric mean over candidates, spread "
+        f"{statistics.pstdev(logs):.0%})."
+    ]
+
+
+def _about(result: Calibration, outcome: Outcome, unit: str) -> list[str]:
+    """What was kept for a budget, and what one would have without the search."""
+    best = outcome.chosen
+    lines = [
+        f"{result.files[outcome.budget]}: {best.kind}, {best.share:.2%} of softmax's {unit} for a budget of {outcome.budget:.2%}: "
+        f"{best.name}"
+    ]
+    if best.steps != result.sampler.steps:
+        lines.append(f"  fewer steps are best here: sample with --steps {best.steps}")
+    if outcome.reported:
+        own = outcome.reported[best.name]
+        told = f"  on other noise: median error {own.median:.4f}, mean {own.mean:.4f}, {own.flipped:.0%} flipped"
+        others = [f"{c.kind} {outcome.reported[c.name].median:.4f}" for c in outcome.baselines if c.name != best.name]
+        lines.append(told + (f"; baselines' medians: {', '.join(others)}" if others else ""))
+        better = [c for c in outcome.baselines if outcome.reported[c.name].geometric < own.geometric]
+        if better:
+            lines.append(f"  on this noise a baseline is better: {', '.join(c.name for c in better)}")
+    lines += [] if outcome.latency is None else [_about_time(outcome.latency)]
+    return lines
 
 
 def _about_time(took: Latency) -> str:
@@ -89,10 +128,12 @@ def facts(result: Calibration) -> dict[str, Any]:
         "dry_run": found is None,
         "sampler": result.sampler.to_json(),
         "cost": result.cost,
-        "noise_levels": len(result.costs.cells),
+        "calls": len(result.costs.noise_levels),
+        "kinds": list(result.kinds),
+        "memory_bytes_per_sample": result.memory_bytes,
         "layers": result.arch.depth,
         "levels": list(result.settings.levels),
-        "least_budget": result.costs.least,
+        "least_budget": result.costs.least(result.kinds),
         "trajectories": result.trajectories,
         "verified_samples": result.verify,
         "notes": list(result.notes),
@@ -109,33 +150,49 @@ def _outcome_facts(result: Calibration, outcome: Outcome) -> dict[str, Any]:
         "budget": outcome.budget,
         "file": result.files[outcome.budget].name,
         "candidate": outcome.chosen.name,
+        "kind": outcome.chosen.kind,
+        "steps": outcome.chosen.steps,
         "relative_cost": outcome.chosen.share,
-        "predicted_error": outcome.chosen.predicted["vectors"],
-        "measured_error": outcome.chosen.measured,
+        "predicted_error": outcome.chosen.predicted.get("vectors"),
+        "measured_error": _errors(outcome.chosen.measured),
+        "reported": [
+            {"candidate": c.name, "kind": c.kind, "relative_cost": c.share, **vars(outcome.reported[c.name])}
+            for c in (outcome.chosen, *(b for b in outcome.baselines if b is not outcome.chosen))
+            if c.name in outcome.reported
+        ],
         "solved_seconds": round(outcome.solved_seconds, 3),
         "latency": None if outcome.latency is None else vars(outcome.latency),
     }
 
 
 def _candidate_facts(candidate: Candidate) -> dict[str, Any]:
-    return {key: value for key, value in vars(candidate).items() if key != "choice"}
+    told = {key: value for key, value in vars(candidate).items() if key not in ("schedule", "measured")}
+    return {**told, "path": list(candidate.path), "predicted": dict(candidate.predicted), "measured": _errors(candidate.measured)}
+
+
+def _errors(errors: Errors | None) -> dict[str, Any] | None:
+    return None if errors is None else vars(errors)
 
 
 def schedule_text(result: Calibration, outcome: Outcome) -> str:
-    """The text of a schedule's file: JSON. First what it was made for, then one line per piece."""
+    """The text of a schedule's file: JSON. First what it was made for, then one line per call or piece."""
     how, best = result.sampler, outcome.chosen
+    predicted = best.predicted.get("vectors")
     made_for = {
         "budget": outcome.budget,
         "cost": result.cost,
         "relative_cost": round(best.share, 6),
-        "predicted_error": round(best.predicted["vectors"], 6),
-        "measured_error": None if best.measured is None else round(best.measured, 6),
-        "calibrated_for": {"solver": how.solver, "steps": how.steps, "cfg_scale": how.cfg_scale, "cfg_channels": how.cfg_channels},
+        "kind": best.kind,
+        "predicted_error": None if predicted is None else round(predicted, 6),
+        "measured_error": None if best.measured is None else round(best.measured.geometric, 6),
+        "calibrated_for": how.to_json() | {"steps": best.steps, "seed": None},
         "weights_sha256": result.weights,
     }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in made_for.items()]
-    pieces = [f"    {json.dumps(piece)}" for piece in outcome.schedule.to_json()["pieces"]]
-    return "{\n" + "\n".join(lines) + '\n  "pieces": [\n' + ",\n".join(pieces) + "\n  ]\n}\n"
+    content = outcome.schedule.to_json()
+    lines = content.pop("calls" if "calls" in content else "pieces")
+    name = "calls" if "layers" in content else "pieces"
+    head = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in (made_for | content).items()]
+    return "{\n" + "\n".join(head) + f'\n  "{name}": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in lines) + "\n  ]\n}\n"
 
 
 def write_pictures(result: Calibration) -> None:
@@ -150,13 +207,14 @@ def write_pictures(result: Calibration) -> None:
         return
     for outcome in found.outcomes:
         best = outcome.chosen
-        caption = f"{result.arch.name}: {best.share:.1%} of softmax's {unit}, sample error {best.error:.3f}"
+        caption = f"{result.arch.name}: {best.share:.1%} of softmax's {unit}, sample error {best.error:.4f}"
         write_schedule_map(result.folder / f"schedule-{result.files[outcome.budget].stem}.png", outcome.schedule, caption)
     added = [option for option, level in enumerate(found.table.options) if not is_pretrained(level)]
     levels = [found.table.options[option] for option in added]
     errors = np.sqrt(found.table.squares()[:, :, added])
     write_error_table(result.folder / "sensitivity.png", found.table.noise_levels, levels, errors)
     kept = {outcome.chosen.name for outcome in found.outcomes}
-    points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept) for c in found.candidates]
-    error = "sample error" + (f", measured on {result.verify} samples" if result.verify else ", predicted")
+    shown = [candidate for candidate in found.candidates if math.isfinite(candidate.error)]
+    points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept) for c in shown]
+    error = "sample error" + (f", geometric mean of {result.verify} samples" if result.verify else ", predicted")
     write_candidates(result.folder / "candidates.png", points, f"{unit} of the sampler, as a share of softmax's", error)

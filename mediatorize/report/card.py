@@ -11,7 +11,7 @@ from mediatorize.model.levels import SOFTMAX, title
 
 if TYPE_CHECKING:
     from mediatorize.formats.bundle import BundleConfig
-    from mediatorize.model.schedule import Schedule
+    from mediatorize.model.schedule import AnySchedule
 
 
 def model_card(config: BundleConfig) -> str:
@@ -32,7 +32,7 @@ mediatorize sample FOLDER --level {config.settings.levels[-1]} --out grid.png
 
 def export_card(
     config: BundleConfig,
-    schedule: Schedule | None,
+    schedule: AnySchedule | None,
     *,
     target: str,
     usage: str,
@@ -118,10 +118,19 @@ A layer's error is |mediator - softmax| / |softmax| of its output, on held-out s
 on came from {config.fitted_on}.{training} None of these errors is picture quality: judge that by sampling."""
 
 
-def _scheduled(config: BundleConfig, schedule: Schedule | None) -> str:
+def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
     if schedule is None:
         return "It has no schedule: one level serves all layers and times, softmax where none is chosen."
     softmax = cost.forward_flops(config.arch)
+    from mediatorize.model.schedule import CallSchedule
+
+    if isinstance(schedule, CallSchedule):
+        computed = sum(call.computed for call in schedule.of_calls)
+        share = cost.calls_flops(config.arch, schedule.of_calls, [1] * len(schedule.of_calls), config.settings) / softmax
+        return (
+            f"Its schedule is for {len(schedule.of_calls)} model calls: {computed} are computed, the others forecast from those before, "
+            f"for {share / len(schedule.of_calls):.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
+        )
     widths = [high - low for low, high in pairwise((0.0, *schedule.edges, 1.0))]
     shares = [cost.forward_flops(config.arch, levels, config.settings) / softmax for levels in schedule.levels]
     mean = sum(width * share for width, share in zip(widths, shares, strict=True))

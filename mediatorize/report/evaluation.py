@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation, RowResult
-from mediatorize.model.schedule import Schedule
 from mediatorize.report.document import Block, Code, Document, Heading, Picture, Table, Text, markdown
 from mediatorize.report.html import html_page
 from mediatorize.report.pictures import write_comparison, write_error_cost, write_schedule_map, write_trajectory_errors
@@ -175,7 +174,7 @@ def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], no
         written["error-cost.png"] = "Error against cost of each level and schedule"
         write_trajectory_errors(out / "trajectory.png", results, noise_levels)
         written["trajectory.png"] = "Distance of each level and schedule from the teacher, along the trajectory"
-    schedules = [(row.name, row.levels) for row in samples.rows if isinstance(row.levels, Schedule)]
+    schedules = [(row.name, row.levels) for row in samples.rows if not isinstance(row.levels, int | str)]
     for index, (name, schedule) in enumerate(schedules):
         file = f"schedule-{index}.png" if index else "schedule.png"
         write_schedule_map(out / file, schedule, name)

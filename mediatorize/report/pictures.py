@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.evaluation.results import RowResult
-from mediatorize.model.levels import Level, in_order, is_pretrained, read_level
+from mediatorize.model.levels import Level, forecasts, in_order, is_pretrained, read_level
 from mediatorize.model.levels import title as title_of
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.schedule import AnySchedule, CallSchedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,15 +147,25 @@ def _shade(index: int, count: int, colours: str = "Blues") -> Colour:
     return colormaps[colours](0.4 + 0.55 * (index + 0.5) / count)
 
 
-def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
-    """A PNG: the level of every layer (up) at every noise level (noise to the left); darker is dearer."""
+NO_CALL = "no model call"
+
+
+def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> None:
+    """A PNG: the level of every layer (up) at every noise level, or at every model call (noise to the left); darker is dearer."""
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    depth, colours = schedule.depth, level_colours(list(schedule.used))
+    depth = schedule.depth
+    columns = [call.levels for call in schedule.of_calls] if isinstance(schedule, CallSchedule) else list(schedule.levels)
+    used = {level for levels in columns for level in levels}
+    colours: dict[Level, Colour] = level_colours([level for level in used if not forecasts(level)])
+    resting = in_order(level for level in used if forecasts(level))
+    colours |= {level: _shade(index, len(resting) + 1, "Oranges") for index, level in enumerate(resting)}
+    if not all(columns):
+        colours[NO_CALL] = "#f4f1ec"
     order = list(colours)
-    cells = np.array([[order.index(level) for level in piece] for piece in schedule.levels]).T  # (layers, pieces)
+    cells = np.array([[order.index(level) for level in (levels or [NO_CALL] * depth)] for levels in columns]).T  # (layers, columns)
     figure = _figure(6.4, 1.4 + 0.16 * max(depth, 6))
     axis = figure.subplots()
     mesh: dict[str, Any] = {
@@ -165,15 +175,19 @@ def write_schedule_map(path: Path, schedule: Schedule, title: str = "") -> None:
         "edgecolors": "white",
         "linewidth": 0.4,
     }
-    axis.pcolormesh([0.0, *schedule.edges, 1.0], np.arange(depth + 1) - 0.5, cells, **mesh)
-    axis.invert_xaxis()
-    axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
+    if isinstance(schedule, CallSchedule):
+        axis.pcolormesh(np.arange(len(columns) + 1) + 0.5, np.arange(depth + 1) - 0.5, cells, **mesh)
+        axis.set_xlabel("model call (noise to the left)", fontsize=8.5, color=SOFT)
+    else:
+        axis.pcolormesh([0.0, *schedule.edges, 1.0], np.arange(depth + 1) - 0.5, cells, **mesh)
+        axis.invert_xaxis()
+        axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
     axis.set_ylabel("layer", fontsize=8.5, color=SOFT)
     axis.set_yticks(range(0, depth, max(1, depth // 7)))
     axis.tick_params(colors=SOFT, labelsize=8)
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10, loc="left", color=INK)
-    patches = [Patch(color=colour, label=title_of(level)) for level, colour in colours.items()]
+    patches = [Patch(color=colour, label=level if level == NO_CALL else title_of(level)) for level, colour in colours.items()]
     axis.legend(
         handles=patches,
         loc="center left",

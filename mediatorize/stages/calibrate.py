@@ -1,4 +1,4 @@
-"""`mediatorize calibrate` finds the schedule (a level for every noise level and layer) that changes samples least within a budget."""
+"""`mediatorize calibrate` finds the schedule that changes samples least within a budget: calls to compute, calls to forecast, levels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mediatorize.compression.costs import COSTS, read_budget, refuse_out_of_reach
+from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, kinds_of, read_budget, read_kind, read_search, refuse_out_of_reach
 from mediatorize.errors import UserError, about, refuse_below
 from mediatorize.signatures import OneOf, listed, one
 from mediatorize.stages import options
@@ -45,8 +45,12 @@ class Calibration:
     """The unit of the budget: a name in `COSTS`."""
     costs: Costs
     """The costs of that sampler."""
+    kinds: tuple[str, ...]
+    """What the schedule may spend less by: names in `KINDS_OF_SAVING`."""
     trajectories: int
     verify: int
+    memory_bytes: int
+    """What linear forecasts keep for each sample, in float32, if their memory is not limited."""
     notes: tuple[str, ...]
     files: Mapping[float, Path]
     """The schedule's file, by budget."""
@@ -79,27 +83,43 @@ def calibrate(
     per: Annotated[
         Literal["cell", "step"], option("cell: a level for every step and layer; step: one level per step, for all layers", WHAT)
     ] = "cell",
-    rounds: Annotated[int, option("how often errors are measured again, around the best schedule", WHAT, min=0)] = 0,
+    kinds: Annotated[
+        tuple[str, ...],
+        option(
+            f"what may be spent less by, of {', '.join(KINDS_OF_SAVING)}; default: all that the bundle has",
+            WHAT,
+            parser=listed(read_kind),
+            metavar="KIND,KIND,...",
+        ),
+    ] = (),
+    search: Annotated[
+        str,
+        option("how long to improve the best candidate of a budget: a number of samples, or a time (90s)", WHAT, metavar="N|Ns"),
+    ] = "",
+    memory: Annotated[float, option("GiB that the memory of forecasts may take at --batch; 0 is no limit", WHAT, min=0)] = 0.0,
     solver: options.Solver = None,
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
+    cfg_interval: options.Interval = (0.0, 1.0),
     seed: options.Seed = 0,
-    trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 32,
-    verify: Annotated[int, option("held-out samples to measure each candidate's error on; 0 uses predicted errors", SAMPLING, min=0)] = 64,
+    trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 16,
+    verify: Annotated[int, option("held-out samples to measure each candidate's error on; 0 uses predicted errors", SAMPLING, min=0)] = 32,
     batch: options.Batch = 32,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Calibration:
-    """Finds the schedule that changes samples least within a budget. Measures errors once for all budgets. Resumes after a kill.
+    """Finds the schedule that changes samples least within a budget: calls to compute, calls to forecast, levels of layers.
 
-    Example: mediatorize calibrate out --budgets 0.75,0.9 --steps 50 --cfg-scale 4
+    Example: mediatorize calibrate out --budgets 0.35,0.5 --steps 50 --cfg-scale 4
     """
-    from mediatorize.compression.search import DIRECTIONS, costs_of, flops_of_search, samplers, search
+    from mediatorize.compression import search as searching
+    from mediatorize.compression.search import DIRECTIONS, costs_of, flops_of_search, samplers
     from mediatorize.devices import measured_flops_per_second, pick_device
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle as bundles
+    from mediatorize.model.schedule import forecast_from_the_first
     from mediatorize.report import calibration as report
     from mediatorize.stages.work import Work
 
@@ -108,19 +128,28 @@ def calibrate(
     if not shares:
         raise UserError("No budget was given.", hint="Pass --budget 0.75, or --budgets 0.9,0.8,0.7.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
-    refuse_below({"verify": verify, "rounds": rounds, "seed": seed}, 0)
+    refuse_below({"verify": verify, "seed": seed}, 0)
+    evaluations, seconds = read_search(search, verify) if search else (searching.EVALUATIONS, None)
     if not bundles.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Run `mediatorize convert` first.")
     loaded = bundles.load_bundle(model)
     arch, settings, unit = loaded.arch, loaded.added(), COSTS[cost]
-    how: dict[str, Any] = {"solver": solver, "steps": steps, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
+    with about(model):
+        saving = kinds_of(settings, kinds)
+    how: dict[str, Any] = {
+        "solver": solver,
+        "steps": steps,
+        "cfg_scale": cfg_scale,
+        "cfg_channels": cfg_channels,
+        "cfg_interval": cfg_interval,
+    }
     sampler = Sampler.resolve(arch, **how, seed=seed, fixed_for="a budget needs")
-    measuring, _ = samplers(sampler)
+    measuring = samplers(sampler)[0]
     where = pick_device(device)
     costs = costs_of(cost, loaded.to(where), sampler, batch)
     for share in shares:
         with about(model):
-            refuse_out_of_reach(share, costs, settings, unit)
+            refuse_out_of_reach(share, costs, settings, unit, saving)
     files = {share: model / SCHEDULES / unit.schedule_name(share) for share in shares}
     log = bundles.read_log(model)
     finished = {item["file"] for line in log if line["command"] == "calibrate" for item in line["result"]["schedules"]}
@@ -136,13 +165,16 @@ def calibrate(
         sampler=measuring,
         cost=cost,
         costs=costs,
+        kinds=saving,
         trajectories=trajectories,
         verify=verify,
+        memory_bytes=4 * sampler.memory_numbers(arch, forecast_from_the_first(sampler.noise_levels(arch), arch.depth)),
         notes=() if tuned else ("warning: never finetuned; at the same budget a finetuned model has a smaller sample error",),
         files=files,
     )
     if dry_run:
-        spent = flops_of_search(arch, settings, sampler, trajectories, verify, len(shares), rounds)
+        counts: dict[str, Any] = {"trajectories": trajectories, "verify": verify, "budgets": shares, "evaluations": min(evaluations, 100)}
+        spent = flops_of_search(arch, settings, sampler, **counts)
         return replace(result, estimated_seconds=spent / measured_flops_per_second(where, arch.width, arch.tokens))
 
     weights = bundles.hash_of_file(model / "model.safetensors")
@@ -156,8 +188,11 @@ def calibrate(
         return error if before["weights"] == weights else None
 
     work = Work.open(result.folder, plan, force=force, refusal=refusal)
-    wanted: dict[str, Any] = {"per": per, "trajectories": trajectories, "verify": verify, "rounds": rounds, "batch": batch}
-    found = search(loaded, sampler, shares, costs, **wanted, timed=unit.timed, store=work, progress=progress_bar, facts=plan)
+    most = memory * 2**30 / (batch * next(loaded.parameters()).element_size()) if memory else None
+    wanted: dict[str, Any] = {"per": per, "kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
+    wanted["most_memory"] = most
+    wanted |= {"evaluations": evaluations, "seconds": seconds}
+    found = searching.search(loaded, sampler, shares, costs, **wanted, timed=unit.timed, store=work, progress=progress_bar, facts=plan)
     result = replace(result, found=found, weights=weights)
     report.write_pictures(result)
     (model / SCHEDULES).mkdir(exist_ok=True)
@@ -165,6 +200,6 @@ def calibrate(
         bundles.write_text(files[outcome.budget], report.schedule_text(result, outcome))
     bundles.write_text(model / "schedule.json", files[shares[0]].read_text())
     result = replace(result, seconds=time.monotonic() - start)
-    told, arguments = report.facts(result), {"budgets": shares, "cost": cost, "per": per, **plan}
+    told, arguments = report.facts(result), {"budgets": shares, "cost": cost, "per": per, "kinds": list(saving), **plan}
     bundles.append_log(model, "calibrate", arguments, {"schedules": told["schedules"], "seconds": told["seconds"]})
     return result

@@ -9,7 +9,7 @@ import typer
 
 from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.model import architecture, levels
-from mediatorize.signatures import OneOf, one, whole_number
+from mediatorize.signatures import OneOf, listed, number, one, whole_number
 
 WHAT, SAMPLING, DATA, RESOURCES, OUTPUT = "What to do", "How to sample", "Data and checkpoint", "Resources", "Output"
 """Groups of options in `--help`."""
@@ -17,6 +17,13 @@ WHAT, SAMPLING, DATA, RESOURCES, OUTPUT = "What to do", "How to sample", "Data a
 
 def channels(text: str) -> int | Literal["all"]:
     return "all" if text == "all" else whole_number(text)
+
+
+def interval(text: str) -> tuple[float, float]:
+    bounds = listed(number)(text)
+    if len(bounds) != 2:
+        raise ValueError(f"{text!r} is not two noise levels, LOW,HIGH.")
+    return bounds[0], bounds[1]
 
 
 def option(help: str, panel: str, *names: str, **more: Any) -> Any:
@@ -50,6 +57,15 @@ Guidance = Annotated[float, option("classifier-free guidance scale; 1 is no guid
 Channels = Annotated[
     int | Literal["all"],
     option("channels that guidance changes: 3, as in DiT and SiT, or all", SAMPLING, parser=one(channels), metavar="N|all"),
+]
+Interval = Annotated[
+    tuple[float, ...],
+    option(
+        "lowest and highest noise level (0 data, 1 noise) at which calls are guided; the others cost half",
+        SAMPLING,
+        parser=one(interval),
+        metavar="LOW,HIGH",
+    ),
 ]
 Seed = Annotated[int, option("seed of all random numbers", SAMPLING)]
 Batch = Annotated[int, option("samples per batch", RESOURCES)]

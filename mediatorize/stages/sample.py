@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,7 @@ def sample(
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
+    cfg_interval: options.Interval = (0.0, 1.0),
     seed: options.Seed = 0,
     batch: options.Batch = 64,
     vae: options.Vae = None,
@@ -77,7 +78,8 @@ def sample(
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
     refuse_unknown_level(loaded, level)
-    sampler = Sampler.resolve(arch, solver=solver, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed)
+    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, **guidance)
     as_pixels = vae is not None or arch.channels in (1, 3)
     if out.suffix == ".png" and not as_pixels:
         raise UserError(

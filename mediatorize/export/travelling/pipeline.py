@@ -72,6 +72,7 @@ class MediatorPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         guided_channels: int | None = 3,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -84,6 +85,7 @@ class MediatorPipeline(DiffusionPipeline):
             generator: of the noise.
             latents: the initial noise (b, channels, height, width); drawn where it is not given.
             guided_channels: how many channels are guided: DiT and SiT guide the first 3, `None` all.
+            guidance_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
             output_type: "pil", "np" (b, height, width, channels), "pt" (b, channels, height, width), each in [0, 1], or "latent": the
                 model's own values. Default: pil where pictures can be made, else latent.
         """
@@ -97,10 +99,9 @@ class MediatorPipeline(DiffusionPipeline):
             )
         labels = torch.tensor([class_labels] if isinstance(class_labels, int) else list(class_labels), device=device)
         count, guided = len(labels), guidance_scale != 1
-        if guided:
-            if not arch.null_class:
-                raise ValueError("This model has no null class, which guidance needs: pass guidance_scale=1.")
-            labels = torch.cat([labels, torch.full_like(labels, arch.classes)])
+        if guided and not arch.null_class:
+            raise ValueError("This model has no null class, which guidance needs: pass guidance_scale=1.")
+        both = torch.cat([labels, torch.full_like(labels, arch.classes)]) if guided else labels
         shape = (count, arch.channels, *arch.input_size)
         x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
 
@@ -109,11 +110,15 @@ class MediatorPipeline(DiffusionPipeline):
         times = set_steps(process, self.scheduler, num_inference_steps, device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        for own_time, t in self.progress_bar(list(zip(times, self.scheduler.timesteps, strict=False))):
+        own_times = times[: len(self.scheduler.timesteps)].tolist()
+        low, high = guidance_interval
+        rows = [2 if guided and low <= float(process.noise_level(torch.tensor(t))) <= high else 1 for t in own_times]
+        call = self.transformer.driver(own_times, rows, count)  # its memory is of this run alone
+        for own_time, doubled, t in self.progress_bar(list(zip(own_times, rows, self.scheduler.timesteps, strict=True))):
             scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            batch = torch.cat([scaled, scaled]) if guided else scaled
-            output = self.transformer(batch.to(dtype), own_time.expand(len(batch)), labels).sample.float()
-            if guided:
+            batch = torch.cat([scaled] * doubled).to(dtype)
+            output = call(batch, torch.full((len(batch),), own_time, device=device), both[: len(batch)]).float()
+            if doubled == 2:
                 channels = arch.channels if guided_channels is None else guided_channels
                 conditional, unconditional = output.chunk(2)
                 change = guidance_scale * (conditional[:, :channels] - unconditional[:, :channels])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.process import Process, process_of
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.memory import Memory
+from mediatorize.model.schedule import Schedule, calls_at, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer
+
+Levels = Level | Sequence[Level]
 
 DIFFUSERS_NULL_CLASS = 1000
 """The null class that diffusers' DiTPipeline sends, whatever the number of classes."""
@@ -26,7 +31,9 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
     Args:
         architecture: sizes and conventions of the model.
         mediators: what was added to its blocks.
-        schedule: pieces of noise level (0 data, 1 noise), each with a level per layer.
+        schedule: pieces of noise level (0 data, 1 noise), each with a level per layer; or what each of a sampler's model calls computes and
+            forecasts. The second needs `driver`, which keeps what forecasts rest on; this folder's pipeline has one for every run. Without,
+            everything is computed.
         level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or one that was added.
             Without a schedule, `None` is softmax. It can be set at any time: `pipe.transformer.level = 4`.
         sample_size, in_channels, out_channels: as diffusers' pipelines read them; they follow from the architecture.
@@ -48,7 +55,7 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
         super().__init__()
         arch = Architecture.from_json(dict(architecture))
         self.model = DiffusionTransformer(arch, None if mediators is None else MediatorSettings.from_json(dict(mediators)))
-        self.schedule = None if schedule is None else Schedule.from_json(dict(schedule))
+        self.schedule = None if schedule is None else schedule_from_json(dict(schedule))
         self.level = level
         height, width = arch.input_size
         size = height if height == width else (height, width)
@@ -61,15 +68,37 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
 
     def levels_at(self, timestep: Tensor) -> Level | tuple[Level, ...]:
         """The level of every layer at a batch of equal timesteps, or of timesteps within one piece of the schedule."""
-        if self.level is not None or self.schedule is None:
+        if self.level is not None or not isinstance(self.schedule, Schedule):
             return SOFTMAX if self.level is None else self.level
         chosen = {self.schedule.at(noise) for noise in self.process.noise_level(timestep).tolist()}
         if len(chosen) > 1:
             raise ValueError("One call cannot mix timesteps at which the schedule differs: call once for each, or set `level`.")
         return chosen.pop()
 
+    def driver(self, timesteps: Sequence[float], rows: Sequence[int], batch: int) -> Driver:
+        """Calls the model along one trajectory: (hidden_states, timestep, class_labels) -> output.
+
+        Args:
+            timesteps: of all calls to come, in order, in the model's own time.
+            rows: of the same calls per sample: 2 where they are guided, conditional half first, else 1.
+            batch: samples.
+        """
+
+        def call(x: Tensor, t: Tensor, y: Tensor, levels: Levels, memory: Memory | None) -> Tensor:
+            return self(x, t, y, return_dict=False, levels=levels, memory=memory)[0]
+
+        depth, noise_levels = self.model.arch.depth, [float(self.process.noise_level(torch.tensor(t))) for t in timesteps]
+        schedule = self.level if self.level is not None else SOFTMAX if self.schedule is None else self.schedule
+        return Driver(call, depth, calls_at(schedule, noise_levels, depth), noise_levels, rows, batch)
+
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        return_dict: bool = True,
+        levels: Levels | None = None,
+        memory: Memory | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The checkpoint's own prediction.
 
@@ -77,11 +106,13 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
             hidden_states: noisy latents (b, channels, height, width).
             timestep: (b,) or one for all. DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
             class_labels: (b,); the number of classes is the null class. 1000, which diffusers' pipelines send, is read as that.
+            levels: one for all layers, or one per layer; None: `level`, or what the schedule's pieces say at the timestep.
+            memory: what forecasts rest on, as a `driver` passes it.
         """
         arch = self.model.arch
         times = torch.as_tensor(timestep, device=hidden_states.device).float().expand(len(hidden_states))
         labels = class_labels
         if arch.null_class and arch.classes < DIFFUSERS_NULL_CLASS:
             labels = torch.where(labels == DIFFUSERS_NULL_CLASS, arch.classes, labels)
-        sample = self.model(hidden_states, times, labels, levels=self.levels_at(times))
+        sample = self.model(hidden_states, times, labels, levels=self.levels_at(times) if levels is None else levels, memory=memory)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
