@@ -22,6 +22,7 @@ PURPOSES: dict[str, Callable[..., int]] = {
     "data item": lambda seed, item: _spread(seed, item, 0, 1),
     # of one layer or training step
     "layer": lambda seed, layer: seed * 1_000_003 + layer,
+    "narrow MLP": lambda seed, layer: _spread(seed, layer, 0, 2),
     "levels": lambda seed, step: seed * 1_000_003 + step,
     "training step": lambda seed, step: seed * 1_000_003 + step,
     "order": lambda seed, rounds, sweep: (seed * 1_000_003 + rounds) * 1_009 + sweep,

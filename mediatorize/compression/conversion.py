@@ -79,6 +79,11 @@ class ConversionPlan:
     def added_parameters(self) -> int:
         return cost.added_parameters(self.arch, self.settings)
 
+    @property
+    def steps_per_layer(self) -> int:
+        """Steps of progress: of the attention, and of the narrow MLPs where there are some."""
+        return max(self.fit.steps, 1) * (2 if self.settings.mlp_widths else 1)
+
     def calls(self) -> int:
         """Model calls of sampling the teacher; none where there are data."""
         from mediatorize.compression.trajectories import batches_for
@@ -98,6 +103,7 @@ class ConversionPlan:
         """FLOPs of the conversion: states, the teacher's pass over them, and fitting (a backward counts as two forwards)."""
         arch, settings = self.arch, self.settings
         levels = sum(cost.attention_flops(arch, level, settings) for level in settings.levels)
+        levels += sum(cost.surrogates_flops(arch, ((), (level,))) for level in settings.mlp_levels)
         fitting = arch.depth * self.fit.steps * self.fit.batch * 3 * levels
         return self.states_flops() + 2 * self.states * cost.forward_flops(arch) + fitting
 

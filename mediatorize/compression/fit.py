@@ -1,22 +1,23 @@
-"""Layer-by-layer regression: every mediator path is fitted to its own layer's inputs and outputs in the teacher (design 2.3)."""
+"""Layer-by-layer regression: what conversion adds is fitted to its own layer's inputs and outputs in the teacher (design 2.3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from mediatorize.compression.initialise import CLUSTER_STATES, states_looked_at
+from mediatorize.compression.narrow import start_from_units
 from mediatorize.compression.records import FitSettings, LayerErrors
 from mediatorize.compression.store import Kept, Store
 from mediatorize.compression.trajectories import States
 from mediatorize.errors import UserError
-from mediatorize.model.attention import MediatorAttention
 from mediatorize.model.block import Block
 from mediatorize.model.levels import SOFTMAX, Level, kind_of
 from mediatorize.model.transformer import DiffusionTransformer
@@ -62,15 +63,21 @@ def fit_layers(
 
     def fitted(index: int, block: Block, tokens: Tensor) -> Kept:
         errors = _fit_layer(index, block, tokens, condition, initialise, settings, on_step)
-        weights = {name: value.to("cpu", copy=True) for name, value in block.attn.mediated().state_dict().items()}
+        weights = {name: value.to("cpu", copy=True) for name, value in fitted_part(block).state_dict().items()}
         return Kept(weights, errors.to_json())
 
     walk = model.walk(tokens, condition, SOFTMAX, run=in_batches)
     for index, (block, tokens) in enumerate(zip(model.layers(), walk, strict=False)):
         make = partial(fitted, index, block, tokens)
         kept = make() if store is None else store.once(layer_name(index), make)
-        block.attn.mediated().load_state_dict(kept.tensors)
+        fitted_part(block).load_state_dict(kept.tensors)
         yield LayerErrors.from_json(kept.facts)
+
+
+def fitted_part(block: Block) -> nn.ModuleDict:
+    """What fitting trains in a block."""
+    narrow = block.mediator.narrow if block.mediator is not None else None
+    return nn.ModuleDict({"attention": block.attn.mediated()} | ({} if narrow is None else {"narrow": narrow}))
 
 
 def layer_name(index: int) -> str:
@@ -95,70 +102,117 @@ def _fit_layer(
 ) -> LayerErrors:
     layer = block.attn
     mediator = layer.mediated()
-    inputs, targets, gates = _inputs_and_outputs(block, tokens, condition, settings.batch)
-    judged = held_out(len(inputs), initialise, settings)
-    seen = inputs[judged:]
+    attention = _inputs_and_outputs(block.attention_input, partial(layer, level=SOFTMAX), tokens, condition, settings.batch)
+    judged = held_out(len(tokens), initialise, settings)
+    seen = attention.inputs[judged:]
     few = seen[:: max(1, len(seen) // CLUSTER_STATES)]
     for level in mediator.settings.levels:
         if count := kind_of(level).mediators(level):
             pool = initialise(layer, few, count, seed_for(settings.seed, "layer", index))
             mediator.count(count).pool.data.copy_(pool)
-
-    before = relative_errors(mediator, inputs[:judged], targets[:judged], settings.batch)
-    if settings.steps:
-        regress(mediator, seen, targets[judged:], gates[judged:], settings, generator(settings.seed, "layer", index), on_step)
-    elif on_step is not None:
-        on_step()
-    after = relative_errors(mediator, inputs[:judged], targets[:judged], settings.batch) if settings.steps else before
+    own = [*mediator.qkv.parameters(), *mediator.proj.parameters()]
+    fit = partial(_fit_part, judged=judged, settings=settings, on_step=on_step)
+    before, after = fit(mediator, mediator.settings.levels, attention, own, random=generator(settings.seed, "layer", index))
+    del attention, seen, few
+    narrow = block.mediator.narrow if block.mediator is not None else None
+    if narrow is not None:
+        mlp = _inputs_and_outputs(block.mlp_input, block.mlp, tokens, condition, settings.batch)
+        start_from_units(block, narrow, mlp.inputs[judged:], mlp.gates[judged:])
+        random = generator(settings.seed, "narrow MLP", index)
+        of_mlp = fit(narrow, mediator.settings.mlp_levels, mlp, [narrow.fc1.weight, narrow.fc2.weight], random=random)
+        before, after = before | of_mlp[0], after | of_mlp[1]
     if not all(math.isfinite(error) for error in after.values()):
         raise UserError(f"Fitting layer {index} diverged.", hint="Pass a smaller --learning-rate.")
     return LayerErrors(index, before, after)
 
 
+@dataclass(frozen=True)
+class _Regression:
+    """What a sub-layer gets and gives in the teacher, (s, n, c) each, and the gate that its output passes, (s, 1, c)."""
+
+    inputs: Tensor
+    targets: Tensor
+    gates: Tensor
+
+    def part(self, rows: slice) -> _Regression:
+        return _Regression(self.inputs[rows], self.targets[rows], self.gates[rows])
+
+
+def _fit_part(
+    module: nn.Module,
+    levels: Sequence[Level],
+    data: _Regression,
+    matrices: Sequence[Tensor],
+    *,
+    judged: int,
+    settings: FitSettings,
+    random: torch.Generator,
+    on_step: Callable[[], object] | None,
+) -> tuple[dict[Level, float], dict[Level, float]]:
+    """Fits a module to a sub-layer; errors of its levels before and after, on the first `judged` states."""
+    held = data.part(slice(judged))
+    before = relative_errors(module, levels, held.inputs, held.targets, settings.batch)
+    if not settings.steps:
+        if on_step is not None:
+            on_step()
+        return before, before
+    regress(module, levels, data.part(slice(judged, None)), matrices, settings, random, on_step)
+    return before, relative_errors(module, levels, held.inputs, held.targets, settings.batch)
+
+
 @torch.no_grad()
-def _inputs_and_outputs(block: Block, tokens: Tensor, condition: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the attention layer gets and gives in the teacher, (s, n, c) each, and the gate that its output passes, (s, 1, c)."""
+def _inputs_and_outputs(
+    read: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    run: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    condition: Tensor,
+    batch: int,
+) -> _Regression:
+    """What a sub-layer gets (`read` gives it, and the gate) and gives (`run`) in the teacher."""
     inputs, outputs = torch.empty_like(tokens), torch.empty_like(tokens)
     gates = torch.empty_like(tokens[:, :1])
     for rows in torch.arange(len(tokens)).split(batch):
-        inputs[rows], gates[rows] = block.attention_input(tokens[rows], condition[rows])
-        outputs[rows] = block.attn(inputs[rows], SOFTMAX)
-    return inputs, outputs, gates
+        inputs[rows], gates[rows] = read(tokens[rows], condition[rows])
+        outputs[rows] = run(inputs[rows])
+    return _Regression(inputs, outputs, gates)
 
 
 @torch.no_grad()
-def relative_errors(mediator: MediatorAttention, inputs: Tensor, targets: Tensor, batch: int) -> dict[Level, float]:
-    """|mediator - softmax| / |softmax| over all of `inputs` and `targets` (s, n, c), per level."""
+def relative_errors(module: nn.Module, levels: Sequence[Level], inputs: Tensor, targets: Tensor, batch: int) -> dict[Level, float]:
+    """|module - target| / |target| over all of `inputs` and `targets` (s, n, c), per level."""
     errors: dict[Level, float] = {}
     size = torch.stack([y.square().sum() for y in targets.split(batch)]).sum().clamp(min=1e-12)
-    for level in mediator.settings.levels:
+    for level in levels:
         squared = torch.zeros((), device=inputs.device)
         for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-            squared += (mediator(x, level) - y).square().sum()
+            squared += (module(x, level) - y).square().sum()
         errors[level] = float((squared / size).sqrt())
     return errors
 
 
 def regress(
-    mediator: MediatorAttention,
-    inputs: Tensor,
-    targets: Tensor,
-    gates: Tensor,
+    module: nn.Module,
+    levels: Sequence[Level],
+    data: _Regression,
+    matrices: Sequence[Tensor],
     settings: FitSettings,
     random: torch.Generator,
     on_step: Callable[[], object] | None = None,
 ) -> None:
-    """Trains the mediator path on (inputs, targets), (s, n, c) each, summed over levels, by Adam with a cosine to zero.
+    """Trains a module on a sub-layer's inputs and outputs, summed over levels, by Adam with a cosine to zero.
 
-    The loss is the mean absolute error of what the block's gate (s, 1, c) lets through: errors in channels and states that the residual
-    stream never sees do not count.
+    The loss is the mean absolute error of what the block's gate lets through: errors in channels and states that the residual stream never
+    sees do not count.
+
+    Args:
+        matrices: parameters whose rate shrinks with the width.
     """
-    mediator.requires_grad_(True)
-    projections = [*mediator.qkv.parameters(), *mediator.proj.parameters()]
-    own = {id(parameter) for parameter in projections}
-    others = [parameter for parameter in mediator.parameters() if id(parameter) not in own]
+    module.requires_grad_(True)
+    inputs, targets, gates = data.inputs, data.targets, data.gates
+    own = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in module.parameters() if id(parameter) not in own]
     shrink = min(1.0, 128 / inputs.shape[2])
-    groups: list[dict[str, Any]] = [{"params": projections, "lr_scale": shrink}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": list(matrices), "lr_scale": shrink}, {"params": others}]
     optimizer = torch.optim.Adam(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
     schedule = CosineLRScheduler(optimizer, t_initial=settings.steps, t_in_epochs=False)
     sizes = [(y * gate).abs().sum() for y, gate in zip(targets.split(settings.batch), gates.split(settings.batch), strict=True)]
@@ -168,9 +222,9 @@ def regress(
         rows = torch.randint(0, len(inputs), (settings.batch,), generator=random)
         x, y, gate = inputs[rows], targets[rows], gates[rows] / scale
         optimizer.zero_grad()
-        for level in mediator.settings.levels:
-            ((mediator(x, level) - y) * gate).abs().mean().backward()
+        for level in levels:
+            ((module(x, level) - y) * gate).abs().mean().backward()
         optimizer.step()
         if on_step is not None:
             on_step()
-    mediator.requires_grad_(False)
+    module.requires_grad_(False)

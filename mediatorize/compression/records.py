@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mediatorize.model.levels import Level, read_level
+from mediatorize.model.levels import Level, read_part_level
 
 Trained = Literal["mediators", "all"]
 Weighting = Literal["sample", "even"]
@@ -56,12 +56,12 @@ Errors = Mapping[Level, float]
 
 def errors_from_json(fields: Mapping[str, float]) -> dict[Level, float]:
     """Errors by level, whose keys JSON has turned into text."""
-    return {read_level(level): error for level, error in fields.items()}
+    return {read_part_level(level): error for level, error in fields.items()}
 
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Relative error |added level - softmax| / |softmax| of a layer's output on held-out states, by level."""
+    """Relative error |added level - pretrained| / |pretrained| of a layer's attention, or of its MLP, on held-out states, by level."""
 
     layer: int
     before: Errors

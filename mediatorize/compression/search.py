@@ -59,6 +59,7 @@ from mediatorize.model.levels import (
     Parts,
     in_order,
     is_pretrained,
+    parts_of,
     title,
 )
 from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule, polynomial_weights
@@ -538,8 +539,8 @@ class Proposer:
                         seen |= {path, refined(table, path, mean_square)} if lead == 1 else {path}
             paths = sorted(seen, key=lambda path: mean_square(table.joint(path)))
             found += [self.along(kind, path, room) for path in paths if self._fits(kind, path, room)][: MOST_PATHS[kind]]
-        mixed = [self.along(MIXED, path, room) for path in self._other_counts(room)] if self._has_stand_ins() else []
-        found += sorted((p for p in mixed if p.predicted), key=lambda proposal: proposal.predicted["vectors"])[:3]
+        if len(self.kinds) > 1:
+            found += [self.along(MIXED, path, room) for path in self._other_counts(room)]
         return [proposal for proposal in found if self.costs.of(proposal.schedule) <= room]
 
     def along(self, kind: str, path: tuple[int, ...], room: Any) -> Proposal:
@@ -585,19 +586,20 @@ class Proposer:
 
     # levels and surrogates between computed calls
 
-    def _has_stand_ins(self) -> bool:
-        return len(self.kinds) > 1
-
     def _other_counts(self, room: Any) -> list[tuple[int, ...]]:
-        """Paths with a few computed calls fewer, which leaves room for surrogates, and more, which must then run at cheaper levels."""
+        """Paths with as many computed calls as fit, with one fewer, which leaves room for surrogates, and with one or two more, which must
+        then run at cheaper levels."""
         errors = self.tables.calls.errors(mean_square)
         most = len(self._largest(room, partial(best_path, errors)) or (0,))
-        counts = sorted({count for count in range(most - 3, most + 4) if 1 <= count < self.calls})
+        counts = [count for count in range(most - 1, most + 3) if 1 <= count < self.calls]
         paths = [path for count in counts if (path := best_path(errors, count)) is not None]
         return list(dict.fromkeys(refined(self.tables.calls, path, mean_square) for path in paths))
 
     def _filled(self, path: tuple[int, ...], room: Any, name: str, how: dict[str, Any]) -> Proposal:
-        """Levels at the computed calls and surrogates at the others, by an exact allocation under what the budget leaves."""
+        """Levels at the computed calls and surrogates at the others, by an exact allocation under what the budget leaves.
+
+        Squares of errors are added up: with as many options as these, few probes would let vectors cancel that do not.
+        """
         options, products = self._options(path)
         computed = set(path)
         plain = Proposal(name=name, schedule=self._plain(PATH, path), **how)
@@ -611,8 +613,7 @@ class Proposer:
         for _ in range(8):
             if costs.min(2).sum() > left:
                 return plain
-            start = allocate(squares, costs, left)
-            choice = descend(products, costs, left, start, apart=False)
+            choice = allocate(squares, costs, left)
             schedule = self._chosen(choice, options, computed)
             over = self.costs.of(schedule) - room
             if over <= 0:
@@ -649,10 +650,17 @@ class Proposer:
             if call not in resting_on:
                 levels = shares(found.levels[call], norms)
                 for place, level in enumerate(options[1]):
-                    whole[call, :, place] = levels[:, of_levels[level]]
+                    whole[call, :, place] += levels[:, of_levels[level]]
                 continue
             basis = resting_on[call]
             weights = polynomial_weights([places[index] for index in basis], places[call])
+            for weight, index in zip(weights, basis, strict=True):  # a forecast repeats what a level does to the calls that it rests on
+                for place, level in enumerate(options[1]):
+                    parts = parts_of(level)
+                    for side, runs in enumerate((parts.attention.runs, parts.mlp.runs)):
+                        if runs in of_surrogates:
+                            change = stand_ins[call, call - index, :, of_surrogates[runs]] - outputs[call, call - index, :, side]
+                            whole[index, :, place] += weight * change
 
             def left_out(values: Tensor) -> Tensor:  # (back, layers, parts, n, k) -> (layers, parts, n, k)
                 return sum(weight * values[call - index] for weight, index in zip(weights, basis, strict=True)) - values[0]  # noqa: B023

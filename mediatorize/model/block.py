@@ -92,6 +92,14 @@ class NarrowMlp(nn.Module):
         self.fc2 = nn.Linear(self.hidden // shares[-1], arch.width, bias=False)
         self.biases = nn.ParameterDict({str(share): nn.Parameter(torch.zeros(arch.width)) for share in shares})
 
+    def start_from(self, mlp: Mlp) -> None:
+        """Takes the MLP's first hidden units."""
+        units = self.fc1.out_features
+        self.fc1.load_state_dict({name: value[:units] for name, value in mlp.fc1.state_dict().items()})
+        self.fc2.load_state_dict({"weight": mlp.fc2.weight[:, :units]})
+        for bias in self.biases.values():
+            bias.data.copy_(cast(Tensor, mlp.fc2.bias))
+
     def forward(self, x: Tensor, level: Level) -> Tensor:
         """(b, n, c) -> (b, n, c) at one of its levels."""
         share = mlp_share(level)
@@ -140,6 +148,8 @@ class Block(nn.Module):
                 update.modulation.reset(draw())
             if update.mlp is not None:
                 update.mlp.load_state_dict(self.mlp.state_dict())
+            if update.narrow is not None:
+                update.narrow.start_from(self.mlp)
         self.mediator = update.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
@@ -159,6 +169,12 @@ class Block(nn.Module):
         """What the attention layer gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
         shift, scale, gate = self.modulation(conditioning, SOFTMAX)[:3]
         return modulate(self.norm1(x), shift, scale), gate.unsqueeze(1)
+
+    def mlp_input(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """What the MLP gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
+        inputs, gate = self.attention_input(x, conditioning)
+        shift, scale, mlp_gate = self.modulation(conditioning, SOFTMAX)[3:]
+        return modulate(self.norm2(x + gate * self.attn(inputs, SOFTMAX)), shift, scale), mlp_gate.unsqueeze(1)
 
     def forward(self, x: Tensor, conditioning: Tensor, level: Level, memory: BlockMemory | None = None) -> Tensor:
         """(b, n, c), (b, c) -> (b, n, c). Without a memory nothing is forecast: the pretrained sub-layer runs in its place."""

@@ -306,6 +306,11 @@ def read_level(value: object) -> Level:
     raise UserError(f"{value!r} is no level.", hint=f"Levels are {_all_looks()}.")
 
 
+def read_part_level(value: object) -> Level:
+    """The level of an attention layer or of a narrow MLP that a value from JSON stands for."""
+    return str(value) if _read_share(value) else read_level(value)
+
+
 def is_level(value: object) -> bool:
     """Whether a value is a level as it stands."""
     return any(kind.read(value) == value for kind in KINDS.values() if not isinstance(value, bool))
@@ -331,7 +336,7 @@ def in_order(levels: Iterable[Level]) -> list[Level]:
 
 def title(level: Level) -> str:
     """A level's name in tables and pictures."""
-    return kind_of(level).title(level)
+    return f"MLP {level}" if _read_share(level) else kind_of(level).title(level)
 
 
 def most_mediators(levels: Iterable[Level]) -> int:

@@ -52,7 +52,8 @@ def _planned(found: Conversion, seconds: float) -> list[str]:
 
 
 def _done(found: Conversion) -> list[str]:
-    plan, levels = found.plan, found.plan.settings.levels
+    plan = found.plan
+    levels = (*plan.settings.levels, *plan.settings.mlp_levels)
     lines = [f"States were of {fitted_on(plan)}."] if plan.data else []
     if plan.fit.steps == 0:
         lines.append("Not fitted (--fit-steps 0): mediators are as initialised. Relative error of each layer's output:")

@@ -16,7 +16,7 @@ from mediatorize.compression.records import FitSettings
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.architecture import default_local_rank, default_modulation_rank, preset
 from mediatorize.model.levels import Level, MediatorSettings, MlpOwner, Space, in_order, read_level
-from mediatorize.signatures import OneOf, listed
+from mediatorize.signatures import OneOf, listed, one, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from mediatorize.compression.store import Kept
     from mediatorize.formats.data import Latents
     from mediatorize.model.transformer import DiffusionTransformer
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Shares of the hidden width, the narrowest first."""
+    return () if text == "none" else tuple(sorted(set(listed(whole_number)(text)), reverse=True))
 
 
 def convert(
@@ -47,6 +52,15 @@ def convert(
     mlp: Annotated[
         MlpOwner, option("own: mediator levels get their own MLPs, trained by finetune; shared: they use softmax's", WHAT)
     ] = "own",
+    mlp_widths: Annotated[
+        tuple[int, ...],
+        option(
+            "narrow MLPs to add: 8 is an eighth of the hidden width; or none",
+            WHAT,
+            parser=one(widths),
+            metavar="N,N,...",
+        ),
+    ] = (8, 4),
     data: options.Data = None,
     vae: options.Vae = None,
     states: Annotated[
@@ -113,6 +127,7 @@ def convert(
             local_rank=default_local_rank(arch.width) if local_rank is None else local_rank,
             modulation_rank=default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank,
             mlp=mlp,
+            mlp_widths=tuple(mlp_widths),
         ),
         init=init,
         fit=fit,
@@ -147,7 +162,7 @@ def convert(
     collected = States(**work.once("states", lambda: _collect(model, plan, dataset)).tensors)
     dataset = None  # and the VAE with it
     resumed = sum(work.has(layer_name(index)) for index in range(arch.depth))
-    with progress_bar((arch.depth - resumed) * max(fit.steps, 1), "fitting layers") as bar:
+    with progress_bar((arch.depth - resumed) * plan.steps_per_layer, "fitting layers") as bar:
         errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, on_step=bar.update)
 
     result = Conversion(out=out, plan=plan, notes=notes, errors=tuple(errors), seconds=time.monotonic() - start, resumed_layers=resumed)
