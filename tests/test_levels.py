@@ -67,11 +67,28 @@ def told(*arguments: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("written", "level"),
-    [("softmax", "softmax"), ("4", 4), (4, 4), ("16", 16), *((bad, None) for bad in ("0", "-1", "4.0", "", 0, True, None))],
+    [
+        ("softmax", "softmax"),
+        ("4", 4),
+        (4, 4),
+        ("16", 16),
+        ("hold", "hold"),
+        ("linear|linear", "linear"),
+        ("quadratic", "quadratic"),
+        ("softmax|full", "softmax"),
+        ("4|own", 4),
+        ("softmax|1/8", "softmax|1/8"),
+        ("4|full", "4|full"),
+        ("linear+4|linear+1/8", "linear+4|linear+1/8"),
+        ("linear|softmax", None),
+        ("1/8|linear", None),
+        ("cubic", None),
+        *((bad, None) for bad in ("0", "-1", "4.0", "", 0, True, None)),
+    ],
 )
 def test_levels_are_read_as_they_are_written(written: object, level: object) -> None:
     if level is None:
-        with pytest.raises(UserError, match=r"is no level\. Levels are softmax or a count of mediators\."):
+        with pytest.raises(UserError, match=r"is no level\. Levels are softmax, a count of mediators or a forecast"):
             read_level(written)
     else:
         assert read_level(written) == level

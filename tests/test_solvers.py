@@ -419,7 +419,7 @@ def test_the_models_own_schedule_holds_unless_another_is_given(monkeypatch: pyte
         sample(model, [1], steps=1, schedule=schedule)
         return calls[0][3]
 
-    assert levels_of(None) == "softmax"
+    assert levels_of(None) == ("softmax",) * 3
     model.schedule = Schedule((), ((1, 4, 1),))
     assert levels_of(None) == (1, 4, 1)
     assert levels_of(4) == 4

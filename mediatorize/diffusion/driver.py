@@ -75,10 +75,11 @@ class _Stream:
         if not levels:
             rest = self.outputs.at(place, 1)
             return rest if base is None else base + rest
-        memory = self.memory if index <= self.last_forecast else None
-        if memory is not None:
-            memory.begin(place, self.watched[index])
-        output = model(x, t, y, levels=levels, memory=memory)
+        if index <= self.last_forecast:
+            self.memory.begin(place, self.watched[index])
+            output = model(x, t, y, levels=levels, memory=self.memory)
+        else:  # nothing is forecast from here on
+            output = model(x, t, y, levels=levels)
         if index < self.last_output and is_computed(levels):
             self.outputs.add(place, output if base is None else output - base, 2)
         return output
