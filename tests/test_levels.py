@@ -124,7 +124,7 @@ def test_a_new_kind_goes_through_the_whole_tool(mean: None, tmp_path: Path) -> N
     bundle = tmp_path / "bundle"
     fit = ["--states", 64, "--trajectories", 8, "--fit-steps", 4, "--sampler-steps", 4, "--cfg-scale", 1]
     converted = told("convert", TEACHER, bundle, "--levels", "4,mean", *fit, *QUICK)
-    assert [set(errors["after"]) for errors in converted["layer_errors"]] == [{"mean", "4"}] * 6
+    assert [set(errors["after"]) for errors in converted["layer_errors"]] == [{"mean", "4", "1/8", "1/4"}] * 6
     model = load_model(bundle)
     assert model.added().levels == ("mean", 4)
 
