@@ -423,7 +423,7 @@ def test_the_models_own_schedule_holds_unless_another_is_given(monkeypatch: pyte
     model.schedule = Schedule((), ((1, 4, 1),))
     assert levels_of(None) == (1, 4, 1)
     assert levels_of(4) == (4,) * 3
-    assert levels_of("softmax") == "softmax"
+    assert levels_of("softmax") == ("softmax",) * 3
     assert levels_of(Schedule((), ((4, 4, 1),))) == (4, 4, 1)
 
 

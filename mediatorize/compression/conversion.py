@@ -131,14 +131,14 @@ class Conversion:
     resumed_layers: int = 0
 
 
-def states_needed(states: int, trajectories: int, init: str, fit: FitSettings) -> tuple[int, int]:
+def states_needed(states: int, trajectories: int, init: str, fit: FitSettings, narrow: bool = False) -> tuple[int, int]:
     """How many of `states` a conversion looks at, and how many samples at a time give them.
 
-    Where nothing is fitted, a few do: those that the initialiser looks at, and those that errors are measured on.
+    Where nothing is fitted, a few do: those that the initialiser and narrow MLPs look at, and those that errors are measured on.
     """
     if fit.steps:
         return states, trajectories
-    states = min(states, JUDGED_STATES + states_looked_at(INITIALISERS[init]))
+    states = min(states, JUDGED_STATES + states_looked_at(INITIALISERS[init], narrow))
     return states, min(trajectories, -(-states // STATES_PER_TRAJECTORY))
 
 

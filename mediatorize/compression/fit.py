@@ -85,10 +85,10 @@ def layer_name(index: int) -> str:
     return f"layer-{index:03d}"
 
 
-def held_out(states: int, initialise: Initialiser, settings: FitSettings) -> int:
+def held_out(states: int, initialise: Initialiser, settings: FitSettings, narrow: bool = False) -> int:
     """How many of `states` errors are measured on: one in `HELD_OUT`, or all that the initialiser does not need where nothing is fitted."""
     share = states // HELD_OUT
-    return share if settings.steps else max(share, states - states_looked_at(initialise))
+    return share if settings.steps else max(share, states - states_looked_at(initialise, narrow))
 
 
 def _fit_layer(
@@ -103,7 +103,8 @@ def _fit_layer(
     layer = block.attn
     mediator = layer.mediated()
     attention = _inputs_and_outputs(block.attention_input, partial(layer, level=SOFTMAX), tokens, condition, settings.batch)
-    judged = held_out(len(tokens), initialise, settings)
+    narrow = block.mediator.narrow if block.mediator is not None else None
+    judged = held_out(len(tokens), initialise, settings, narrow is not None)
     seen = attention.inputs[judged:]
     few = seen[:: max(1, len(seen) // CLUSTER_STATES)]
     for level in mediator.settings.levels:
@@ -114,7 +115,6 @@ def _fit_layer(
     fit = partial(_fit_part, judged=judged, settings=settings, on_step=on_step)
     before, after = fit(mediator, mediator.settings.levels, attention, own, random=generator(settings.seed, "layer", index))
     del attention, seen, few
-    narrow = block.mediator.narrow if block.mediator is not None else None
     if narrow is not None:
         mlp = _inputs_and_outputs(block.mlp_input, block.mlp, tokens, condition, settings.batch)
         start_from_units(block, narrow, mlp.inputs[judged:], mlp.gates[judged:])

@@ -70,6 +70,6 @@ LOOK_AT_NOTHING: frozenset[Initialiser] = frozenset({average_pooling})
 """Those that do without states."""
 
 
-def states_looked_at(initialise: Initialiser) -> int:
-    """How many states an initialiser looks at, at least."""
-    return 0 if initialise in LOOK_AT_NOTHING else CLUSTER_STATES
+def states_looked_at(initialise: Initialiser, narrow: bool = False) -> int:
+    """How many states an initialiser, or the start of narrow MLPs, looks at, at least."""
+    return 0 if initialise in LOOK_AT_NOTHING and not narrow else CLUSTER_STATES

@@ -258,7 +258,7 @@ AnySchedule = Schedule | CallSchedule
 
 def schedule_from_json(content: Mapping[str, Any]) -> AnySchedule:
     """A schedule from a file of either form."""
-    return CallSchedule.from_json(content) if "calls" in content else Schedule.from_json(content)
+    return CallSchedule.from_json(content) if isinstance(content, Mapping) and "calls" in content else Schedule.from_json(content)
 
 
 def calls_at(schedule: AnySchedule | Level, noise_levels: Sequence[float], depth: int) -> list[Call]:

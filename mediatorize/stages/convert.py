@@ -118,7 +118,7 @@ def convert(
     arch = preset(checkpoint) if opened is None else opened.arch
 
     fit = FitSettings(steps=fit_steps, batch=batch, learning_rate=learning_rate, seed=seed)
-    taken, at_a_time = states_needed(states, trajectories, init, fit)
+    taken, at_a_time = states_needed(states, trajectories, init, fit, bool(mlp_widths))
     plan = ConversionPlan(
         arch=arch,
         settings=MediatorSettings(
