@@ -143,7 +143,7 @@ def test_words_of_other_tools_are_answered_with_ours(arguments: list[str], answe
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "a", "b", "--levels", "1,four"], "'four' is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."),
+        (["convert", "a", "b", "--levels", "1,four"], "'four' is no level. Levels are softmax, a count of mediators or a forecast"),
         (["sample", "a", "--out", "b.png", "--classes", "1,x"], "'x' is not a whole number"),
         (["sample", "a", "--out", "b.png", "--cfg-channels", "some"], "'some' is not a whole number"),
         (["finetune", "a", "--train-steps", "0"], "greater than or equal to 1"),

@@ -81,7 +81,7 @@ class Sampler:
         return cls(solver=name, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=(low, high), seed=seed)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"cfg_interval": list(self.cfg_interval)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Sampler:

@@ -84,7 +84,7 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
             batch: samples.
         """
 
-        def call(x: Tensor, t: Tensor, y: Tensor, levels: Levels, memory: Memory | None) -> Tensor:
+        def call(x: Tensor, t: Tensor, y: Tensor, levels: Levels, memory: Memory | None = None) -> Tensor:
             return self(x, t, y, return_dict=False, levels=levels, memory=memory)[0]
 
         depth, noise_levels = self.model.arch.depth, [float(self.process.noise_level(torch.tensor(t))) for t in timesteps]
