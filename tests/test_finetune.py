@@ -59,7 +59,7 @@ from mediatorize.stages.convert import convert
 from mediatorize.stages.finetune import finetune
 from mediatorize.stages.work import STATE_FILE
 
-SETTINGS = MediatorSettings((1, 4), local_rank=12, modulation_rank=12, mlp="own")
+SETTINGS = MediatorSettings((1, 4), local_rank=12, modulation_rank=12, mlp="own", mlp_widths=(8, 4))
 QUICK: dict[str, Any] = {
     "train_steps": 80,
     "batch": 6,

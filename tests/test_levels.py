@@ -140,7 +140,9 @@ def test_a_new_kind_goes_through_the_whole_tool(mean: None, tmp_path: Path) -> N
     trained = told("finetune", bundle, *train, *QUICK)
     assert trained["before"].keys() == trained["after"].keys() == {"mean", "4"}
 
-    calibrated = told("calibrate", bundle, "--budget", 0.7, "--kinds", "mediators", "--steps", 4, "--trajectories", 4, "--verify", 4, *QUICK)
+    calibrated = told(
+        "calibrate", bundle, "--budget", 0.7, "--kinds", "mediators", "--steps", 4, "--trajectories", 4, "--verify", 4, *QUICK
+    )
     assert calibrated["schedules"][0]["relative_cost"] <= 0.7
     schedule = Schedule.from_json(json.loads((bundle / "schedule.json").read_text()))
     assert "mean" in schedule.used  # at 4 mediators throughout it would cost more

@@ -16,16 +16,19 @@ from mediatorize.compression.records import DistillSettings
 from mediatorize.compression.trajectories import Targets
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block, call
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, is_pretrained
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Part, Parts, is_pretrained
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import generator
 
 
-def levels_of_step(levels: Sequence[Level], depth: int, seed: int, step: int) -> list[Level]:
+def levels_of_step(levels: Sequence[Level], depth: int, seed: int, step: int, mlps: Sequence[Level] = ()) -> list[Level]:
     """The level of every layer in one step: all at the smallest, all at the largest, all at a drawn one, each at a drawn one, in turn.
 
     ("Sandwich", arXiv 1903.05134: the ends are always among the steps.) A mixture has softmax among its levels, as schedules do; one layer
-    at least is at a mediator level.
+    at least is at a mediator level. Where there are narrow MLPs, about half of a mixture's layers run at one.
+
+    Args:
+        mlps: levels of narrow MLPs.
     """
     turn = step % 4
     if turn < 2:
@@ -37,7 +40,10 @@ def levels_of_step(levels: Sequence[Level], depth: int, seed: int, step: int) ->
     drawn = [options[int(index)] for index in torch.randint(0, len(options), (depth,), generator=random)]
     if all(is_pretrained(level) for level in drawn):
         drawn[int(torch.randint(0, depth, (1,), generator=random))] = levels[0]
-    return drawn
+    if not mlps:
+        return drawn
+    widths = [mlps[int(index)] if index < len(mlps) else None for index in torch.randint(0, 2 * len(mlps), (depth,), generator=random)]
+    return [level if mlp is None else Parts(Part(level), Part(mlp)).level for level, mlp in zip(drawn, widths, strict=True)]
 
 
 def forward_with_features(
@@ -149,7 +155,7 @@ class Distiller:
 
     def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:
         self.model, self.teacher, self.settings = model, teacher, settings
-        self.levels = model.added().levels
+        self.levels, self.mlps = model.added().levels, model.added().mlp_levels
         trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
         trained.pop("pos_embed", None)  # fixed in the originals
         self.parameters = trained
@@ -180,7 +186,7 @@ class Distiller:
             sizes: `mean_squares` of the targets that the states were drawn from.
             reduce: adds up gradients over processes, in place.
         """
-        levels = levels_of_step(self.levels, self.model.arch.depth, self.settings.seed, self.step_count)
+        levels = levels_of_step(self.levels, self.model.arch.depth, self.settings.seed, self.step_count, self.mlps)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total = torch.zeros((), device=sizes.device)
