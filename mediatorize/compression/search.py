@@ -768,7 +768,7 @@ class Judge:
         """The candidate of least error within a budget; of a smaller budget's too, should they be better."""
         fitting = [candidate for candidate in self.candidates if self._keeps(candidate, budget)]
         if per == "step":
-            fitting = [c for c in fitting if c.kind != PER_CELL]
+            fitting = [c for c in fitting if c.kind not in (PER_CELL, MIXED)]
         if "forecasts" not in kinds:  # what is asked for is a schedule of this sampler
             fitting = [c for c in fitting if c.kind != FEWER] or fitting
         return min(fitting, key=lambda candidate: (candidate.error, candidate.share))

@@ -139,7 +139,7 @@ class Block(nn.Module):
             draw: gives the generator of each part that starts at random.
         """
         self.attn.add_mediators(settings, draw())
-        if not (settings.modulation_rank or settings.mlp == "own"):
+        if not (settings.modulation_rank or settings.mlp == "own" or settings.mlp_widths):
             return
         weight = self.attn.qkv.weight
         update = BlockMediator(arch, settings)
