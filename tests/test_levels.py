@@ -19,7 +19,16 @@ from mediatorize import Schedule, UserError, load_model, sample
 from mediatorize.cli import app
 from mediatorize.model import cost
 from mediatorize.model.attention import MediatorAttention
-from mediatorize.model.levels import KINDS, Kind, MediatorSettings, in_order, is_pretrained, most_mediators, read_level, title
+from mediatorize.model.levels import (
+    KINDS,
+    Kind,
+    MediatorSettings,
+    in_order,
+    is_pretrained,
+    most_mediators,
+    read_level,
+    title,
+)
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
 QUICK = ["--device", "cpu", "--batch", 16]

@@ -106,7 +106,7 @@ def best_path(errors: Floats, count: int) -> tuple[int, ...] | None:
     Args:
         errors: `ForecastTable.errors`.
     """
-    calls, size = errors.shape[:2]
+    calls, size = len(errors), errors.shape[1] + 1
     spans = _spans(errors)
     value = np.full((calls, size), np.inf)  # by last computed call and the gap before it
     value[0, 0] = 0.0
@@ -133,7 +133,8 @@ def best_path(errors: Floats, count: int) -> tuple[int, ...] | None:
 def _spans(errors: Floats) -> Floats:
     """(calls, gap before, gap after): the error of all forecasts between a computed call and the next, `gap after` later."""
     calls, size = errors.shape[:2]
-    spans = np.full((calls, size, size + 1), np.inf)
+    errors = np.pad(errors, ((0, 0), (0, 0), (0, 1)), constant_values=np.inf)  # a gap so wide that no forecast can rest on both its ends
+    spans = np.full((calls, size + 1, size + 1), np.inf)
     for last in range(calls):
         spans[last, :, 1] = 0.0
         for gap in range(2, size + 1):
