@@ -19,15 +19,17 @@ from torch import Tensor
 from mediatorize import UserError, load_model, sample
 from mediatorize.compression.records import LayerErrors
 from mediatorize.diffusion import sampling
+from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.process import BETAS, process_of
+from mediatorize.diffusion.sampling import Sampler
 from mediatorize.export import safetensors
 from mediatorize.export.contract import Choices, Export, Probe, Subject
 from mediatorize.export.standalone import standalone
 from mediatorize.export.targets import EXPORTS
 from mediatorize.formats import bundle
 from mediatorize.formats.tensors import read_safetensors
-from mediatorize.model.levels import SOFTMAX, MediatorSettings
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.levels import LINEAR, SOFTMAX, MediatorSettings
+from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report import exporting
 from mediatorize.report.card import model_card
@@ -42,11 +44,34 @@ SMALL = {"depth": 2, "width": 16, "heads": 2, "mlp_width": 32}
 SCHEDULE = Schedule((0.25, 0.5), ((SOFTMAX, 4), (4, SOFTMAX), (1, 1)))
 """Its edges lie on the steps of the samplers below."""
 
+NARROW = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, mlp="own", mlp_widths=(4, 2))
+CALLS = (
+    Call((SOFTMAX, SOFTMAX)),
+    Call((4, "softmax|1/2")),
+    Call((LINEAR, "linear+4|linear+1/4")),
+    Call((LINEAR, LINEAR)),
+    Call((SOFTMAX, 1), (SOFTMAX, SOFTMAX)),
+    Call(("hold|linear", "linear+4|linear")),
+    Call((SOFTMAX, SOFTMAX), ()),
+    Call((LINEAR, LINEAR), (LINEAR, "linear+4|linear")),
+)
+"""Two computed calls, forecasts with surrogates and without, levels in computed calls, and halves of guided calls that differ."""
+
+
+def forecasting(solver: str = "euler", steps: int = len(CALLS), calls: tuple[Call, ...] = CALLS, **changes: Any) -> DiffusionTransformer:
+    """A model whose schedule has these calls at the noise levels of a sampler."""
+    model = small_model(None, NARROW, **changes)
+    model.schedule = CallSchedule(tuple(Sampler(solver=solver, steps=steps).noise_levels(model.arch)), calls)
+    return model
+
+
 DIFFUSERS_CONVENTIONS = {"frequency_shift": 1, "mlp_norm_eps": 1e-5}
 
 
-def small_model(schedule: Schedule | None = SCHEDULE, **changes: Any) -> DiffusionTransformer:
-    model = tiny_model(SETTINGS, **SMALL | changes)
+def small_model(
+    schedule: AnySchedule | None = SCHEDULE, settings: MediatorSettings = SETTINGS, **changes: Any
+) -> DiffusionTransformer:
+    model = tiny_model(settings, **SMALL | changes)
     for layer in model.attention_layers():
         assert layer.mediator is not None
         randomise(layer.mediator, seed=9)
@@ -61,7 +86,8 @@ def make_bundle(path: Path, model: DiffusionTransformer) -> Path:
     """A bundle as conversion and calibration leave it."""
     errors = tuple(LayerErrors(i, before={1: 0.7, 4: 0.4}, after={1: 0.3, 4: 0.1}) for i in range(model.arch.depth))
     source = bundle.Origin(file="source.pt", format="official", weights="ema", sha256=bundle.hash_of_weights(model))
-    config = bundle.BundleConfig(model.arch, SETTINGS, source, errors)
+    assert model.settings is not None
+    config = bundle.BundleConfig(model.arch, model.settings, source, errors)
     path.mkdir()
     bundle.write_bundle(path, model, config, model_card(config))
     bundle.append_log(path, "convert", {}, {})
@@ -173,6 +199,43 @@ def test_every_export_is_checked_and_says_what_it_is(target: str, schedule: Sche
     told = exporting.words(result)
     assert f"exported to {result.target}" in told
     assert ("pass --level" in told) == (target == "diffusers" and schedule is None)
+
+
+@pytest.mark.parametrize("target", EXPORTS)
+def test_every_export_of_a_schedule_of_calls_is_checked_by_its_first_calls(target: str, tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", forecasting())
+    result = export(source, tmp_path / "out", to=target)
+    levels = {"level softmax", "level 1", "level 4"}
+    calls = {f"call {number} of the schedule" for number in (1, 2, 3)}  # to the first forecast
+    expected = {"official": {"level softmax"}, "torch-export": calls}.get(target, levels | calls)
+    assert set(result.verified.differences) == expected
+    assert result.verified.largest <= 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "DEST" not in card
+    model = load_model(source)
+    arch, schedule = model.arch, model.schedule
+    assert isinstance(schedule, CallSchedule)
+    share = Sampler(solver="euler", steps=8).flops(arch, schedule, NARROW) or 0.0
+    share /= Sampler(solver="euler", steps=8).flops(arch, SOFTMAX, None) or 1.0
+    assert f"for 8 model calls: 4 are computed, the others forecast from those before, for {share:.1%} of softmax's FLOPs" in card
+
+
+@pytest.mark.parametrize("target", ["safetensors", "diffusers", "torch-export"])
+def test_an_export_whose_forecasts_are_not_the_models_is_refused(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is the forecast call too: an export whose third call alone is wrong does not pass."""
+    source = make_bundle(tmp_path / "bundle", forecasting())
+    module = EXPORTS[target].target
+    own = module.outputs
+
+    def outputs(*arguments: Any) -> dict[str, Tensor]:
+        found = dict(own(*arguments))
+        found["call 3 of the schedule"] = found["call 3 of the schedule"] * (1 + 5e-4)
+        return found
+
+    monkeypatch.setattr(module, "outputs", outputs)
+    with pytest.raises(UserError, match="outputs at call 3 of the schedule differ by"):
+        export(source, tmp_path / "out", to=target)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_evaluation_goes_into_the_card(sit: Path, tmp_path: Path) -> None:
@@ -458,6 +521,86 @@ def test_a_vae_of_other_channels_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "vae"]
 
 
+FORECAST_SCRIPT = """
+how = dict(latents=given["noise"], output_type="latent")
+results["guided"] = pipe([1, 7], **how, num_inference_steps=8, guidance_scale=1.5).images
+results["again"] = pipe([1, 7], **how, num_inference_steps=8, guidance_scale=1.5).images
+results["unguided"] = pipe([1, 7], **how, num_inference_steps=8).images
+results["other steps"] = pipe([1, 7], **how, num_inference_steps=13, guidance_scale=1.5).images
+within = dict(guidance_scale=2.0, guidance_interval=(0.25, 0.75))  # its ends are two of the calls
+results["interval"] = pipe([1, 7], **how, num_inference_steps=8, **within).images
+one = dict(latents=given["noise"][1:], output_type="latent")
+results["one"] = pipe([7], **one, num_inference_steps=8, guidance_scale=1.5).images
+pipe.transformer.level = 4
+results["level 4"] = pipe([1, 7], **how, num_inference_steps=8).images
+pipe.transformer.level = None
+x = given["noise"]
+results["without a driver"] = pipe.transformer(x, timestep=torch.tensor([0.25]), class_labels=torch.tensor([1, 7])).sample
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, {"reversed_time": True}], ids=["sit", "repa"])
+def test_a_sit_forecasts_in_diffusers_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", forecasting(**changes))
+    export(source, tmp_path / "out", to="diffusers")
+    model = load_model(source)
+    assert isinstance(model.schedule, CallSchedule)
+    noise, _, _ = model_inputs(model, batch=2)
+    found = elsewhere(tmp_path / "out", FORECAST_SCRIPT, tmp_path, noise=noise)
+    how: dict[str, Any] = {"solver": "euler", "noise": noise}
+    guided = sample(model, [1, 7], **how, steps=8, cfg_scale=1.5)
+    assert_close(found["guided"], guided)
+    assert torch.equal(found["again"], found["guided"])  # nothing is left of the first run
+    assert (guided - sample(model, [1, 7], **how, steps=8, cfg_scale=1.5, schedule=SOFTMAX)).abs().max() > 1e-2
+    assert_close(found["unguided"], sample(model, [1, 7], **how, steps=8))
+    assert_close(found["other steps"], sample(model, [1, 7], **how, steps=13, cfg_scale=1.5))
+    within: dict[str, Any] = {"cfg_scale": 2.0, "cfg_interval": (0.25, 0.75)}
+    assert_close(found["interval"], sample(model, [1, 7], **how, steps=8, **within))
+    assert_close(found["one"], guided[1:])
+    assert_close(found["level 4"], sample(model, [1, 7], **how, steps=8, schedule=4))
+    assert_close(found["without a driver"], model(noise, torch.full((2,), 0.25), torch.tensor([1, 7])))
+
+
+FORECAST_DIT_SCRIPT = """
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+assert type(pipe).__name__ == "MediatorPipeline"
+how = dict(class_labels=[1, 7], guidance_scale=1.5, latents=given["noise"], output_type="latent", guided_channels=None)
+results["ddim"] = pipe(**how, num_inference_steps=8).images
+betas = given["betas"].double().numpy()
+pipe.scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1000, trained_betas=betas, timestep_spacing="linspace")
+results["dpm"] = pipe(**how, num_inference_steps=8).images
+results["again"] = pipe(**how, num_inference_steps=8).images
+"""
+
+
+def test_a_dit_forecasts_in_diffusers_as_here_with_a_vae_too(tmp_path: Path) -> None:
+    """The stock pipeline keeps no memory: with a VAE too the pipeline that travels is exported."""
+    from diffusers import DDIMScheduler
+
+    tiny_vae(tmp_path / "vae")
+    source = make_bundle(tmp_path / "bundle", forecasting("dpm-solver++", family="dit"))
+    export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
+    model = load_model(source)
+    noise, _, _ = model_inputs(model, batch=2)
+    found = elsewhere(tmp_path / "out", FORECAST_DIT_SCRIPT, tmp_path, noise=noise, betas=torch.from_numpy(BETAS))
+    how: dict[str, Any] = {"solver": "dpm-solver++", "steps": 8, "cfg_scale": 1.5, "cfg_channels": "all", "noise": noise}
+    assert_close(found["dpm"], sample(model, [1, 7], **how))
+    assert torch.equal(found["again"], found["dpm"])
+    assert not torch.allclose(found["dpm"], sample(model, [1, 7], **how, schedule=SOFTMAX), atol=1e-2)
+
+    scheduler: Any = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    scheduler.set_timesteps(8)  # of other noise levels than the schedule's
+    assert isinstance(model.schedule, CallSchedule)
+    noise_levels = [float(t) / 999 for t in scheduler.timesteps]
+    call = Driver(model, 2, model.schedule.calls(noise_levels), noise_levels, [2] * 8, 2)
+    x, labels = noise, torch.tensor([1, 7, 10, 10])
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            output = sampling.guide(call(torch.cat([x, x]), torch.full((4,), float(t)), labels), 1.5, 4)
+        x = scheduler.step(output[:2, :4], t, x).prev_sample
+    assert_close(found["ddim"], x)
+
+
 TRANSFORMER_SCRIPT = """
 x, y = given["x"], given["y"]
 transformer = pipe.transformer
@@ -599,6 +742,22 @@ def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_schedule_of_calls_comes_back_from_safetensors(adapter: bool, tmp_path: Path) -> None:
+    model = forecasting()
+    source = make_bundle(tmp_path / "bundle", model)
+    export(source, tmp_path / "out", to="safetensors", adapter=adapter)
+    torch.save(official_state(model), tmp_path / "base.pt")
+    if adapter:
+        found = load_model(tmp_path / "base.pt", family="sit", num_heads=2, adapter=tmp_path / "out")
+    else:
+        found = load_model(tmp_path / "out")
+    assert found.schedule == model.schedule == CallSchedule(tuple(1 - place / 8 for place in range(8)), CALLS)
+    assert found.settings == NARROW
+    how: dict[str, Any] = {"steps": 8, "cfg_scale": 1.5}
+    assert torch.equal(sample(found, [1, 7], **how), sample(model, [1, 7], **how))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_is_what_was_added_and_fits_its_base_alone(dtype: str, sit: Path, tmp_path: Path) -> None:
     export(sit, tmp_path / "out", to="safetensors", adapter=True, dtype=dtype)
@@ -681,6 +840,64 @@ def test_one_program_serves_pieces_of_the_same_levels(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [entry["program"] for entry in index["pieces"]] == ["program-000.pt2", "program-001.pt2", "program-000.pt2"]
     assert len(list((tmp_path / "out").glob("*.pt2"))) == 2
+
+
+def walk_through(folder: Path, solver: str, steps: int, model: DiffusionTransformer, x: Tensor) -> Tensor:
+    """An unguided sample by the programs alone, driven as the export's README says."""
+    index = json.loads((folder / "index.json").read_text())
+    load = {name: torch.export.load(folder / name).module() for name in index["programs"]}
+    place_of = {noise: place for place, noise in enumerate(dict.fromkeys(call["noise_level"] for call in index["calls"]))}
+    kept: dict[int, Tensor] = {}  # by place
+    calls = iter(index["calls"])
+    labels = torch.arange(len(x))
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        call = next(calls)
+        place, name = place_of[call["noise_level"]], call["programs"][0]
+        inputs = x, torch.full((len(x),), t), labels
+        if name in index["computed"]:
+            output, kept[place] = load[name](*inputs)
+            return output
+        *before, b = list(kept)[-2:]
+        a = before[0] if before else b
+        step = (place - b) / (b - a) if b != a else 0.0
+        return load[name](*inputs, kept[b], kept[a], torch.tensor([1 + step, -step]))
+
+    found = Sampler(solver=solver, steps=steps).how.run(predict, x, steps, lambda count: torch.zeros_like(x))
+    assert next(calls, None) is None
+    return found
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 8), ("heun", 4)])
+def test_programs_of_a_schedule_of_calls_walk_as_the_sampler_does(solver: str, steps: int, tmp_path: Path) -> None:
+    """For any batch; two of heun's calls are at one noise level, which is one place on the axis of forecasts."""
+    calls = (
+        *(Call((SOFTMAX, SOFTMAX)), Call((4, "softmax|1/2")), Call((4, SOFTMAX)), Call((LINEAR, "linear+4|linear+1/4"))),
+        *(Call((LINEAR, LINEAR)), Call((SOFTMAX, SOFTMAX)), Call((LINEAR, LINEAR)), Call((LINEAR, "linear+4|linear"))),
+    )
+    source = make_bundle(tmp_path / "bundle", forecasting(solver, steps, calls=calls))
+    export(source, tmp_path / "out", to="torch-export")
+    model = load_model(source)
+    for batch in (1, 3):
+        noise, _, _ = model_inputs(model, batch)
+        expected = sample(model, list(range(batch)), solver=solver, steps=steps, noise=noise)
+        assert_close(walk_through(tmp_path / "out", solver, steps, model, noise), expected)
+    assert not torch.allclose(expected, sample(model, [0, 1, 2], solver=solver, steps=steps, noise=noise, schedule=SOFTMAX), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (Call((SOFTMAX, LINEAR)), "A call of the schedule forecasts some layers alone"),
+        (Call(("quadratic", "quadratic")), "The schedule has forecasts of second order"),
+    ],
+)
+def test_schedules_that_programs_cannot_follow_are_refused(call: Call, message: str, tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", forecasting(steps=2, calls=(Call((SOFTMAX, SOFTMAX)), call)))
+    with pytest.raises(UserError, match=message):
+        export(source, tmp_path / "out", to="torch-export")
+    assert not (tmp_path / "out").exists()
+    export(source, tmp_path / "out", to="safetensors")
 
 
 # --- official ------------------------------------------------------------------------------------------------------------------

@@ -539,6 +539,8 @@ class Proposer:
                         seen |= {path, refined(table, path, mean_square)} if lead == 1 else {path}
             paths = sorted(seen, key=lambda path: mean_square(table.joint(path)))
             found += [self.along(kind, path, room) for path in paths if self._fits(kind, path, room)][: MOST_PATHS[kind]]
+        if min(self.costs.rows) == 2:
+            found += self._guidance(room)
         if len(self.kinds) > 1:
             found += [self.along(MIXED, path, room) for path in self._other_counts(room)]
         return [proposal for proposal in found if self.costs.of(proposal.schedule) <= room]
@@ -583,6 +585,54 @@ class Proposer:
         least_rows = min(self.costs.rows)
         one = (self.costs.call.rest + self.depth * self.costs.call.block(SOFTMAX)) * least_rows
         return min(self.calls - 1, int(room / one))
+
+    # the unconditional half apart
+
+    def _guidance(self, room: Any) -> list[Proposal]:
+        """More computed calls than fit, some of which compute the conditional half alone: the halves' difference is forecast there.
+
+        Where the whole call is forecast, each half rests on its own computed calls. Halves are dropped one at a time, each time the one
+        whose loss does least.
+        """
+        norms, noise_levels = self.tables.norms, self.noise_levels
+        halves = [forecast_table(self.tables.products.outputs.sum((2, 3))[:, :, side], norms, noise_levels) for side in (0, 1)]
+        difference = forecast_table(self.tables.products.differences, norms, noise_levels)
+        errors = self.tables.calls.errors(mean_square)
+        most = len(self._largest(room, partial(best_path, errors)) or (0,))
+        found = []
+        for count in sorted({most + 1, most + max(2, most // 4), most + max(3, most // 2)}):
+            path = best_path(errors, count) if count < self.calls else None
+            if path is None:
+                continue
+            path = refined(self.tables.calls, path, mean_square)
+            both = list(path)
+
+            def joint(both: Sequence[int], path: tuple[int, ...] = path) -> float:
+                if not all(table.reaches(known) for table, known in ((halves[0], path), (halves[1], both), (difference, both))):
+                    return float("inf")
+                resting, own = bases(path, self.calls), bases(both, self.calls)
+                total = np.zeros(difference.products.shape[2:])
+                for call, basis in resting.items():
+                    total += halves[0].effect(call, basis) + halves[1].effect(call, own[call])
+                for call in set(path) - set(both):
+                    total -= difference.effect(call, own[call])
+                return mean_square(total)
+
+            while len(both) > 1 and self.costs.of(self._halved(path, both)) > room:
+                without = [[call for call in both if call != dropped] for dropped in both[1:]]
+                both = min(without, key=joint)
+            schedule = self._halved(path, both)
+            if self.costs.of(schedule) <= room and joint(both) < float("inf"):
+                name = f"computed {_in_short(path)}, of which {len(path) - len(both)} without the unconditional half"
+                how: dict[str, Any] = {"kind": DIFFERENCE, "steps": self.sampler.steps, "predicted": {"vectors": joint(both) ** 0.5}}
+                found.append(Proposal(name=name, schedule=schedule, **how))
+        return found
+
+    def _halved(self, path: Sequence[int], both: Sequence[int]) -> CallSchedule:
+        """Computed calls of a path, without the unconditional half where it is not in `both`."""
+        whole, resting = (SOFTMAX,) * self.depth, (LINEAR,) * self.depth
+        calls = [Call(resting) if call not in path else Call(whole, None if call in both else ()) for call in range(self.calls)]
+        return CallSchedule(self.noise_levels, tuple(calls))
 
     # levels and surrogates between computed calls
 

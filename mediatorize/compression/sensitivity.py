@@ -184,6 +184,8 @@ class Products:
     """(calls, back, layers, surrogates, halves, n, k): of the surrogates' outputs likewise, those of the attention first."""
     model_outputs: Tensor
     """(calls, back, halves, n, k): of the model's outputs."""
+    differences: Tensor
+    """(calls, back, n, k): of the conditional less the unconditional output, where the latter stands; zero without guidance."""
 
     @classmethod
     def joined(cls, parts: Sequence[Products]) -> Products:
@@ -268,8 +270,8 @@ class _Outputs:
                     stand_ins[layer, place] = sub_layers[layer, side] - parts[side].surrogates[level].values[-1]
         return cls(sub_layers.detach(), stand_ins.detach(), output.detach())
 
-    def products(self, by_output: Tensor, by_last: Tensor, gates: Tensor, sides: list[int], halves: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(layers, 2, halves, n, k), (layers, surrogates, halves, n, k), (halves, n, k), on the CPU, behind another call's gates."""
+    def products(self, by_output: Tensor, by_last: Tensor, gates: Tensor, sides: list[int], halves: int) -> tuple[Tensor, ...]:
+        """(layers, 2, halves, n, k), (layers, surrogates, halves, n, k), (halves, n, k), (n, k), on the CPU; behind a call's gates."""
 
         def gated(values: Tensor, sides: list[int]) -> Tensor:
             parts = [
@@ -280,7 +282,12 @@ class _Outputs:
             ]
             return torch.stack(parts).cpu()
 
-        return gated(self.sub_layers, [0, 1]), gated(self.surrogates, sides), _products(self.model, by_output, halves).cpu()
+        of_model = _products(self.model, by_output, halves).cpu()
+        of_difference = torch.zeros_like(of_model[0])
+        if halves == 2:
+            conditional, unconditional = self.model.chunk(2)
+            of_difference = _products(conditional - unconditional, by_output.chunk(2, dim=1)[1], 1)[0].cpu()
+        return gated(self.sub_layers, [0, 1]), gated(self.surrogates, sides), of_model, of_difference
 
 
 def _products(change: Tensor, gradients: Tensor, halves: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from mediatorize.model.architecture import FREQUENCIES, Architecture, coarse_grid
 from mediatorize.model.levels import (
+    LINEAR,
     SOFTMAX,
     Level,
     MediatorSettings,
@@ -135,6 +136,22 @@ def reachable(arch: Architecture, settings: MediatorSettings) -> tuple[Reachable
         relative = {level: forward_flops(scaled, level, settings) / softmax for level in fitting}
         found.append(Reachable(arch=scaled, flops=softmax, relative=relative))
     return tuple(found)
+
+
+FORECAST_CALLS = (10, 20, 50, 250)
+"""Numbers of model calls that `forecast_shares` are shown for."""
+
+COMPUTED = (2, 3, 4, 6, 12)
+"""One call in so many computed: what `forecast_shares` are shown for. Calibration computes at least one in twelve."""
+
+
+def forecast_shares(arch: Architecture) -> dict[int, dict[int, float]]:
+    """FLOPs of a sampler that computes one call in n and forecasts the others, as a share of softmax's: by its calls, then by n."""
+    computed, forecast = forward_flops(arch), forward_flops(arch, LINEAR)
+    return {
+        calls: {every: (forecast + (computed - forecast) * -(-calls // every) / calls) / computed for every in COMPUTED}
+        for calls in FORECAST_CALLS
+    }
 
 
 def count_parameters(arch: Architecture, settings: MediatorSettings | None = None) -> int:

@@ -31,6 +31,9 @@ def words(found: Inspection) -> str:
         "",
         f"Model FLOPs with every layer at one level, as a share of softmax's (local branch of rank {found.settings.local_rank}):",
         _reachable(found),
+        "",
+        "FLOPs of a sampler that computes some model calls and forecasts the others from them, as a share of softmax's:",
+        _forecasts(found),
     ]
     if found.redundancy is not None:
         lines += ["", _redundancy(found.redundancy, arch.tokens), f"Wrote {found.redundancy_picture}."]
@@ -56,6 +59,12 @@ def _reachable(found: Inspection) -> str:
         name = f"{_size(at.arch.image_size or at.arch.input_size)}{' (this one)' if at.arch == found.arch else ''}"
         rows.append((name, gmacs(at.flops), *(f"{at.relative[level]:.1%}" if level in at.relative else "-" for level in levels)))
     return text_table(("resolution", "GMACs softmax", *map(title, levels)), rows)
+
+
+def _forecasts(found: Inspection) -> str:
+    shares = cost.forecast_shares(found.arch)
+    rows = [(str(calls), *(f"{share:.1%}" for share in of_calls.values())) for calls, of_calls in shares.items()]
+    return text_table(("model calls", *(f"1 in {every} computed" for every in cost.COMPUTED)), rows)
 
 
 def _redundancy(found: Redundancy, tokens: int) -> str:
@@ -99,6 +108,7 @@ def facts(found: Inspection) -> dict[str, Any]:
             }
             for at in found.reachable
         ],
+        "forecasts": cost.forecast_shares(found.arch),
         "local_rank": found.settings.local_rank,
         "notes": list(found.notes),
         "redundancy": dict(vars(found.redundancy)) if found.redundancy else None,
