@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,17 @@ from mediatorize.model.levels import (
     KINDS,
     Kind,
     MediatorSettings,
+    Part,
+    Parts,
+    forecasts,
     in_order,
+    is_level,
     is_pretrained,
+    kind_of,
+    missing,
+    mlp_share,
     most_mediators,
+    parts_of,
     read_level,
     title,
 )
@@ -89,33 +98,94 @@ def told(*arguments: object) -> dict[str, Any]:
         ("softmax|1/8", "softmax|1/8"),
         ("4|full", "4|full"),
         ("linear+4|linear+1/8", "linear+4|linear+1/8"),
+        ("4|1/8", "4|1/8"),
+        ("softmax|own", "softmax|own"),
+        ("softmax|linear", "softmax|linear"),
+        ("hold+softmax|quadratic", "hold+softmax|quadratic"),
+        ("04|1/8", "4|1/8"),
         ("linear|softmax", None),
         ("1/8|linear", None),
         ("cubic", None),
         *((bad, None) for bad in ("0", "-1", "4.0", "", 0, True, None)),
+        *((bad, None) for bad in ("linear+4", "4+linear|1/8", "4|4", "1/8", "4|1/1", "4|1/0", "4|", "|1/8", "4|1/8|1/8", "softmax|1/-8")),
+        *((bad, None) for bad in ("linear+|linear", "linear+linear|hold", "hold+full|hold", "full|softmax")),
     ],
 )
 def test_levels_are_read_as_they_are_written(written: object, level: object) -> None:
     if level is None:
-        with pytest.raises(UserError, match=r"is no level\. Levels are softmax, a count of mediators or a forecast"):
+        looks = "is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."
+        with pytest.raises(UserError, match=re.escape(looks)):
             read_level(written)
     else:
         assert read_level(written) == level
         assert read_level(json.loads(json.dumps(level))) == level
 
 
+@pytest.mark.parametrize("level", ["04", "linear|linear", "softmax|full", "4|own", True])
+def test_only_one_way_of_writing_a_level_is_a_level(level: Any) -> None:
+    assert not is_level(level)
+    if level is not True:
+        with pytest.raises(UserError, match="is no level"):
+            kind_of(level)
+
+
+@pytest.mark.parametrize(
+    ("level", "attention", "mlp"),
+    [
+        ("softmax", ("softmax", None), ("full", None)),
+        (4, (4, None), ("own", None)),
+        ("softmax|1/8", ("softmax", None), ("1/8", None)),
+        ("hold", (None, 0), (None, 0)),
+        ("linear", (None, 1), (None, 1)),
+        ("linear+4|quadratic+1/8", (4, 1), ("1/8", 2)),
+        ("hold|full", (None, 0), ("full", None)),
+    ],
+)
+def test_a_level_says_how_attention_and_mlp_run(level: Any, attention: tuple[Any, Any], mlp: tuple[Any, Any]) -> None:
+    parts = parts_of(level)
+    assert parts == Parts(Part(*attention), Part(*mlp))
+    assert parts.level == level
+    assert is_level(level)
+    assert forecasts(level) == (attention[1] is not None or mlp[1] is not None)
+
+
+def test_a_level_lacks_what_its_model_does_not_have() -> None:
+    has: dict[str, Any] = {"attention": (1, 4, "softmax"), "mlps": ("1/8",)}
+    for level in (4, "softmax", "linear", "softmax|1/8", "4|full", "linear+4|linear+1/8", "softmax|own"):
+        assert missing(level, **has) is None
+    lacking = {16: 16, "16|1/8": 16, "4|1/4": "1/4", "linear+2|linear": 2, "hold|hold+1/2": "1/2", "2|1/4": 2}
+    for level, what in lacking.items():
+        assert missing(level, **has) == what
+    assert [mlp_share(level) for level in ("full", "own", "1/8", "1/16")] == [1, 1, 8, 16]
+
+
 def test_levels_are_ranked_from_the_fewest_mediators_to_softmax() -> None:
     assert in_order(["softmax", 16, 1, 4, 4]) == [1, 4, 16, "softmax"]
+    assert in_order(["softmax", 1, "softmax|1/8", "linear", "4|1/8", "hold"]) == ["hold", "linear", "4|1/8", "softmax|1/8", 1, "softmax"]
     assert MediatorSettings((1, 4)).all_levels == (1, 4, "softmax")
     assert [is_pretrained(level) for level in (1, 256, "softmax")] == [False, False, True]
     assert most_mediators((1, 64, "softmax")) == 64
     assert [title(level) for level in (4, "softmax")] == ["m=4", "softmax"]
 
 
-@pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",)])
+@pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",), ("linear", 1), ("4|1/8",)])
 def test_settings_hold_added_levels_in_order_and_no_others(levels: Any) -> None:
     with pytest.raises(UserError, match="not distinct, ascending"):
         MediatorSettings(levels)
+
+
+@pytest.mark.parametrize("widths", [(4, 8), (8, 8), (1,), (0,), (8, -4)])
+def test_settings_hold_shares_of_mlps_in_order_and_no_others(widths: Any) -> None:
+    assert MediatorSettings((1,), mlp_widths=(8, 4)).mlp_levels == ("1/8", "1/4")
+    with pytest.raises(UserError, match="not distinct, descending shares of at least 2"):
+        MediatorSettings((1,), mlp_widths=widths)
+
+
+def test_settings_come_back_from_json() -> None:
+    settings = MediatorSettings((1, 4), space="keys", local_rank=3, modulation_rank=2, mlp="own", mlp_widths=(8, 4))
+    assert MediatorSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    before = {"levels": [1, 4], "space": "queries", "local_rank": 0, "modulation_rank": 0, "mlp": "shared"}  # without narrow MLPs
+    assert MediatorSettings.from_json(before) == MediatorSettings((1, 4))
 
 
 def test_a_new_kind_costs_what_its_entry_says(mean: None) -> None:
