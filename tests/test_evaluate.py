@@ -30,8 +30,9 @@ from mediatorize.evaluation.results import Evaluation, Timing
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.formats import bundle
 from mediatorize.formats.images import to_pixels
+from mediatorize.model.block import SwitchableAttention
 from mediatorize.model.levels import SOFTMAX, MediatorSettings, levels_per_layer
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.schedule import Call, CallSchedule, Schedule
 from mediatorize.report.document import Code, Document, Heading, Picture, Table, Text, markdown
 from mediatorize.report.evaluation import facts, words
 from mediatorize.report.html import html_page
@@ -204,6 +205,34 @@ def test_a_schedules_time_is_the_mean_over_its_calls(monkeypatch: pytest.MonkeyP
     assert [row.latency_ms for row in found.results] == pytest.approx([1000 * 6 * 27 * share for share in shares])  # guidance: 6 rows
     assert [row.images_per_second for row in found.results] == pytest.approx([3 / (3 * 6 * 27 * share) for share in shares])
     assert found.timing == Timing(pairs=2, batch=3, softmax_ms=1000 * 6 * 27, control=1, control_quartiles=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("calls", "seconds"),
+    [
+        ([Call((SOFTMAX,) * 3), Call(("linear+1|linear",) * 3), Call((4,) * 3)], (27 + 3 + 3 + 12) / 3),
+        ([Call((SOFTMAX,) * 3), Call(()), Call((SOFTMAX,) * 3)], 54 / 3),
+        ([Call((SOFTMAX,) * 3), Call((SOFTMAX,) * 3, ()), Call((4,) * 3)], (27 + 27 / 2 + 12) / 3),
+    ],
+    ids=["forecasts", "no model call", "one half"],
+)
+def test_calls_that_rest_on_others_are_timed_as_a_whole_sampler(calls: list[Call], seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes as many seconds as it has mediators, or nine at softmax, per row; a computed call runs a forecast's stand-in too."""
+    model, clock = tiny_model(SETTINGS), {"now": 0.0}
+    model.schedule = CallSchedule((1.0, 2 / 3, 1 / 3), tuple(calls))
+    real = SwitchableAttention.forward
+
+    def slow(self: SwitchableAttention, x: torch.Tensor, level: Any = SOFTMAX) -> torch.Tensor:
+        clock["now"] += len(x) * (9 if level == SOFTMAX else int(level))
+        return real(self, x, level)
+
+    monkeypatch.setattr(SwitchableAttention, "forward", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    samples = Samples(rows=rows_of(model, []), labels=torch.arange(4), batch=4)
+    sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0)
+    found = compare(model, samples, sampler, pairs=2, timing_batch=3)
+    assert [row.relative_time for row in found.results] == pytest.approx([1, seconds / 27])
+    assert [row.images_per_second for row in found.results] == pytest.approx([3 / (3 * 6 * each) for each in (27, seconds)])
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,106 @@ def test_a_forecast_of_two_equal_calls_is_their_output() -> None:
     assert torch.equal(model(x, t, y, levels=LINEAR), model(x, t, y))  # without a memory everything is computed
 
 
+@NUMPY_2
+@pytest.mark.parametrize(("family", "solver"), SAMPLERS)
+def test_a_surrogate_that_gives_nothing_changes_nothing(family: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves out is all, and is forecast from the same calls, two of which are at one noise level in heun."""
+    model = model_of(family)
+    attention = type(model.attention_layers()[0])
+    attend, run_mlp = attention.forward, Block.run_mlp
+    monkeypatch.setattr(attention, "forward", lambda self, x, level=SOFTMAX: attend(self, x, SOFTMAX) * (level == SOFTMAX))
+    monkeypatch.setattr(Block, "run_mlp", lambda self, x, level: run_mlp(self, x, "full") * (level == "full"))
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=4)
+
+    def sampled(resting: Call) -> Tensor:
+        schedule = schedule_of(model, sampler, [COMPUTED, COMPUTED, COMPUTED, *[resting] * 20])
+        return sample(model, [1, 2], solver=solver, steps=4, schedule=schedule)
+
+    torch.testing.assert_close(sampled(Call(("linear+4|linear+1/8",) * 3)), sampled(RESTING), rtol=1e-4, atol=1e-5)
+
+
+def test_a_forecast_of_the_models_output_is_a_line_through_the_computed_ones() -> None:
+    """By hand: outputs at calls 0, 1 and 4 are computed, the others forecast from the last two."""
+    model = model_of()
+    calls = [COMPUTED, COMPUTED, Call(()), Call(()), COMPUTED, Call(())]
+    sampler = Sampler.resolve(model.arch, steps=6)
+    noise, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    x, outputs = noise, dict[int, Tensor]()
+    for call, last, before in ((0, 0, 0), (1, 0, 0), (2, 1, 0), (3, 1, 0), (4, 0, 0), (5, 4, 1)):
+        if call in (0, 1, 4):
+            outputs[call] = velocity = model(x, torch.full((2,), call / 6), labels)
+        else:
+            velocity = outputs[last] + (outputs[last] - outputs[before]) * (call - last) / (last - before)
+        x = x + velocity / 6
+    found = sample(model, labels, steps=6, noise=noise, schedule=schedule_of(model, sampler, calls))
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+
+
+def test_without_its_unconditional_half_a_call_is_guided_by_a_forecast_of_the_difference() -> None:
+    """By hand: the halves' difference is computed at calls 0 and 2, held at 1, a line after."""
+    model = model_of()
+    half = Call((SOFTMAX,) * 3, ())
+    calls = [COMPUTED, half, COMPUTED, half, half]
+    noise, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    x, differences = noise, dict[int, Tensor]()
+    for call in range(5):
+        t = torch.full((2,), call / 5)
+        conditional = model(x, t, labels)
+        if call in (0, 2):
+            differences[call] = model(x, t, torch.full((2,), 10)) - conditional
+        first, second = differences[0], differences.get(2, differences[0])
+        change = [first, first, second, second + (second - first) / 2, second + (second - first)][call]
+        x = x + (conditional + change - 2.0 * change) / 5
+    how: dict[str, Any] = {"steps": 5, "cfg_scale": 2.0}
+    schedule = schedule_of(model, Sampler.resolve(model.arch, **how), calls)
+    torch.testing.assert_close(sample(model, labels, **how, noise=noise, schedule=schedule), x, rtol=1e-4, atol=1e-5)
+    # a sampler without guidance has the conditional half alone, all of it computed
+    assert torch.equal(sample(model, labels, steps=5, noise=noise, schedule=schedule), sample(model, labels, steps=5, noise=noise))
+
+
+def test_calls_with_and_without_guidance_forecast_their_halves_apart() -> None:
+    """The unconditional half begins within the interval, where its first call is computed, whatever the schedule says."""
+    model = model_of()
+    how: dict[str, Any] = {"steps": 8, "cfg_scale": 2.0, "cfg_interval": (0.3, 0.8)}  # calls 2 to 5
+    sampler = Sampler.resolve(model.arch, **how)
+    assert sampler.rows_of_calls(model.arch) == [1, 1, 2, 2, 2, 2, 1, 1]
+    computed = (0, 3)
+    schedule = schedule_of(model, sampler, [COMPUTED if call in computed else RESTING for call in range(8)])
+    noise, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    memories, x = [Memory(3), Memory(3)], noise
+    for call in range(8):
+        t = torch.full((2,), call / 8)
+        halves = []
+        for side, memory in enumerate(memories[: 2 if 2 <= call <= 5 else 1]):
+            memory.begin(float(call))
+            known = call in computed or (side == 1 and call == 2)
+            halves.append(model(x, t, (labels, torch.full((2,), 10))[side], levels=SOFTMAX if known else LINEAR, memory=memory))
+        x = x + (halves[0] if len(halves) == 1 else halves[1] + 2.0 * (halves[0] - halves[1])) / 8
+    found = sample(model, labels, **how, noise=noise, schedule=schedule)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize("calls", [[COMPUTED, COMPUTED, RESTING, RESTING], [COMPUTED, Call(("quadratic+1|linear+1/4", LINEAR, "hold"))]])
+def test_the_stated_memory_is_the_most_that_a_sampler_keeps(calls: list[Call], cfg_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    sampler = Sampler.resolve(model.arch, steps=8, cfg_scale=cfg_scale)
+    schedule = schedule_of(model, sampler, calls)
+    most, begin = 0, Memory.begin
+
+    def begin_counted(self: Memory, *arguments: Any) -> None:
+        nonlocal most
+        parts = [part for block in self.blocks for part in (block.attention, block.mlp)]
+        series = [series for part in parts for series in (part.outputs, *part.surrogates.values())]
+        most = max(most, sum(value.numel() for one in series for value in one.values))
+        begin(self, *arguments)
+
+    monkeypatch.setattr(Memory, "begin", begin_counted)
+    sample(model, [1, 2, 3], steps=8, cfg_scale=cfg_scale, schedule=schedule)
+    assert most == 3 * sampler.memory_numbers(model.arch, schedule)
+    assert sampler.memory_numbers(model.arch, SOFTMAX) == 0
+
+
 def test_a_split_batch_and_samplers_side_by_side_change_nothing() -> None:
     model = model_of()
     sampler = Sampler.resolve(model.arch, steps=6, cfg_scale=1.5)
@@ -158,18 +258,20 @@ CALLS: list[list[Call]] = [
     [COMPUTED, RESTING],
     [COMPUTED, Call(("linear+1|linear+1/4", LINEAR, "hold+4|hold"))],
     [COMPUTED, Call(("softmax|1/4", "4|1/8", 1)), RESTING],
+    [COMPUTED, COMPUTED, COMPUTED, *[Call(("linear+1|linear+1/4", LINEAR, "quadratic+4|hold"))] * 2],
     [COMPUTED, Call(())],
     [COMPUTED, Call((SOFTMAX,) * 3, ())],
     [COMPUTED, Call((SOFTMAX,) * 3, (LINEAR,) * 3), RESTING],
 ]
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.7)])
 @pytest.mark.parametrize("calls", CALLS)
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-def test_stated_flops_are_those_that_run(calls: list[Call], cfg_scale: float, interval: tuple[float, float]) -> None:
+def test_stated_flops_are_those_that_run(calls: list[Call], cfg_scale: float, interval: tuple[float, float], solver: str) -> None:
     model = model_of()
-    how: dict[str, Any] = {"steps": 6, "cfg_scale": cfg_scale, "cfg_interval": interval}
+    how: dict[str, Any] = {"solver": solver, "steps": 6, "cfg_scale": cfg_scale, "cfg_interval": interval}
     sampler = Sampler.resolve(model.arch, **how)
     schedule = schedule_of(model, sampler, calls)
     for layer in model.attention_layers():
@@ -205,8 +307,17 @@ def test_outside_the_interval_calls_are_unguided_and_cost_half() -> None:
     assert torch.equal(sample(model, [1, 2], **how, cfg_interval=(0.0, 1.0)), sample(model, [1, 2], **how))
     sampler = Sampler.resolve(model.arch, **how, cfg_interval=(0.4, 0.6))
     assert sampler.rows_of_calls(model.arch) == [1, 1, 2, 1]
-    guided = GuidedModel(model, torch.tensor([1, 2]), sampler)
-    x = torch.randn(2, 1, 8, 8)
+    noise, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    x = noise
+    for call in range(4):
+        t = torch.full((2,), call / 4)
+        velocity = model(x, t, labels)
+        if call == 2:
+            unconditional = model(x, t, torch.full((2,), 10))
+            velocity = unconditional + 2.0 * (velocity - unconditional)
+        x = x + velocity / 4
+    torch.testing.assert_close(sample(model, labels, **how, cfg_interval=(0.4, 0.6), noise=noise), x, rtol=1e-4, atol=1e-5)
+    guided = GuidedModel(model, labels, sampler)
     assert [len(guided.inputs(x, t)[0]) for t in sampler.times()] == [2, 2, 4, 2]
     whole = Sampler.resolve(model.arch, **how).flops(model.arch, SOFTMAX, None)
     assert whole
@@ -293,7 +404,7 @@ def test_the_best_path_is_the_best_of_all(calls: int, window: int, measure: str)
         sums = {}
         for rest in combinations(range(1, calls), count - 1):
             if table.reaches((0, *rest)):
-                sums[0, *rest] = sum(of(table.effect(call, basis)) for call, basis in bases((0, *rest), calls).items())
+                sums[0, *rest] = sum(of(table.effect(call, basis)) for call, basis in bases((0, *rest), table.places).items())
         found = best_path(table.errors(of), count)
         if not sums:
             assert found is None
@@ -302,15 +413,30 @@ def test_the_best_path_is_the_best_of_all(calls: int, window: int, measure: str)
             assert sums[found] == pytest.approx(min(sums.values()))
 
 
-def test_a_forecast_without_error_is_taken_wherever_it_is() -> None:
-    """Outputs that grow linearly are forecast exactly, once two calls are computed."""
-    places = tuple(map(float, range(8)))
-    products = np.array([[[[place - back]] for back in range(8)] for place in places])
-    table = ForecastTable(places, products)
-    assert np.allclose(table.joint((0, 1)), 0)
-    assert np.abs(table.joint((0,))).max() > 1
+def linear_table(places: Sequence[float]) -> ForecastTable:
+    """Of calls at these places whose outputs' effect is their place, looked at from 7 calls back at most."""
+    products = np.array([[[[places[max(0, call - back)]]] for back in range(8)] for call in range(len(places))])
+    return ForecastTable(tuple(places), products)
+
+
+def test_outputs_that_grow_linearly_are_forecast_exactly_once_two_calls_are_computed() -> None:
+    table = linear_table([float(place) for place in range(8)])
     assert np.allclose(table.effect(5, [1, 2]), 0)
     assert np.allclose(table.effect(3, [0]), -3)  # held
+    for measure in MEASURES.values():
+        assert best_path(table.errors(measure), 2) == (0, 1)
+    assert np.allclose(table.joint((0, 1)), 0)
+    assert np.allclose(table.joint((0, 3)), -1 - 2)  # of calls 1 and 2, which are held
+
+
+def test_two_computed_calls_at_one_place_are_one_point_of_the_line() -> None:
+    """Heun's calls 1 and 2 are at one noise level, as 3 and 4 are."""
+    table = linear_table([0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0])
+    assert np.allclose(table.joint((0, 1, 2)), 0)
+    assert np.allclose(table.joint((0, 3, 4)), -1 - 1)  # of calls 1 and 2
+    constant = ForecastTable(table.places, np.ones((8, 8, 1, 1)))
+    for path in ((0,), (0, 1, 2), (0, 2, 3, 4), (0, 5, 6)):
+        assert np.allclose(constant.joint(path), 0)
 
 
 @pytest.mark.parametrize("count", range(1, 12))

@@ -16,7 +16,7 @@ from mediatorize.compression.paths import WINDOW
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.levels import FULL, LINEAR, OWN, SOFTMAX, Level, MediatorSettings, kind_of, parts_of, title
-from mediatorize.model.schedule import AnySchedule, Call, Watched, calls_at, streams_of, watched_surrogates
+from mediatorize.model.schedule import AnySchedule, Call, Watched, calls_at, places_of, streams_of, watched_surrogates
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class Costs:
     def of_calls(self, calls: Sequence[Call]) -> Any:
         total: Any = 0
         for levels in streams_of(calls, self.rows):
-            for own, watched in zip(levels, watched_surrogates(levels, self.depth), strict=True):
+            for own, watched in zip(levels, watched_surrogates(levels, self.depth, places_of(self.noise_levels)), strict=True):
                 if own:
                     total += self.call.rest + sum(self.call.block(level) for level in own) + sum(map(self.call.surrogates, watched))
         return total

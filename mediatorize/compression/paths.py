@@ -46,7 +46,8 @@ class ForecastTable:
     def errors(self, measure: Callable[[Floats], float]) -> Floats:
         """(calls, window + 1, window + 1): the error of each call's linear forecast [call, gap to the last computed call, gap before it].
 
-        A gap before of 0 means that the first call alone was computed, which is held. What cannot be is infinite.
+        A gap before of 0 means that the first call alone was computed, which is held. What cannot be is infinite. Of two computed calls at
+        one place, as heun's can be, the later is taken to be held, though what runs has a line through the place before, too.
 
         Args:
             measure: an effect (samples, directions) -> an error, which adds up over calls.
@@ -65,20 +66,28 @@ class ForecastTable:
 
     def reaches(self, computed: Sequence[int]) -> bool:
         """Whether the window has all that the forecasts between these computed calls rest on."""
-        return all(call - basis[0] <= self.window for call, basis in bases(computed, len(self.places)).items())
+        return all(call - basis[0] <= self.window for call, basis in bases(computed, self.places).items())
 
     def joint(self, computed: Sequence[int]) -> Floats:
         """The sum of all forecasts' effects, for a set of computed calls in ascending order: (samples, directions)."""
         total = np.zeros(self.products.shape[2:])
-        for call, basis in bases(computed, len(self.places)).items():
+        for call, basis in bases(computed, self.places).items():
             total += self.effect(call, basis)
         return total
 
 
-def bases(computed: Sequence[int], calls: int, order: int = 1) -> dict[int, list[int]]:
-    """For every call that is not computed, the computed calls that its forecast rests on."""
-    known = set(computed)
-    return {call: [index for index in computed if index < call][-order - 1 :] for call in range(calls) if call not in known}
+def bases(computed: Sequence[int], places: Sequence[float], order: int = 1) -> dict[int, list[int]]:
+    """For every call that is not computed, the computed calls that its forecast rests on: the last ones at different places.
+
+    Args:
+        places: of all calls (`model.schedule.places_of`).
+    """
+    known, found = set(computed), {}
+    for call in range(len(places)):
+        if call not in known:
+            at_places = {places[index]: index for index in computed if index < call}  # of two at one place, the later
+            found[call] = list(at_places.values())[-order - 1 :]
+    return found
 
 
 def mean_square(effect: Floats) -> float:

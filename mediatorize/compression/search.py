@@ -597,6 +597,7 @@ class Proposer:
         norms, noise_levels = self.tables.norms, self.noise_levels
         halves = [forecast_table(self.tables.products.outputs.sum((2, 3))[:, :, side], norms, noise_levels) for side in (0, 1)]
         difference = forecast_table(self.tables.products.differences, norms, noise_levels)
+        places = difference.places
         errors = self.tables.calls.errors(mean_square)
         most = len(self._largest(room, partial(best_path, errors)) or (0,))
         found = []
@@ -610,7 +611,7 @@ class Proposer:
             def joint(both: Sequence[int], path: tuple[int, ...] = path) -> float:
                 if not all(table.reaches(known) for table, known in ((halves[0], path), (halves[1], both), (difference, both))):
                     return float("inf")
-                resting, own = bases(path, self.calls), bases(both, self.calls)
+                resting, own = bases(path, places), bases(both, places)
                 total = np.zeros(difference.products.shape[2:])
                 for call, basis in resting.items():
                     total += halves[0].effect(call, basis) + halves[1].effect(call, own[call])
@@ -695,7 +696,7 @@ class Proposer:
         of_surrogates = {level: index for index, level in enumerate([*all_surrogates.attention, *all_surrogates.mlp])}
         outputs, stand_ins = shares(found.outputs, norms).sum(-3), shares(found.surrogates, norms).sum(-3)  # halves add up
         whole = torch.zeros(self.calls, self.depth, size, *outputs.shape[-2:], dtype=torch.float64)
-        resting_on = bases(path, self.calls)
+        resting_on = bases(path, places)
         for call in range(self.calls):
             if call not in resting_on:
                 levels = shares(found.levels[call], norms)

@@ -23,7 +23,7 @@ from mediatorize.compression.paths import ForecastTable
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, draw_noise
 from mediatorize.model.levels import SOFTMAX, Level
 from mediatorize.model.memory import Memory
-from mediatorize.model.schedule import Schedule
+from mediatorize.model.schedule import Schedule, places_of
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian, generator
 
@@ -363,8 +363,7 @@ def shares(products: Tensor, sample_norms: Tensor) -> Tensor:
 
 def forecast_table(products: Tensor, sample_norms: Tensor, noise_levels: Sequence[float]) -> ForecastTable:
     """What forecasts of whole calls do, from products (calls, back, n, k)."""
-    _, place = cells_of(noise_levels)
-    return ForecastTable(tuple(map(float, place)), shares(products, sample_norms).numpy())
+    return ForecastTable(tuple(places_of(noise_levels)), shares(products, sample_norms).numpy())
 
 
 def latent_changes(states: Tensor) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mediatorize.errors import UserError
 from mediatorize.model.levels import Level
 from mediatorize.model.memory import Memory, Series
-from mediatorize.model.schedule import Call, highest_order, is_computed, streams_of, watched_surrogates
+from mediatorize.model.schedule import Call, highest_order, is_computed, places_of, streams_of, watched_surrogates
 
 Model = Callable[..., Tensor]
 """A model, or what stands for it: called as `model(x, t, y, levels=..., memory=...)`."""
@@ -34,12 +34,11 @@ class Driver:
             batch: samples.
         """
         self.model, self.batch, self.index = model, batch, 0
-        distinct = {noise: place for place, noise in enumerate(dict.fromkeys(noise_levels))}
-        self.places = [distinct[noise] for noise in noise_levels]
+        self.places = places_of(noise_levels)
         halves = streams_of(calls, rows)
         forecast = any(not is_computed(levels) for levels in halves[0])
         self.apart = any(call.unconditional is not None for call in calls) or (forecast and len(set(rows)) > 1)
-        self.streams = [_Stream(levels, depth) for levels in (halves if self.apart else halves[:1])]
+        self.streams = [_Stream(levels, depth, self.places) for levels in (halves if self.apart else halves[:1])]
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output at the trajectory's next call: x (b, c, h, w), t (b,), y (b,), each conditional first where guided."""
@@ -61,9 +60,9 @@ class Driver:
 class _Stream:
     """One half of a guided call, or all of a call."""
 
-    def __init__(self, levels: list[tuple[Level, ...]], depth: int) -> None:
+    def __init__(self, levels: list[tuple[Level, ...]], depth: int, places: Sequence[float]) -> None:
         self.levels = levels
-        self.watched = watched_surrogates(levels, depth)
+        self.watched = watched_surrogates(levels, depth, places)
         self.memory = Memory(depth, highest_order(levels))
         self.outputs = Series()
         self.last_forecast = max((index for index, own in enumerate(levels) if own and not is_computed(own)), default=-1)

@@ -129,13 +129,16 @@ class Sampler:
 
     def memory_numbers(self, arch: Architecture, schedule: AnySchedule | Level | None) -> int:
         """How many numbers per sample are kept between calls, for forecasts."""
-        return 0 if self.how.adaptive else cost.memory_numbers(arch, self.calls(arch, schedule), self.rows_of_calls(arch))
+        if self.how.adaptive:
+            return 0
+        return cost.memory_numbers(arch, self.calls(arch, schedule), self.noise_levels(arch), self.rows_of_calls(arch))
 
     def flops(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> float | None:
         """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
         if self.how.adaptive:
             return None
-        return float(cost.calls_flops(arch, self.calls(arch, schedule), self.rows_of_calls(arch), settings))
+        calls = self.calls(arch, schedule)
+        return float(cost.calls_flops(arch, calls, self.noise_levels(arch), self.rows_of_calls(arch), settings))
 
 
 SAME_PLACE = 1e-6

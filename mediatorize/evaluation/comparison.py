@@ -357,7 +357,7 @@ def _with_time(
     def call(levels: tuple[Level, ...]) -> Callable[[], Tensor]:
         return lambda: model(x, t, y, levels=levels)
 
-    apart = [any(not call.computed or call.unconditional for call in sampler.calls(arch, row.levels)) for row in rows]
+    apart = [any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels)) for row in rows]
     wanted = [
         Counter() if whole else Counter(call.levels for call in sampler.calls(arch, row.levels))
         for whole, row in zip(apart, rows, strict=True)

@@ -17,7 +17,7 @@ from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.formats.bundle import write_json
 from mediatorize.model.levels import Level, forecasts, levels_per_layer, parts_of
 from mediatorize.model.memory import Memory, Series, SubLayerMemory
-from mediatorize.model.schedule import CallSchedule, highest_order, is_computed
+from mediatorize.model.schedule import CallSchedule, highest_order, is_computed, places_of
 from mediatorize.model.transformer import DiffusionTransformer
 
 INDEX_FILE = "index.json"
@@ -200,8 +200,9 @@ def _walked(folder: Path, index: dict[str, Any], probe: Probe) -> dict[str, Tens
     """The first calls of the schedule by its programs, as the index and `usage` say: an independent driver."""
     found: dict[str, Tensor] = {}
     memory: list[Tensor] = []
-    places: list[int] = []
-    for place, ((t, case), call) in enumerate(zip(probe.walk, index["calls"], strict=True)):
+    places: list[float] = []
+    all_places = places_of([call["noise_level"] for call in index["calls"]])
+    for (t, case), call, place in zip(probe.walk, index["calls"], all_places, strict=True):
         name = call["programs"][0]
         if not case or name is None:
             continue
@@ -210,6 +211,8 @@ def _walked(folder: Path, index: dict[str, Any], probe: Probe) -> dict[str, Tens
         if name in index["computed"]:
             result = program(*inputs)
             found[case], *kept = result if isinstance(result, tuple) else (result,)
+            if places and places[-1] == place:
+                memory, places = memory[:-1], places[:-1]
             memory, places = [*memory, *kept][-2:], [*places, place][-2:]
         else:
             step = (place - places[-1]) / (places[-1] - places[0]) if len(places) > 1 else 0.0
@@ -232,7 +235,8 @@ load = lambda name: torch.export.load(f"DEST/{{name}}").module()
 for place, call in enumerate(index["calls"]):  # one call of the sampler each; place: its number among distinct noise levels
     name = call["programs"][0]  # [1] is the unconditional half's
     if name in index["computed"]:
-        output, kept = load(name)(x, t, y)  # remember the last two of kept and place: last, before, a, b (a before b)
+        output, kept = load(name)(x, t, y)  # remember the last two of kept and place: last, before, a, b (a before b); a second at
+        # one place takes the first one's
     elif name is not None:
         step = (place - b) / (b - a)  # 0 while only one call was computed
         output = load(name)(x, t, y, last, before, torch.tensor([1 + step, -step]))

@@ -23,7 +23,7 @@ from mediatorize.model.levels import (
     most_mediators,
     parts_of,
 )
-from mediatorize.model.schedule import Call, Watched, highest_order, is_computed, streams_of, watched_surrogates
+from mediatorize.model.schedule import Call, Watched, highest_order, is_computed, places_of, streams_of, watched_surrogates
 
 
 def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
@@ -80,28 +80,31 @@ def forward_flops_by_part(
     }
 
 
-def calls_flops(arch: Architecture, calls: Sequence[Call], rows: Sequence[int], settings: MediatorSettings | None = None) -> int:
+def calls_flops(
+    arch: Architecture, calls: Sequence[Call], noise_levels: Sequence[float], rows: Sequence[int], settings: MediatorSettings | None = None
+) -> int:
     """FLOPs of one sample's model calls, with the surrogates that later forecasts need.
 
     Args:
+        noise_levels: of the calls.
         rows: of each call per sample: 2 where it is guided, else 1.
     """
     total = 0
     for levels in streams_of(calls, rows):
-        for own, watched in zip(levels, watched_surrogates(levels, arch.depth), strict=True):
+        for own, watched in zip(levels, watched_surrogates(levels, arch.depth, places_of(noise_levels)), strict=True):
             if own:
                 total += forward_flops(arch, own, settings) + sum(surrogates_flops(arch, block, settings) for block in watched)
     return total
 
 
-def memory_numbers(arch: Architecture, calls: Sequence[Call], rows: Sequence[int]) -> int:
+def memory_numbers(arch: Architecture, calls: Sequence[Call], noise_levels: Sequence[float], rows: Sequence[int]) -> int:
     """How many numbers per sample a sampler must keep between its calls, for forecasts."""
     total = 0
     for levels in streams_of(calls, rows):
         if all(is_computed(own) for own in levels if own):
             continue
         kept = highest_order(levels) + 1
-        watched = watched_surrogates(levels, arch.depth)
+        watched = watched_surrogates(levels, arch.depth, places_of(noise_levels))
         surrogates = max(sum(len(attention) + len(mlp) for attention, mlp in blocks) for blocks in watched)
         total += (2 * arch.depth + surrogates) * arch.tokens * arch.width * kept
     return total

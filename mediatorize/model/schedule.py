@@ -77,10 +77,19 @@ def streams_of(calls: Sequence[Call], rows: Sequence[int]) -> tuple[list[tuple[L
     return halves[0], halves[1]
 
 
-def watched_surrogates(calls: Sequence[Sequence[Level]], depth: int) -> list[tuple[Watched, ...]]:
+def places_of(noise_levels: Sequence[float]) -> list[float]:
+    """Where calls stand on the axis of the forecasts' polynomials: the number of a call's noise level among the distinct ones."""
+    distinct = {noise: float(place) for place, noise in enumerate(dict.fromkeys(noise_levels))}
+    return [distinct[noise] for noise in noise_levels]
+
+
+def watched_surrogates(calls: Sequence[Sequence[Level]], depth: int, places: Sequence[float]) -> list[tuple[Watched, ...]]:
     """For every call and layer, the surrogates that it must run beside computed sub-layers: those of later forecasts that rest on it.
 
-    A forecast of order o rests on the last o + 1 calls that computed its sub-layer.
+    A forecast of order o rests on the calls that computed its sub-layer at the last o + 1 places.
+
+    Args:
+        places: of the calls (`places_of`).
     """
     found: list[list[tuple[set[Level], set[Level]]]] = [[(set(), set()) for _ in range(depth)] for _ in calls]
     for layer in range(depth):
@@ -91,8 +100,10 @@ def watched_surrogates(calls: Sequence[Sequence[Level]], depth: int) -> list[tup
                 if part.order is None:
                     recent[side].append(index)
                 elif part.runs is not None:
-                    for computed in recent[side][-part.order - 1 :]:
-                        found[computed][layer][side].add(part.runs)
+                    last = list(dict.fromkeys(places[computed] for computed in recent[side]))[-part.order - 1 :]
+                    for computed in recent[side]:
+                        if places[computed] in last:
+                            found[computed][layer][side].add(part.runs)
     return [tuple((tuple(sorted(a, key=str)), tuple(sorted(m, key=str))) for a, m in layers) for layers in found]
 
 

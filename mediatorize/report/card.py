@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, title
+from mediatorize.model.schedule import CallSchedule
 
 if TYPE_CHECKING:
     from mediatorize.formats.bundle import BundleConfig
@@ -122,14 +123,13 @@ def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
     if schedule is None:
         return "It has no schedule: one level serves all layers and times, softmax where none is chosen."
     softmax = cost.forward_flops(config.arch)
-    from mediatorize.model.schedule import CallSchedule
-
     if isinstance(schedule, CallSchedule):
         computed = sum(call.computed for call in schedule.of_calls)
-        share = cost.calls_flops(config.arch, schedule.of_calls, [1] * len(schedule.of_calls), config.settings) / softmax
+        calls = len(schedule.of_calls)
+        spent = cost.calls_flops(config.arch, schedule.of_calls, schedule.noise_levels, [1] * calls, config.settings)
         return (
-            f"Its schedule is for {len(schedule.of_calls)} model calls: {computed} are computed, the others forecast from those before, "
-            f"for {share / len(schedule.of_calls):.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
+            f"Its schedule is for {calls} model calls: {computed} are computed, the others forecast from those before, "
+            f"for {spent / softmax / calls:.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
         )
     widths = [high - low for low, high in pairwise((0.0, *schedule.edges, 1.0))]
     shares = [cost.forward_flops(config.arch, levels, config.settings) / softmax for levels in schedule.levels]

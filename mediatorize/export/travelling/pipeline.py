@@ -47,6 +47,10 @@ SCHEDULING = {"ddpm": (ddpm_steps, ddpm_output), "flow": (flow_steps, flow_outpu
 """How a scheduler's steps are set, and what it is told of the model's output, by the name of the model's process."""
 
 
+SLACK = 1e-6
+"""Noise levels are in an interval that they miss by no more."""
+
+
 class MediatorPipeline(DiffusionPipeline):
     """Samples pictures or latents.
 
@@ -112,7 +116,7 @@ class MediatorPipeline(DiffusionPipeline):
         extra = {"generator": generator} if takes_generator else {}
         own_times = times[: len(self.scheduler.timesteps)].tolist()
         low, high = guidance_interval
-        rows = [2 if guided and low <= float(process.noise_level(torch.tensor(t))) <= high else 1 for t in own_times]
+        rows = [2 if guided and low - SLACK <= float(process.noise_level(torch.tensor(t))) <= high + SLACK else 1 for t in own_times]
         call = self.transformer.driver(own_times, rows, count)  # its memory is of this run alone
         for own_time, doubled, t in self.progress_bar(list(zip(own_times, rows, self.scheduler.timesteps, strict=True))):
             scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
