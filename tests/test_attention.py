@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from mediatorize.errors import UserError
 from mediatorize.model import forms
-from mediatorize.model.attention import LocalBranch, MediatorAttention
+from mediatorize.model.attention import ChangedLinear, LocalBranch, MediatorAttention
 from mediatorize.model.block import SwitchableAttention
-from mediatorize.model.levels import MediatorSettings, Space
+from mediatorize.model.levels import SOFTMAX, MediatorSettings, Space
 from mediatorize.model.mediators import grid_partition
 
 WIDTH, HEADS = 48, 3
@@ -55,6 +55,42 @@ def test_absorbed_equals_plain(space: Space, grid: tuple[int, int], dtype: torch
     attention, x = mediator_attention(grid, space).to(dtype), tokens(grid).to(dtype)
     for mediators in LEVELS:
         assert relative_error(attention.absorbed(x, mediators), attention.plain(x, mediators)) < tolerance
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_low_rank_change_is_a_layer_with_changed_projections(space: Space) -> None:
+    """Factored, in either form, it gives what copies of the projections with the change added to them give; it starts as the copies."""
+    layer = switchable_attention().double()
+    layer.requires_grad_(False)
+    x = tokens().double()
+    copied = layer.add_mediators(MediatorSettings(LEVELS, space))
+    own = copied.state_dict()
+    changed = layer.add_mediators(MediatorSettings(LEVELS, space, projection_rank=3))
+    assert isinstance(changed.qkv, ChangedLinear)
+    assert isinstance(changed.proj, ChangedLinear)
+    levels = {name: value for name, value in own.items() if name.startswith("levels.")}
+    changed.load_state_dict(levels, strict=False)
+    for part in (copied, changed):
+        part.requires_grad_(False)
+    for mediators in LEVELS:
+        assert relative_error(changed.absorbed(x, mediators), copied.absorbed(x, mediators)) < 1e-12
+    for layer_part in (changed.qkv, changed.proj):
+        layer_part.up.data = torch.randn(layer_part.up.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        layer_part.bias.data += 0.3
+    copied.load_state_dict(
+        own
+        | {
+            "qkv.weight": changed.qkv.weight,
+            "qkv.bias": changed.qkv.bias,
+            "proj.weight": changed.proj.weight,
+            "proj.bias": changed.proj.bias,
+        }
+    )
+    for mediators in LEVELS:
+        for form in ("absorbed", "plain"):
+            assert relative_error(getattr(changed, form)(x, mediators), copied.plain(x, mediators)) < 1e-12
+    assert not any("pretrained" in name for name in changed.state_dict())
+    assert relative_error(layer(x), layer(x, SOFTMAX)) == 0
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -84,7 +84,7 @@ def converted_in(folder: Path, **changes: Any) -> Path:
     torch.save(official_state(model), folder / "model.pt")
     plan: dict[str, Any] = {"states": 24, "trajectories": 4, "fit_steps": 2, "batch": 8, "sampler_steps": 3, "device": "cpu"}
     plan |= {"family": model.arch.family, "num_heads": 3, "num_classes": 10, "cfg_scale": 1.5 if model.arch.null_class else 1.0}
-    convert(str(folder / "model.pt"), folder / "bundle", levels=(1, 4), **plan)
+    convert(str(folder / "model.pt"), folder / "bundle", levels=(1, 4), mlp="own", projection_rank=0, **plan)
     return folder / "bundle"
 
 

@@ -27,7 +27,7 @@ from mediatorize.model.schedule import Call, CallSchedule, calls_at, schedule_fr
 from mediatorize.model.transformer import DiffusionTransformer
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, mlp_widths=(8, 4))
+SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, projection_rank=3, mlp_widths=(8, 4))
 SAMPLERS = [("dit", "ddim"), ("dit", "ddpm"), ("dit", "dpm-solver++"), ("sit", "euler"), ("sit", "heun"), ("sit", "sde")]
 COMPUTED = Call((SOFTMAX,) * 3)
 RESTING = Call((LINEAR,) * 3)

@@ -151,6 +151,11 @@ def default_local_rank(width: int) -> int:
     return min(64, width // 4)
 
 
+def default_projection_rank(width: int) -> int:
+    """A quarter of the width up to 32: a fiftieth of copies of the projections of XL/2."""
+    return min(32, width // 4)
+
+
 def default_modulation_rank(width: int) -> int:
     """A quarter of the width up to 32: one product per sample, not per token, so that it costs next to nothing."""
     return min(32, width // 4)

@@ -41,6 +41,59 @@ class LocalBranch(nn.Module):
         return self.up(self.depthwise(y).flatten(2).mT)
 
 
+class ChangedLinear(nn.Module):
+    """A pretrained linear layer with a low-rank change and a bias of its own (LoRA, arXiv 2106.09685). Starts as the pretrained one.
+
+    The pretrained layer belongs to another module, and is not among this one's parameters.
+    """
+
+    def __init__(self, pretrained: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.pretrained = (pretrained,)  # in a tuple, where torch does not register it
+        self.down = nn.Parameter(torch.zeros(rank, pretrained.in_features))
+        self.up = nn.Parameter(torch.zeros(pretrained.out_features, rank))
+        self.bias = nn.Parameter(torch.zeros(pretrained.out_features))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws `down` anew, uniform in +-1/sqrt(inputs); `up` stays zero."""
+        bound = self.down.shape[1] ** -0.5
+        nn.init.uniform_(self.down, -bound, bound, generator=generator)
+        self.bias.data.copy_(self.pretrained[0].bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The changed weight, as a matrix of its own."""
+        return self.pretrained[0].weight + self.up @ self.down
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.pretrained[0].weight) + F.linear(F.linear(x, self.down), self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.without_bias(x) + self.bias
+
+
+class _Heads:
+    """One of a layer's projections, head by head, where a head's matrix W is (d, c): products of few rows with it and its transpose."""
+
+    def __init__(self, weight: Tensor, up: Tensor | None = None, down: Tensor | None = None) -> None:
+        """
+        Args:
+            weight: (h, d, c).
+            up, down: of a low-rank change, (h or 1, d, r) and (h or 1, r, c).
+        """
+        self.weight, self.up, self.down = weight, up, down
+
+    def onto(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x W' + bias: (h, rows, c) -> (h, rows, d)"""
+        y = torch.baddbmm(bias, x, self.weight.mT)
+        return y if self.up is None or self.down is None else y + (x @ self.down.mT) @ self.up.mT
+
+    def back(self, t: Tensor, bias: Tensor | None = None) -> Tensor:
+        """t W + bias: (h, rows, d) -> (h, rows, c)"""
+        y = torch.bmm(t, self.weight) if bias is None else torch.baddbmm(bias, t, self.weight)
+        return y if self.up is None or self.down is None else y + (t @ self.up) @ self.down
+
+
 class MediatorAttention(nn.Module):
     """Mediator attention (arXiv 2408.05710, section 3) in absorbed or plain form; both compute the same function.
 
@@ -56,11 +109,26 @@ class MediatorAttention(nn.Module):
     convolution on v; q, k and v are absorbed into the mediators, so that no projection runs on all n tokens.
     """
 
-    def __init__(self, width: int, heads: int, grid: tuple[int, int], settings: MediatorSettings) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        grid: tuple[int, int],
+        settings: MediatorSettings,
+        pretrained: tuple[nn.Linear, nn.Linear] | None = None,
+    ) -> None:
+        """
+        Args:
+            pretrained: the projections, qkv and output, that a low-rank change is of.
+        """
         super().__init__()
         self.heads, self.grid, self.settings = heads, grid, settings
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv: nn.Linear | ChangedLinear
+        self.proj: nn.Linear | ChangedLinear
+        if settings.projection_rank and pretrained is not None:
+            self.qkv, self.proj = (ChangedLinear(layer, settings.projection_rank) for layer in pretrained)
+        else:
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.levels = nn.ModuleDict()
         for level in settings.levels:
             module = kind_of(level).module
@@ -91,9 +159,8 @@ class MediatorAttention(nn.Module):
         b, _, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
         level = self.count(m)
-        wq, wk, wv = self.qkv.weight.view(3, h, d, c)
+        wq, wk, wv, wo = self.by_heads()
         bq, bk, bv = self.qkv.bias.view(3, h, 1, d)
-        wo = self.proj.weight.view(c, h, d).permute(1, 2, 0)  # (h, d, c)
         w, bias = (wq, bq) if self.settings.space == "queries" else (wk, bk)
 
         def by_head(y: Tensor) -> Tensor:  # (b, h*m, c) -> (h, m*b, c)
@@ -104,29 +171,44 @@ class MediatorAttention(nn.Module):
 
         pool, key_bias, query_bias = self.on_tokens(level)  # (h*m, n) each
         pooled = torch.bmm(pool.expand(b, -1, -1), x)  # (b, h*m, c)
-        t = torch.baddbmm(bias, by_head(pooled), w.mT)  # (h, m*b, d)
+        t = w.onto(by_head(pooled), bias)  # (h, m*b, d)
         key_scale, query_scale = (s.exp().view(h, 1, 1) for s in (level.log_key_scale, level.log_query_scale))
 
-        scores = torch.baddbmm(key_bias, by_sample(torch.bmm(t * key_scale, wk)), x.mT)  # (b, h*m, n)
+        scores = torch.baddbmm(key_bias, by_sample(wk.back(t * key_scale)), x.mT)  # (b, h*m, n)
         mixed = torch.bmm(scores.softmax(-1), x)  # (b, h*m, c)
-        u = torch.baddbmm(bv, by_head(mixed), wv.mT)  # (h, m*b, d)
+        u = wv.onto(by_head(mixed), bv)  # (h, m*b, d)
         # Every head's assignment sums to 1, so that an h-th of the output's bias in each head's values is the whole of it in the end.
-        values = by_sample(torch.baddbmm(self.proj.bias / h, u, wo))  # (b, h*m, c)
+        values = by_sample(wo.back(u, self.proj.bias / h))  # (b, h*m, c)
 
         offset = (t * (bq - t / 2) if self.settings.space == "queries" else t * bq).sum(-1, keepdim=True) * query_scale
-        queries = by_sample(torch.bmm(t * query_scale, wq))  # (b, h*m, c)
+        queries = by_sample(wq.back(t * query_scale))  # (b, h*m, c)
         scores = torch.baddbmm(query_bias, queries, x.mT).add_(by_sample(offset))  # (b, h*m, n)
         assigned = scores.unflatten(1, (h, m)).softmax(2).flatten(1, 2).mT  # (b, n, h*m)
         if onto is None:
             return torch.bmm(assigned, values)
         return onto.baddbmm_(assigned.to(onto.dtype), values.to(onto.dtype))  # autocast leaves products in place alone
 
+    def by_heads(self) -> tuple[_Heads, _Heads, _Heads, _Heads]:
+        """The projections of queries, keys, values and output, head by head."""
+        h = self.heads
+        if isinstance(self.qkv, ChangedLinear) and isinstance(self.proj, ChangedLinear):
+            (qkv,), (proj,) = self.qkv.pretrained, self.proj.pretrained
+            rank, c = self.qkv.down.shape
+            ups, down = self.qkv.up.view(3, h, c // h, rank), self.qkv.down.unsqueeze(0)
+            q, k, v = (_Heads(weight, up, down) for weight, up in zip(qkv.weight.view(3, h, c // h, c), ups, strict=True))
+            out_down = self.proj.down.view(rank, h, c // h).permute(1, 2, 0)  # (h, d, r)
+            return q, k, v, _Heads(proj.weight.view(c, h, c // h).permute(1, 2, 0), out_down, self.proj.up.mT.unsqueeze(0))
+        c = self.proj.weight.shape[0]
+        q, k, v = map(_Heads, self.qkv.weight.view(3, h, c // h, c))
+        return q, k, v, _Heads(self.proj.weight.view(c, h, c // h).permute(1, 2, 0))  # (h, d, c)
+
     def plain(self, x: Tensor, mediators: int) -> Tensor:
         """The published order of operations: q, k and v for every token first."""
         b, n, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
         level = self.count(m)
-        q, k, v = F.linear(x, self.qkv.weight).view(b, n, 3, h, d).permute(2, 0, 3, 1, 4)  # (b, h, n, d) each
+        qkv = self.qkv.without_bias(x) if isinstance(self.qkv, ChangedLinear) else F.linear(x, self.qkv.weight)
+        q, k, v = qkv.view(b, n, 3, h, d).permute(2, 0, 3, 1, 4)  # (b, h, n, d) each
         bq, bk, bv = self.qkv.bias.view(3, h, 1, d)
         pool, key_bias, query_bias = (y.view(h, m, n) for y in self.on_tokens(level))
         key_scale, query_scale = (s.exp().view(h, 1, 1) for s in (level.log_key_scale, level.log_query_scale))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.attention import MediatorAttention
+from mediatorize.model.attention import ChangedLinear, MediatorAttention
 from mediatorize.model.levels import FULL, OWN, SOFTMAX, Level, MediatorSettings, Part, is_pretrained, mlp_share, parts_of
 from mediatorize.model.memory import BlockMemory, SubLayerMemory
 
@@ -35,14 +35,17 @@ class SwitchableAttention(Attention):
         self.mediator: MediatorAttention | None = None
 
     def add_mediators(self, settings: MediatorSettings, draw: torch.Generator | None = None) -> MediatorAttention:
-        """Gives the layer a mediator path that starts from a copy of its own projections. `draw` is of the local branch."""
+        """Gives the layer a mediator path that starts from its own projections. `draw` is of what starts at random."""
         width = self.qkv.in_features
-        mediator = MediatorAttention(width, self.num_heads, self.grid, settings)
+        mediator = MediatorAttention(width, self.num_heads, self.grid, settings, (self.qkv, self.proj))
         if not self.qkv.weight.is_meta:
             if mediator.local is not None:
                 mediator.local.reset(draw or torch.Generator().manual_seed(0))
-            mediator.qkv.load_state_dict(self.qkv.state_dict())
-            mediator.proj.load_state_dict(self.proj.state_dict())
+            for own, pretrained in ((mediator.qkv, self.qkv), (mediator.proj, self.proj)):
+                if isinstance(own, ChangedLinear):
+                    own.reset(draw or torch.Generator().manual_seed(0))
+                else:
+                    own.load_state_dict(pretrained.state_dict())
         mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
         self.mediator = mediator.train(self.training)
         return mediator

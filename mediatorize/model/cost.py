@@ -171,7 +171,8 @@ def count_parameters(arch: Architecture, settings: MediatorSettings | None = Non
 def added_parameters(arch: Architecture, settings: MediatorSettings) -> int:
     """Parameters that conversion adds to a model."""
     width, local, update = arch.width, settings.local_rank, settings.modulation_rank
-    block = _linear(width, 3 * width) + _linear(width, width)
+    rank = settings.projection_rank
+    block = 6 * width * rank + 4 * width if rank else _linear(width, 3 * width) + _linear(width, width)
     block += sum(kind_of(level).parameters(arch, level) for level in settings.levels)
     block += 2 * width * local + 9 * local
     block += width * update + _linear(update, 6 * width) if update else 0

@@ -23,6 +23,16 @@ def plain_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
     return 8 * tokens * width**2 + 10 * tokens * mediators * width
 
 
+def absorbed_change_flops(width: int, heads: int, mediators: int, rank: int) -> int:
+    """What a low-rank change of the projections adds to the absorbed form: of mediators alone."""
+    return 10 * heads * mediators * rank * (width + width // heads)
+
+
+def plain_change_flops(tokens: int, width: int, rank: int) -> int:
+    """The same to the published order: of all tokens."""
+    return 12 * tokens * width * rank
+
+
 def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
     return absorbed_flops(tokens, width, heads, mediators) <= plain_flops(tokens, width, heads, mediators)
 

@@ -52,6 +52,8 @@ class MediatorSettings:
     """Rank of the change that a block's modulation makes at the added levels; 0 leaves it out."""
     mlp: MlpOwner = "shared"
     """Whether the added levels share every block's MLP with softmax, or have their own: the same FLOPs, and as many weights again."""
+    projection_rank: int = 0
+    """Rank of the change that the added levels make to the pretrained projections; 0: they have copies of their own."""
     mlp_widths: tuple[int, ...] = ()
     """Narrow MLPs beside every block's: 8 is one of an eighth of the hidden width. In descending order; each is a part of the next."""
 
@@ -70,8 +72,8 @@ class MediatorSettings:
             raise UserError(
                 f"MLP widths {list(self.mlp_widths)} are not distinct, descending shares of at least 2.", hint="Pass for instance 8,4."
             )
-        if min(self.local_rank, self.modulation_rank) < 0:
-            raise UserError(f"A rank of {min(self.local_rank, self.modulation_rank)} is negative.", hint="Pass 0 to leave a part out.")
+        if (rank := min(self.local_rank, self.modulation_rank, self.projection_rank)) < 0:
+            raise UserError(f"A rank of {rank} is negative.", hint="Pass 0 to leave a part out.")
 
     @property
     def all_levels(self) -> tuple[Level, ...]:
@@ -122,7 +124,11 @@ def _read_count(value: object) -> Level | None:
 
 def _mediator_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
     sizes = (arch.tokens, arch.width, arch.heads, int(level))
-    product = forms.absorbed_flops(*sizes) if forms.absorbed_is_cheaper(*sizes) else forms.plain_flops(*sizes)
+    rank = settings.projection_rank if settings else 0
+    if forms.absorbed_is_cheaper(*sizes):
+        product = forms.absorbed_flops(*sizes) + forms.absorbed_change_flops(arch.width, arch.heads, int(level), rank)
+    else:
+        product = forms.plain_flops(*sizes) + forms.plain_change_flops(arch.tokens, arch.width, rank)
     local = forms.local_flops(arch.tokens, arch.width, settings.local_rank if settings else 0)
     return product + forms.interpolation_flops(arch.grid, arch.heads, int(level)) + local
 

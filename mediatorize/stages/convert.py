@@ -14,7 +14,7 @@ from mediatorize.compression.conversion import Conversion, ConversionPlan, check
 from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.records import FitSettings
 from mediatorize.errors import UserError, refuse_below
-from mediatorize.model.architecture import default_local_rank, default_modulation_rank, preset
+from mediatorize.model.architecture import default_local_rank, default_modulation_rank, default_projection_rank, preset
 from mediatorize.model.levels import Level, MediatorSettings, MlpOwner, Space, in_order, read_level
 from mediatorize.signatures import OneOf, listed, one, whole_number
 from mediatorize.stages import options
@@ -49,9 +49,13 @@ def convert(
         int | None,
         option("rank of the change to modulations, trained by finetune; default: a quarter of the width, at most 32", WHAT, min=0),
     ] = None,
+    projection_rank: Annotated[
+        int | None,
+        option("rank of the change to the projections; 0: copies of them; default: a quarter of the width, at most 32", WHAT, min=0),
+    ] = None,
     mlp: Annotated[
         MlpOwner, option("own: mediator levels get their own MLPs, trained by finetune; shared: they use softmax's", WHAT)
-    ] = "own",
+    ] = "shared",
     mlp_widths: Annotated[
         tuple[int, ...],
         option(
@@ -126,6 +130,7 @@ def convert(
             space=mediators_from,
             local_rank=default_local_rank(arch.width) if local_rank is None else local_rank,
             modulation_rank=default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank,
+            projection_rank=default_projection_rank(arch.width) if projection_rank is None else projection_rank,
             mlp=mlp,
             mlp_widths=tuple(mlp_widths),
         ),
