@@ -550,7 +550,7 @@ def test_one_schedule_per_budget_the_wanted_one_in_use(bundle: Callable[..., Pat
     how = {"solver": "euler", "steps": 4, "cfg_scale": 1.0, "cfg_channels": 3, "cfg_interval": [0.0, 1.0], "seed": None}
     assert content["calibrated_for"] == how
     for outcome in found_by(report).outcomes:
-        assert bundles.read_schedule_file(report.files[outcome.budget], 3, SETTINGS) == outcome.schedule
+        assert bundles.read_schedule_file(report.files[outcome.budget], model_of().arch, SETTINGS) == outcome.schedule
     for name in ("schedule-0.90.png", "sensitivity.png", "candidates.png"):
         with Image.open(path / "calibration" / name) as picture:
             assert min(picture.size) > 200
@@ -743,6 +743,21 @@ def test_a_schedule_is_replaced_only_by_force_and_a_dry_run_writes_nothing(bundl
     with pytest.raises(UserError, match=r"0\.90\.json: exists"):
         calibrate(path, budget="90%", **QUICK)
     calibrate(path, budget=0.9, force=True, **QUICK)
+
+
+def test_a_schedule_of_another_family_depth_or_bundle_is_refused(bundle: Callable[..., Path]) -> None:
+    narrow = bundle(tiny_model(MediatorSettings((4,), mlp_widths=(8, 4)), channels=1, learn_sigma=False), name="narrow")
+    calibrate(narrow, budget=0.7, kinds=("mlps",), **QUICK)
+    others = {
+        "was calibrated for euler, which does not sample a DIT": model_of("dit"),
+        "is for 3 layers, the model has 2": model_of(depth=2),
+        "the model has no level 1/": model_of(),
+    }
+    for number, (message, model) in enumerate(others.items()):
+        other = bundle(model, name=str(number))
+        (other / "schedule.json").write_text((narrow / "schedule.json").read_text())
+        with pytest.raises(UserError, match=message):
+            bundles.load_bundle(other)
 
 
 def test_the_same_seed_gives_the_same_schedule_and_another_seed_other_trajectories(bundle: Callable[..., Path]) -> None:

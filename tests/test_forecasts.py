@@ -459,3 +459,14 @@ def test_levels_of_parts_need_what_the_model_has() -> None:
     assert torch.equal(sample(model, [1], steps=2, schedule="softmax|full"), sample(model, [1], steps=2, schedule=SOFTMAX))
     assert torch.equal(sample(model, [1], steps=2, schedule=levels[1]), sample(model, [1], steps=2, schedule=4))
     assert replace(SETTINGS, mlp_widths=()).mlp_levels == ()
+
+
+@pytest.mark.parametrize("calls", cost.FORECAST_CALLS[:3])
+def test_what_inspect_says_of_forecasts_is_what_a_sampler_costs(calls: int) -> None:
+    model = tiny_model(channels=1, learn_sigma=False)
+    sampler = Sampler.resolve(model.arch, steps=calls)
+    for every, share in cost.forecast_shares(model.arch)[calls].items():
+        schedule = schedule_of(model, sampler, [COMPUTED, *[RESTING] * (every - 1)])
+        whole, spent = sampler.flops(model.arch, SOFTMAX, None), sampler.flops(model.arch, schedule, None)
+        assert whole
+        assert spent == pytest.approx(share * whole)

@@ -288,7 +288,7 @@ def search(
         best = judge.best(budget, per, kinds)
         baselines = judge.baselines(budget)
         reported = {candidate.name: reporter.errors(candidate) for candidate in (best, *baselines)} if verify else {}
-        latency = latency_of(model, sampler, best, float(costs.of(best.schedule)) * batch, batch) if timed else None
+        latency = latency_of(model, sampler, best, float(best.share * costs.softmax) * batch, batch) if timed else None
         outcomes.append(
             Outcome(budget=budget, chosen=best, reported=reported, baselines=baselines, solved_seconds=solved[budget], latency=latency)
         )

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mediatorize.compression.records import Distillation, LayerErrors
+from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import Architecture
@@ -156,18 +158,23 @@ def load_bundle(path: Path) -> DiffusionTransformer:
 def read_schedule(path: Path, config: BundleConfig) -> AnySchedule | None:
     """The bundle's schedule, where it has one: for its number of layers, of levels that it has."""
     file = path / "schedule.json"
-    return read_schedule_file(file, config.arch.depth, config.settings) if file.exists() else None
+    return read_schedule_file(file, config.arch, config.settings) if file.exists() else None
 
 
-def read_schedule_file(file: Path, depth: int, settings: MediatorSettings | None) -> AnySchedule:
-    """The schedule in a JSON file: for `depth` layers, of levels that a model with such settings has."""
+def read_schedule_file(file: Path, arch: Architecture, settings: MediatorSettings | None) -> AnySchedule:
+    """The schedule in a JSON file: for the architecture's layers and process, of levels that a model with such settings has."""
     try:
         with about(file):
-            schedule = schedule_from_json(json.loads(file.read_text()))
+            content = json.loads(file.read_text())
+            schedule = schedule_from_json(content)
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}).", hint="Calibrate again.") from error
-    if schedule.depth != depth:
-        raise UserError(f"{file}: is for {schedule.depth} layers, the model has {depth}.", hint="Calibrate again.")
+    if schedule.depth != arch.depth:
+        raise UserError(f"{file}: is for {schedule.depth} layers, the model has {arch.depth}.", hint="Calibrate again.")
+    made_for = SOLVERS.get(str((content.get("calibrated_for") or {}).get("solver")))
+    if made_for is not None and made_for.process != (own := process_of(arch)).name:
+        solver = content["calibrated_for"]["solver"]
+        raise UserError(f"{file}: was calibrated for {solver}, which does not sample a {own.title}.", hint="Calibrate again.")
     levels, mlps = (settings.all_levels, settings.mlp_levels) if settings else ((SOFTMAX,), ())
     for level in sorted(schedule.used, key=str):
         if (lacking := missing(level, levels, mlps)) is not None:
@@ -182,7 +189,7 @@ def read_schedules(files: Sequence[Path], model: DiffusionTransformer, reserved:
         if not file.is_file():
             raise UserError(f"{file}: no such schedule.", hint="Pass the path of a schedule.json.")
         taken = file.stem in (*reserved, *found) or any(kind.read(file.stem) is not None for kind in KINDS.values())
-        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch.depth, model.settings)
+        found[str(file) if taken else file.stem] = read_schedule_file(file, model.arch, model.settings)
     return found
 
 
