@@ -44,7 +44,9 @@ class StackedMuon(torch.optim.Optimizer):
 
     def _step_alike(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
         directions = torch.stack([self._direction(matrix, group["momentum"]) for matrix in matrices])
-        directions = zeropower_via_newtonschulz(directions, len(ITERATIONS), ITERATIONS)
+        exact = directions.device.type == "cpu"  # many CPUs have no products in bfloat16, and take ten times as long for them
+        precision = torch.float32 if exact else torch.bfloat16
+        directions = zeropower_via_newtonschulz(directions, len(ITERATIONS), ITERATIONS, dtype=precision)
         size = group["lr"] * get_lr_scale(matrices[0].shape)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.add_(direction, alpha=-size)
