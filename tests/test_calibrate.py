@@ -471,6 +471,7 @@ def test_narrow_mlps_save_by_themselves(bundle: Callable[..., Path]) -> None:
     schedule = found_by(report).outcomes[0].schedule
     assert schedule.used <= {SOFTMAX, "softmax|1/8", "softmax|1/4"}
     assert schedule.used != {SOFTMAX}
+    assert "MLP 1/8, MLP 1/4" in words(report)
     model = bundles.load_bundle(path)
     whole = sample(model, [1, 2], steps=4, schedule=SOFTMAX)
     assert not torch.equal(sample(model, [1, 2], steps=4), whole)

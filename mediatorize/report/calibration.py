@@ -23,7 +23,7 @@ LEAST_JUDGED = 3
 
 def words(result: Calibration) -> str:
     how, found, unit = result.sampler, result.found, COSTS[result.cost].name
-    levels = ", ".join(title(level) for level in (*result.settings.all_levels, *(f"MLP {level}" for level in result.settings.mlp_levels)))
+    levels = ", ".join(title(level) for level in (*result.settings.all_levels, *result.settings.mlp_levels))
     calls = len(result.costs.noise_levels)
     lines = [
         f"{result.arch.name}: levels {levels} in {result.arch.depth} layers, {calls} model calls; {how.solver}, {how.steps} steps, "
