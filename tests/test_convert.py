@@ -214,7 +214,8 @@ def test_without_fitting_it_says_so_and_keeps_the_initial_errors(official_file: 
     assert all(errors.before == errors.after for errors in result.errors)
     assert all(error > 0 for errors in result.errors for error in errors.before.values())
     state = state_of(tmp_path / "out")
-    assert torch.equal(state["blocks.1.attn.mediator.qkv.weight"], state["blocks.1.attn.qkv.weight"])
+    assert torch.equal(state["blocks.1.attn.mediator.qkv.bias"], state["blocks.1.attn.qkv.bias"])
+    assert state["blocks.1.attn.mediator.qkv.down"].any() and not state["blocks.1.attn.mediator.qkv.up"].any()  # no change yet
 
 
 @pytest.mark.parametrize("init", INITIALISERS)

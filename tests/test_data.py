@@ -542,7 +542,7 @@ def test_a_conversion_on_data_says_so_repeats_and_costs_no_sampling(official_fil
     convert(source, tmp_path / "again", **QUICK, data=data)
     assert_same_state(state_of(tmp_path / "out"), state_of(tmp_path / "again"))
     convert(source, tmp_path / "free", **QUICK)
-    key = "blocks.1.attn.mediator.qkv.weight"
+    key = "blocks.1.attn.mediator.qkv.up"
     assert not torch.equal(state_of(tmp_path / "out")[key], state_of(tmp_path / "free")[key])
     assert "the model's own sampling trajectories" in (tmp_path / "free" / "README.md").read_text()
 
