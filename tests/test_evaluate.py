@@ -207,6 +207,27 @@ def test_a_schedules_time_is_the_mean_over_its_calls(monkeypatch: pytest.MonkeyP
     assert found.timing == Timing(pairs=2, batch=3, softmax_ms=1000 * 6 * 27, control=1, control_quartiles=(1, 1))
 
 
+def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose attention takes as many seconds per row as it has mediators, or nine at softmax."""
+    model, clock = tiny_model(SETTINGS), {"now": 0.0}
+    real = SwitchableAttention.forward
+
+    def slow(self: SwitchableAttention, x: torch.Tensor, level: Any = SOFTMAX) -> torch.Tensor:
+        clock["now"] += len(x) * (9 if level == SOFTMAX else int(level))
+        return real(self, x, level)
+
+    monkeypatch.setattr(SwitchableAttention, "forward", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    model.schedule = Schedule((0.5,), ((SOFTMAX,) * 3, (1,) * 3))
+    samples = Samples(rows=rows_of(model, [4]), labels=torch.arange(4), batch=4)
+    sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0, cfg_interval=(0.5, 0.9))  # of noise levels 1, 2/3, 1/3: one guided
+    found = compare(model, samples, sampler, pairs=2, timing_batch=3)
+    teacher = 3 * (27 + 54 + 27) / 3  # seconds of its mean call
+    shares = [1, (3 + 2 * 3 + 27) / 108, 4 / 9]  # euler's calls go from noise to data
+    assert [row.relative_time for row in found.results] == pytest.approx(shares)
+    assert [row.latency_ms for row in found.results] == pytest.approx([1000 * teacher * share for share in shares])
+
+
 @pytest.mark.parametrize(
     ("calls", "seconds"),
     [

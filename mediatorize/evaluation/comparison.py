@@ -354,26 +354,27 @@ def _with_time(
     t = process_of(arch).time_at(torch.full((count,), 0.5, device=device))
     y = torch.arange(count, device=device) % arch.classes
 
-    def call(levels: tuple[Level, ...]) -> Callable[[], Tensor]:
-        return lambda: model(x, t, y, levels=levels)
+    def call(levels: tuple[Level, ...], rows: int) -> Callable[[], Tensor]:
+        return lambda: model(x[: batch * rows], t[: batch * rows], y[: batch * rows], levels=levels)
 
+    rows_of_calls = sampler.rows_of_calls(arch)  # unguided calls have half of them
     apart = [any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels)) for row in rows]
     wanted = [
-        Counter() if whole else Counter(call.levels for call in sampler.calls(arch, row.levels))
+        Counter() if whole else Counter(zip((call.levels for call in sampler.calls(arch, row.levels)), rows_of_calls, strict=True))
         for whole, row in zip(apart, rows, strict=True)
     ]
     calls = sum(wanted[0].values())
-    (softmax,) = wanted[0]  # the teacher runs every layer and call so
+    softmax = (next(iter(wanted[0]))[0], sampler.rows)  # the teacher runs every layer and call so
     ratios = {softmax: 1.0}
-    memory = {softmax: peak_bytes(call(softmax), device)}
-    with progress(len({levels for counts in wanted for levels in counts}), "timing", "call") as bar:
-        control = paired_time(call(softmax), call(softmax), pairs, device)
+    memory = {softmax: peak_bytes(call(*softmax), device)}
+    with progress(len({one for counts in wanted for one in counts} | {softmax}), "timing", "call") as bar:
+        control = paired_time(call(*softmax), call(*softmax), pairs, device)
         bar.update(1)
         for counts in wanted:
-            for levels in (levels for levels in counts if levels not in ratios):
+            for one in (one for one in counts if one not in ratios):
                 # The mean over a schedule's calls evens out what a few pairs of each leave uncertain.
-                ratios[levels] = paired_time(call(levels), call(softmax), max(3, -(-pairs // len(counts))), device).ratio
-                memory[levels] = peak_bytes(call(levels), device)
+                ratios[one] = paired_time(call(*one), call(*softmax), max(3, -(-pairs // len(counts))), device).ratio
+                memory[one] = peak_bytes(call(*one), device)
                 bar.update(1)
     noise = gaussian(sampler.seed, "initial noise", range(batch), (arch.channels, *arch.input_size))
 
@@ -381,13 +382,14 @@ def _with_time(
         return lambda: sample_batch(model, y[:batch], sampler, levels, noise=noise)
 
     timed = []
+    teacher = sum(ratios[one] * times for one, times in wanted[0].items()) / calls  # of a call of the teacher, on average
     for row, counts, result in zip(rows, wanted, found.results, strict=True):
         if counts:
-            ratio = sum(ratios[levels] * times for levels, times in counts.items()) / calls
+            ratio = sum(ratios[one] * times for one, times in counts.items()) / calls / teacher
         else:  # calls that rest on others are timed with them
             ratio = paired_time(whole_sampler(row.levels), whole_sampler(SOFTMAX), max(3, -(-pairs // calls)), device).ratio
-        latency = ratio * control.reference_seconds
-        peaks = [peak for levels in counts if (peak := memory[levels]) is not None]
+        latency = ratio * teacher * control.reference_seconds
+        peaks = [peak for one in counts if (peak := memory[one]) is not None]
         timed.append(
             replace(
                 result,
