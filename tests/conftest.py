@@ -47,6 +47,11 @@ def tiny_model(settings: MediatorSettings | None = None, seed: int = 0, **change
     return model.eval().requires_grad_(False)
 
 
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
 def official_state(model: DiffusionTransformer) -> dict[str, torch.Tensor]:
     """The weights under their official names, as `torch.save` of an original model would hold them."""
     return {name: value.clone() for name, value in model.state_dict().items() if ".mediator." not in name}

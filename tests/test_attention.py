@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import randomise, relative_error
 from timm.layers import Attention
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,10 +42,6 @@ def switchable_attention(grid: tuple[int, int] = (4, 4)) -> SwitchableAttention:
 
 def tokens(grid: tuple[int, int] = (4, 4), batch: int = 2) -> Tensor:
     return torch.randn(batch, math.prod(grid), WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    return float((result - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -225,7 +221,7 @@ def test_interpolated_pooling_rows_still_sum_to_one(mediators: int, grid: tuple[
     level = attention.level(mediators)
     for pool in (grid_partition(mediators, (16, 16)).double().view(1, mediators, 16, 16).expand_as(level.pool), level.pool.abs()):
         level.pool.data = pool / pool.sum((2, 3), keepdim=True)
-        rows = attention.on_tokens(level)[0].sum(1)
+        rows = level.on_tokens(attention.grid)[0].sum(1)
         torch.testing.assert_close(rows, torch.ones_like(rows), rtol=1e-6, atol=1e-6)
 
 
@@ -237,7 +233,7 @@ def test_interpolated_position_terms_keep_a_plane() -> None:
     rows, columns = torch.meshgrid((torch.arange(16) + 0.5) / 16, (torch.arange(16) + 0.5) / 16, indexing="ij")
     level.key_bias.data[:] = rows + 3 * columns
     level.query_bias.data[:] = 2 * rows - columns
-    _, key_bias, query_bias = (maps.view(HEADS * 4, *grid)[:, 2:-2, 2:-2] for maps in attention.on_tokens(level))
+    _, key_bias, query_bias = (maps.view(HEADS * 4, *grid)[:, 2:-2, 2:-2] for maps in level.on_tokens(attention.grid))
     fine_rows, fine_columns = torch.meshgrid((torch.arange(32) + 0.5) / 32, (torch.arange(48) + 0.5) / 48, indexing="ij")
     torch.testing.assert_close(key_bias, (fine_rows + 3 * fine_columns)[2:-2, 2:-2].expand_as(key_bias))
     torch.testing.assert_close(query_bias, (2 * fine_rows - fine_columns)[2:-2, 2:-2].expand_as(query_bias))

@@ -66,7 +66,7 @@ def mean() -> Iterator[None]:
         rank=lambda level: 0.5,
         title=lambda level: "mean of values",
         flops=lambda arch, level, settings: 4 * arch.width**2,
-        parameters=lambda arch, level: 1,
+        parameters=lambda arch, level, settings: 1,
         module=lambda level, width, heads, grid, settings: Mean(),
     )
     yield

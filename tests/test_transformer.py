@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import model_inputs, randomise, tiny_model
+from conftest import model_inputs, randomise, relative_error, tiny_model
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,10 +27,6 @@ def golden(family: str) -> tuple[DiffusionTransformer, dict[str, Tensor]]:
     """A model with the golden file's weights, and its tensors: inputs to and outputs of the original code (see its metadata)."""
     file = GOLDEN / f"{family}.safetensors"
     return mediatorize.load_model(file, family=family, num_heads=3), load_file(file)  # type: ignore[arg-type]
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    return float((result - expected).abs().max() / expected.abs().max())
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from mediatorize.model.architecture import FAMILIES, HEADS_OF_WIDTH, Architectur
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
 FOREIGN = {
-    "Attention-Mediators (published form, one fixed mediator count)": r"\.attn\.(an|na|ah|aw|ha|wa)_bias$",
     "DyDiT": r"\.(attn_rate|mlp_rate)\.router\.|\.token_selection\.mlp_head\.",
     "Latte": r"(^|\.)temp_embed$|(^|\.)temporal_transformer_blocks\.\d+\.",
     "MDT": r"\.rel_pos_bias\.relative_position_|(^|\.)sideblocks\.\d+\.|(^|\.)(en_inblocks|en_outblocks|de_blocks)\.\d+\.",
@@ -94,8 +93,8 @@ def open_checkpoint(path: str | Path, hints: Hints | None = None, weights: str |
     """Recognises a checkpoint and checks every name and shape in it, without reading its weights.
 
     Args:
-        path: an official DiT or SiT `.pt` or safetensors file, flat or from training; a REPA SiT; a diffusers `DiTPipeline` folder or its
-            transformer folder.
+        path: an official DiT or SiT `.pt` or safetensors file, flat or from training; a REPA SiT; a SiT of Attention-Mediators; a diffusers
+            `DiTPipeline` folder or its transformer folder.
         hints: what the file cannot tell.
         weights: `ema` or `model` of a training checkpoint; `None` takes `ema` where it is there.
     """
@@ -106,7 +105,7 @@ def open_checkpoint(path: str | Path, hints: Hints | None = None, weights: str |
             return form.open(name, source, hints or Hints())
     raise UserError(
         f"{source.path}: not a DiT or SiT ({len(source.tensors)} tensors, such as {_some(source.tensors)}).",
-        hint="`mediatorize` reads official DiT and SiT files, REPA's SiT and diffusers' DiT.",
+        hint="`mediatorize` reads official DiT and SiT files, REPA's and Attention-Mediators' SiT and diffusers' DiT.",
     )
 
 
@@ -373,7 +372,7 @@ def _open_official(name: str, source: Source, hints: Hints, **conventions: Any) 
     _refuse_unreadable_sizes(source, positions=True)
     family, how = family_of(source, hints)
     arch, notes = infer_architecture(source, hints, family, _grid_of(source), **conventions)
-    weights = {key: Weight((value,)) for key, value in source.tensors.items()}
+    weights = {own_name(key, arch.mediators): Weight((value,)) for key, value in source.tensors.items()}
     _check_names_and_shapes(source.path, arch, weights, optional=set())
     return Checkpoint(source.path, name, arch, weights, source.part, (f"{FAMILIES[family].name}, {how}", *notes))
 
@@ -385,6 +384,36 @@ def _open_repa(name: str, source: Source, hints: Hints) -> Checkpoint:
         raise UserError(f"{source.path}: a REPA checkpoint is a SiT.", hint="Leave --family out.")
     source = Source(source.path, tensors, source.facts | {"family": "sit"}, source.part)
     return _open_official(name, source, hints, reversed_time=True)
+
+
+PUBLISHED_TERMS = r"\.attn\.((an|na|ah|aw|ha|wa)_bias|dwc\.(weight|bias))$"
+"""What attention in the published form of arXiv 2408.05710 has beside its projections, in LeapLabTHU/Attention-Mediators."""
+
+
+def own_name(name: str, mediators: int) -> str:
+    """What a parameter of Attention-Mediators' code is called here."""
+    return re.sub(PUBLISHED_TERMS, rf".attn.published.levels.{mediators}.\1", name)
+
+
+def published_name(name: str) -> str:
+    """What one of our parameters is called in Attention-Mediators' code."""
+    return re.sub(r"\.attn\.published\.levels\.\d+\.", ".attn.", name)
+
+
+def _open_attention_mediators(name: str, source: Source, hints: Hints) -> Checkpoint:
+    """A SiT that was trained with mediators in every layer, one count for all (the published form)."""
+    if hints.family not in (None, "sit"):
+        raise UserError(f"{source.path}: an Attention-Mediators checkpoint is a SiT.", hint="Leave --family out.")
+    key, biases = next((key, value.shape) for key, value in source.tensors.items() if key.endswith(".attn.an_bias"))
+    if len(biases) != 4:
+        raise UserError(f"{source.path}: {key} is {list(biases)}; it needs 4 axes, heads and mediators first.", hint="It is damaged.")
+    heads, mediators = biases[:2]
+    if hints.num_heads not in (None, heads):
+        raise UserError(f"{source.path}: its position terms are of {heads} heads.", hint="Leave --num-heads out.")
+    source = Source(source.path, source.tensors, source.facts | {"family": "sit", "num_heads": heads}, source.part)
+    opened = _open_official(name, source, hints, mediators=mediators)
+    note = f"its attention has {mediators} mediators per head, in the published form; level softmax stands for it"
+    return replace(opened, notes=(*opened.notes, note))
 
 
 DIFFUSERS_NAMES = {
@@ -463,6 +492,9 @@ FORMATS: dict[str, Format] = {
     "diffusers DiT": Format(lambda source: any(key.startswith("transformer_blocks.") for key in source.tensors), _open_diffusers),
     "REPA SiT": Format(
         lambda source: "enc_type" in source.facts or any(key.startswith("projectors.") for key in source.tensors), _open_repa
+    ),
+    "Attention-Mediators SiT": Format(
+        lambda source: any(re.search(PUBLISHED_TERMS, key) and key.endswith("an_bias") for key in source.tensors), _open_attention_mediators
     ),
     "official": Format(lambda source: any(re.match(r"blocks\.\d+\.attn\.", key) for key in source.tensors), _open_official),
 }

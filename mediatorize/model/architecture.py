@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ SIZE_OF_WIDTH_AND_DEPTH = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (115
 FREQUENCIES = 256
 """Width of the sinusoidal timestep embedding in every published DiT and SiT."""
 
+PUBLISHED_GRID = 7
+"""Side of the grid that the published form's bilinear position terms are stored on."""
+
 COARSE_GRID = 16
 """Longest side of the position grid that pooling matrices and position terms are stored on."""
 
@@ -38,9 +42,8 @@ COARSE_GRID = 16
 class Architecture:
     """Sizes and conventions of a DiT (arXiv 2212.09748) or SiT (arXiv 2401.08740).
 
-    The last three fields hold what differs between implementations that share a set of weights: diffusers' DiT divides the
-    timestep frequencies by one less and has a larger epsilon in the norm before the MLP; REPA's SiT runs time backwards
-    (t = 1 is noise, the output is noise - data).
+    The last fields hold what differs between implementations: diffusers' DiT divides the timestep frequencies by one less and has a larger
+    epsilon in the norm before the MLP; REPA's SiT runs time backwards (t = 1 is noise, the output is noise - data).
     """
 
     family: Family
@@ -60,6 +63,8 @@ class Architecture:
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     reversed_time: bool = False
+    mediators: int = 0
+    """Mediators of the checkpoint's own attention, in the published form (arXiv 2408.05710); 0: it is softmax attention."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -71,6 +76,8 @@ class Architecture:
         for name, count in counts.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise UserError(f"{count!r} is no number of {name}.", hint="It must be a whole number of at least 1.")
+        if self.mediators != math.isqrt(max(0, self.mediators)) ** 2:
+            raise UserError(f"{self.mediators} mediators have no square grid, which the published form pools into.", hint="It is damaged.")
         if self.width % self.heads:
             raise UserError(f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads.")
 

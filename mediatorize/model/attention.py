@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import coarse_grid
 from mediatorize.model.levels import Level, MediatorSettings, kind_of
-from mediatorize.model.mediators import MediatorLevel
+from mediatorize.model.mediators import MediatorLevel, PublishedLevel
 
 flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
 """torch's counter knows the product, but not in place, where it saves a copy of the layer's output."""
@@ -39,6 +38,25 @@ class LocalBranch(nn.Module):
         """(b, n, c) -> (b, n, c) over a token grid of (rows, columns)."""
         y = self.down(x).mT.unflatten(2, grid)
         return self.up(self.depthwise(y).flatten(2).mT)
+
+
+class SharedLinear(nn.Module):
+    """A pretrained linear layer that belongs to another module, and is not among this one's parameters."""
+
+    def __init__(self, pretrained: nn.Linear) -> None:
+        super().__init__()
+        self.pretrained = (pretrained,)  # in a tuple, where torch does not register it
+
+    @property
+    def weight(self) -> Tensor:
+        return self.pretrained[0].weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.pretrained[0].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pretrained[0](x)
 
 
 class ChangedLinear(nn.Module):
@@ -107,6 +125,9 @@ class MediatorAttention(nn.Module):
     Departures from the paper: mediators are a learned pooling of the input rather than an average of the queries; queries are
     assigned by distance (without the |T|^2 / 2 in key space, where T stands for keys); a low-rank local branch stands for the
     convolution on v; q, k and v are absorbed into the mediators, so that no projection runs on all n tokens.
+
+    `form="published"` is the paper's own: R is average pooling, so that mediators are averages of queries, s1 = s2 = 1/sqrt(d), queries are
+    assigned by dot product (without |T|^2 / 2), and a depthwise convolution of v is added before the output projection.
     """
 
     def __init__(
@@ -119,13 +140,15 @@ class MediatorAttention(nn.Module):
     ) -> None:
         """
         Args:
-            pretrained: the projections, qkv and output, that a low-rank change is of.
+            pretrained: the projections, qkv and output, that `settings.projection_rank` is about.
         """
         super().__init__()
         self.heads, self.grid, self.settings = heads, grid, settings
-        self.qkv: nn.Linear | ChangedLinear
-        self.proj: nn.Linear | ChangedLinear
-        if settings.projection_rank and pretrained is not None:
+        self.qkv: nn.Linear | ChangedLinear | SharedLinear
+        self.proj: nn.Linear | ChangedLinear | SharedLinear
+        if pretrained is not None and settings.projection_rank is None:
+            self.qkv, self.proj = map(SharedLinear, pretrained)
+        elif pretrained is not None and settings.projection_rank:
             self.qkv, self.proj = (ChangedLinear(layer, settings.projection_rank) for layer in pretrained)
         else:
             self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -169,10 +192,10 @@ class MediatorAttention(nn.Module):
         def by_sample(y: Tensor) -> Tensor:  # (h, m*b, c) -> (b, h*m, c)
             return y.view(h * m, b, -1).transpose(0, 1)
 
-        pool, key_bias, query_bias = self.on_tokens(level)  # (h*m, n) each
+        pool, key_bias, query_bias = level.on_tokens(self.grid)  # (h*m, n) each
         pooled = torch.bmm(pool.expand(b, -1, -1), x)  # (b, h*m, c)
         t = w.onto(by_head(pooled), bias)  # (h, m*b, d)
-        key_scale, query_scale = (s.exp().view(h, 1, 1) for s in (level.log_key_scale, level.log_query_scale))
+        key_scale, query_scale = level.scales()
 
         scores = torch.baddbmm(key_bias, by_sample(wk.back(t * key_scale)), x.mT)  # (b, h*m, n)
         mixed = torch.bmm(scores.softmax(-1), x)  # (b, h*m, c)
@@ -206,34 +229,19 @@ class MediatorAttention(nn.Module):
         """The published order of operations: q, k and v for every token first."""
         b, n, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
-        level = self.count(m)
+        level: MediatorLevel | PublishedLevel = self.count(m)
         qkv = self.qkv.without_bias(x) if isinstance(self.qkv, ChangedLinear) else F.linear(x, self.qkv.weight)
         q, k, v = qkv.view(b, n, 3, h, d).permute(2, 0, 3, 1, 4)  # (b, h, n, d) each
         bq, bk, bv = self.qkv.bias.view(3, h, 1, d)
-        pool, key_bias, query_bias = (y.view(h, m, n) for y in self.on_tokens(level))
-        key_scale, query_scale = (s.exp().view(h, 1, 1) for s in (level.log_key_scale, level.log_query_scale))
+        pool, key_bias, query_bias = (y.view(h, m, n) for y in level.on_tokens(self.grid))
+        key_scale, query_scale = level.scales()
 
         in_queries = self.settings.space == "queries"
         t = pool @ (q if in_queries else k) + (bq if in_queries else bk)  # (b, h, m, d)
         u = (t * key_scale @ k.mT + key_bias).softmax(-1) @ v + bv  # (b, h, m, d)
-        norms = t.square().sum(-1).unsqueeze(-2) / 2 if in_queries else 0  # (b, h, 1, m)
+        by_distance = in_queries and self.settings.form != "published"
+        norms = t.square().sum(-1).unsqueeze(-2) / 2 if by_distance else 0  # (b, h, 1, m)
         assigned = (((q + bq) @ t.mT - norms) * query_scale + query_bias.mT).softmax(-1)  # (b, h, n, m)
-        return self.proj((assigned @ u).transpose(1, 2).reshape(b, n, c))
-
-    def on_tokens(self, level: MediatorLevel) -> tuple[Tensor, Tensor, Tensor]:
-        """R, B1 and B2 of a level on this model's tokens, (h*m, n) each."""
-        coarse = coarse_grid(self.grid)
-        maps: tuple[Tensor, ...] = (level.pool, level.key_bias, level.query_bias)
-        if coarse == self.grid:
-            pool, key_bias, query_bias = (y.flatten(2).flatten(0, 1) for y in maps)
-            return pool, key_bias, query_bias
-        rows, columns = (_interpolation(size, fine, level.pool) for size, fine in zip(coarse, self.grid, strict=True))
-        maps = (level.pool / torch.outer(rows.sum(1), columns.sum(1)), *maps[1:])
-        pool, key_bias, query_bias = (rows.mT @ torch.stack(maps) @ columns).flatten(3).flatten(1, 2)
-        return pool, key_bias, query_bias
-
-
-def _interpolation(coarse: int, fine: int, like: Tensor) -> Tensor:
-    """Linear interpolation from `coarse` to `fine` points as a matrix (coarse, fine); bilinear is one on each side."""
-    unit = torch.eye(coarse, device=like.device, dtype=like.dtype).unsqueeze(0)
-    return F.interpolate(unit, size=fine, mode="linear", align_corners=False)[0]
+        out = (assigned @ u).transpose(1, 2).reshape(b, n, c)
+        beside = level.beside(v + bv, self.grid)
+        return self.proj(out if beside is None else out + beside)

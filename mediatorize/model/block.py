@@ -26,12 +26,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class SwitchableAttention(Attention):
     """timm's attention, as DiT and SiT use it, that can run at any of its mediator levels instead.
 
-    Until `add_mediators` is called it has the pretrained layer's parameters and names, and only level `softmax`.
+    Until `add_mediators` is called it has the pretrained layer's parameters and only level `softmax`. That stands for the pretrained layer,
+    also where the pretrained one has mediators itself.
     """
 
-    def __init__(self, width: int, heads: int, grid: tuple[int, int]) -> None:
+    def __init__(self, width: int, heads: int, grid: tuple[int, int], mediators: int = 0) -> None:
+        """
+        Args:
+            mediators: of the pretrained layer, in the published form; 0: it is softmax attention.
+        """
         super().__init__(width, num_heads=heads, qkv_bias=True)
-        self.grid = grid
+        self.grid, self.mediators = grid, mediators
+        self.published: MediatorAttention | None = None
+        if mediators:
+            settings = MediatorSettings((mediators,), form="published", projection_rank=None)
+            self.published = MediatorAttention(width, heads, grid, settings, (self.qkv, self.proj))
         self.mediator: MediatorAttention | None = None
 
     def add_mediators(self, settings: MediatorSettings, draw: torch.Generator | None = None) -> MediatorAttention:
@@ -44,15 +53,17 @@ class SwitchableAttention(Attention):
             for own, pretrained in ((mediator.qkv, self.qkv), (mediator.proj, self.proj)):
                 if isinstance(own, ChangedLinear):
                     own.reset(draw or torch.Generator().manual_seed(0))
-                else:
+                elif isinstance(own, nn.Linear):
                     own.load_state_dict(pretrained.state_dict())
         mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
         self.mediator = mediator.train(self.training)
         return mediator
 
     def forward(self, x: Tensor, level: Level = SOFTMAX) -> Tensor:  # type: ignore[override]
-        """(b, n, c) -> (b, n, c). Level `softmax` is timm's own forward on the pretrained weights."""
-        return super().forward(x) if is_pretrained(level) else self.mediated()(x, level)
+        """(b, n, c) -> (b, n, c). Level `softmax` is the pretrained layer: timm's own forward on the pretrained weights."""
+        if is_pretrained(level):
+            return super().forward(x) if self.published is None else self.published(x, self.mediators)
+        return self.mediated()(x, level)
 
     def mediated(self) -> MediatorAttention:
         """The mediator path; an error where the model was never converted."""
@@ -129,7 +140,7 @@ class Block(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
-        self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid)
+        self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid, arch.mediators)
         self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
         self.mlp = block_mlp(arch)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))

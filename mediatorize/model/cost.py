@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mediatorize.model.architecture import FREQUENCIES, Architecture, coarse_grid
+from mediatorize.model.forms import published_parameters
 from mediatorize.model.levels import (
     LINEAR,
     SOFTMAX,
@@ -163,6 +164,7 @@ def count_parameters(arch: Architecture, settings: MediatorSettings | None = Non
     embedders = _linear(arch.channels * arch.patch**2, width) + _linear(FREQUENCIES, width) + _linear(width, width)
     embedders += (arch.classes + arch.null_class + arch.tokens) * width
     block = _linear(width, 3 * width) + _linear(width, width) + _mlp_parameters(arch) + _linear(width, 6 * width)
+    block += published_parameters(width, arch.heads, arch.grid, arch.mediators) if arch.mediators else 0
     last = _linear(width, arch.last_rows) + _linear(width, 2 * width)
     added = added_parameters(arch, settings) if settings else 0
     return embedders + arch.depth * block + last + added
@@ -171,9 +173,10 @@ def count_parameters(arch: Architecture, settings: MediatorSettings | None = Non
 def added_parameters(arch: Architecture, settings: MediatorSettings) -> int:
     """Parameters that conversion adds to a model."""
     width, local, update = arch.width, settings.local_rank, settings.modulation_rank
-    rank = settings.projection_rank
-    block = 6 * width * rank + 4 * width if rank else _linear(width, 3 * width) + _linear(width, width)
-    block += sum(kind_of(level).parameters(arch, level) for level in settings.levels)
+    rank, block = settings.projection_rank, 0
+    if rank is not None:
+        block = 6 * width * rank + 4 * width if rank else _linear(width, 3 * width) + _linear(width, width)
+    block += sum(kind_of(level).parameters(arch, level, settings) for level in settings.levels)
     block += 2 * width * local + 9 * local
     block += width * update + _linear(update, 6 * width) if update else 0
     block += _mlp_parameters(arch) if settings.mlp == "own" else 0

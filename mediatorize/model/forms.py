@@ -5,12 +5,19 @@ Counted as `torch.utils.flop_counter` does: matrix products and convolutions, no
 
 from __future__ import annotations
 
-from mediatorize.model.architecture import coarse_grid
+from mediatorize.model.architecture import PUBLISHED_GRID, Architecture, coarse_grid
 
 
 def softmax_flops(tokens: int, width: int) -> int:
     """One softmax attention layer: q, k, v and output projections, then QK' and AV."""
     return 8 * tokens * width**2 + 4 * tokens**2 * width
+
+
+def pretrained_flops(arch: Architecture) -> int:
+    """One attention layer of the checkpoint itself: softmax attention, or mediator attention in the published form."""
+    if arch.mediators:
+        return published_flops(arch.tokens, arch.width, arch.heads, arch.mediators)
+    return softmax_flops(arch.tokens, arch.width)
 
 
 def absorbed_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
@@ -21,6 +28,16 @@ def absorbed_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
 def plain_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
     """One mediator layer in the published order: four projections of all tokens, five products of tokens with mediators."""
     return 8 * tokens * width**2 + 10 * tokens * mediators * width
+
+
+def published_flops(tokens: int, width: int, heads: int, mediators: int) -> int:
+    """One layer of the published form: the same, and a depthwise 3x3 convolution of the values."""
+    return plain_flops(tokens, width, heads, mediators) + 18 * tokens * width
+
+
+def published_parameters(width: int, heads: int, grid: tuple[int, int], mediators: int) -> int:
+    """What one count of mediators has of its own in the published form: position terms and the convolution."""
+    return 2 * heads * mediators * (PUBLISHED_GRID**2 + sum(grid)) + 10 * width
 
 
 def absorbed_change_flops(width: int, heads: int, mediators: int, rank: int) -> int:

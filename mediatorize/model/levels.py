@@ -10,6 +10,7 @@ A level may also say how a whole block runs, its attention and its MLP apart: `"
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 Level = int | str
 Space = Literal["queries", "keys"]
 MlpOwner = Literal["own", "shared"]
+Form = Literal["learned", "published"]
+"""How mediators are made and met. learned: pooled by learned weights, queries assigned by distance, projections absorbed where that is
+cheaper. published: as in arXiv 2408.05710 and its code."""
 
 SOFTMAX = "softmax"
 """The level at which a layer is the pretrained one, bit for bit."""
@@ -52,10 +56,11 @@ class MediatorSettings:
     """Rank of the change that a block's modulation makes at the added levels; 0 leaves it out."""
     mlp: MlpOwner = "shared"
     """Whether the added levels share every block's MLP with softmax, or have their own: the same FLOPs, and as many weights again."""
-    projection_rank: int = 0
-    """Rank of the change that the added levels make to the pretrained projections; 0: they have copies of their own."""
+    projection_rank: int | None = 0
+    """Rank of the change that the added levels make to the pretrained projections; 0: they have copies; None: they run the pretrained."""
     mlp_widths: tuple[int, ...] = ()
     """Narrow MLPs beside every block's: 8 is one of an eighth of the hidden width. In descending order; each is a part of the next."""
+    form: Form = "learned"
 
     def __post_init__(self) -> None:
         added = self.levels and all(is_level(level) and kind_of(level).module is not None for level in self.levels)
@@ -72,8 +77,20 @@ class MediatorSettings:
             raise UserError(
                 f"MLP widths {list(self.mlp_widths)} are not distinct, descending shares of at least 2.", hint="Pass for instance 8,4."
             )
-        if (rank := min(self.local_rank, self.modulation_rank, self.projection_rank)) < 0:
+        if (rank := min(self.local_rank, self.modulation_rank, self.projection_rank or 0)) < 0:
             raise UserError(f"A rank of {rank} is negative.", hint="Pass 0 to leave a part out.")
+        if self.form == "published":
+            self._refuse_unpublished()
+
+    def _refuse_unpublished(self) -> None:
+        for level in self.levels:
+            count = kind_of(level).mediators(level)
+            if count != math.isqrt(count) ** 2:
+                raise UserError(f"{count} mediators are no square, as the published form needs.", hint="Pass for instance --levels 4,16.")
+        if self.space != "queries":
+            raise UserError("In the published form mediators come from queries.", hint="Leave --mediators-from out.")
+        if self.local_rank:
+            raise UserError("The published form has a convolution in place of the local branch.", hint="Leave --local-rank out.")
 
     @property
     def all_levels(self) -> tuple[Level, ...]:
@@ -108,7 +125,7 @@ class Kind:
     """Its name in tables and pictures."""
     flops: Callable[[Architecture, Level, MediatorSettings | None], int]
     """Of one attention layer on one sample; of a forecast, what runs beside it."""
-    parameters: Callable[[Architecture, Level], int]
+    parameters: Callable[[Architecture, Level, MediatorSettings], int]
     """Of the module below."""
     module: Callable[[Level, int, int, tuple[int, int], MediatorSettings], nn.Module] | None
     """(level, width, heads, grid, settings) -> what a layer owns at this level alone, called as `module(x, layer)` with x (b, n, c) and the
@@ -124,7 +141,9 @@ def _read_count(value: object) -> Level | None:
 
 def _mediator_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
     sizes = (arch.tokens, arch.width, arch.heads, int(level))
-    rank = settings.projection_rank if settings else 0
+    rank = (settings.projection_rank or 0) if settings else 0
+    if settings and settings.form == "published":
+        return forms.published_flops(*sizes) + forms.plain_change_flops(arch.tokens, arch.width, rank)
     if forms.absorbed_is_cheaper(*sizes):
         product = forms.absorbed_flops(*sizes) + forms.absorbed_change_flops(arch.width, arch.heads, int(level), rank)
     else:
@@ -133,14 +152,18 @@ def _mediator_flops(arch: Architecture, level: Level, settings: MediatorSettings
     return product + forms.interpolation_flops(arch.grid, arch.heads, int(level)) + local
 
 
-def _mediator_parameters(arch: Architecture, level: Level) -> int:
+def _mediator_parameters(arch: Architecture, level: Level, settings: MediatorSettings) -> int:
+    if settings.form == "published":
+        return forms.published_parameters(arch.width, arch.heads, arch.grid, int(level))
     rows, columns = coarse_grid(arch.grid)
     return 3 * arch.heads * int(level) * rows * columns + 2 * arch.heads
 
 
 def _mediator_module(level: Level, width: int, heads: int, grid: tuple[int, int], settings: MediatorSettings) -> nn.Module:
-    from mediatorize.model.mediators import MediatorLevel
+    from mediatorize.model.mediators import MediatorLevel, PublishedLevel
 
+    if settings.form == "published":
+        return PublishedLevel(int(level), width, heads, grid)
     return MediatorLevel(int(level), width, heads, grid, settings.space)
 
 
@@ -244,8 +267,8 @@ KINDS: dict[str, Kind] = {
         read=lambda value: SOFTMAX if value == SOFTMAX else None,
         rank=lambda level: float("inf"),
         title=str,
-        flops=lambda arch, level, settings: forms.softmax_flops(arch.tokens, arch.width),
-        parameters=lambda arch, level: 0,
+        flops=lambda arch, level, settings: forms.pretrained_flops(arch),
+        parameters=lambda arch, level, settings: 0,
         module=None,
     ),
     "mediators": Kind(
@@ -264,7 +287,7 @@ KINDS: dict[str, Kind] = {
         rank=_block_rank,
         title=str,
         flops=_block_flops,
-        parameters=lambda arch, level: 0,
+        parameters=lambda arch, level, settings: 0,
         module=None,
     ),
 }
