@@ -99,7 +99,7 @@ COMMANDS = {
     "calibrate": "--cost <flops|latency>",
     "sample": "--cfg-channels N|all",
     "evaluate": "--features",
-    "export": "--to <diffusers|safetensors|torch-export|official>",
+    "export": "--to <diffusers|safetensors|torch-export|official|attention-mediators>",
     "run": "--set",
 }
 """An option of every command, with its choices where it has some."""

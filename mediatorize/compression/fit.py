@@ -108,7 +108,7 @@ def _fit_layer(
     seen = attention.inputs[judged:]
     few = seen[:: max(1, len(seen) // CLUSTER_STATES)]
     for level in mediator.settings.levels:
-        if count := kind_of(level).mediators(level):
+        if (count := kind_of(level).mediators(level)) and mediator.settings.form == "learned":
             pool = initialise(layer, few, count, seed_for(settings.seed, "layer", index))
             mediator.count(count).pool.data.copy_(pool)
     own = [*mediator.qkv.parameters(), *mediator.proj.parameters()]

@@ -117,6 +117,8 @@ class Export:
     """What is written, in a few words, for `--help`."""
     heeds: frozenset[str] = frozenset()
     """Names of `Choices` that make a difference."""
+    level_later: bool = False
+    """Whether its user can choose a level later."""
 
     @property
     def target(self) -> Target:

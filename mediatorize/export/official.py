@@ -28,6 +28,8 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
             f"The weights are of {whose}: the official code would compute something else with them.",
             hint="Export to diffusers or safetensors.",
         )
+    if arch.mediators:
+        raise UserError("The weights are of a SiT with mediators, which SiT's code does not run.", hint="Pass --to attention-mediators.")
     refuse_changed_base(subject)
     state = pretrained_part(subject.model).state_dict()
     torch.save({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / OFFICIAL_FILE)

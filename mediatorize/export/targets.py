@@ -12,6 +12,7 @@ EXPORTS: dict[str, Export] = {
         module="mediatorize.export.pipelines",
         help="a folder for DiffusionPipeline.from_pretrained, its code with it",
         heeds=frozenset({"vae", "level"}),
+        level_later=True,
     ),
     "safetensors": Export(
         module="mediatorize.export.safetensors",
@@ -25,6 +26,11 @@ EXPORTS: dict[str, Export] = {
     "official": Export(
         module="mediatorize.export.official",
         help="the pretrained weights as an official .pt",
+    ),
+    "attention-mediators": Export(
+        module="mediatorize.export.attention_mediators",
+        help="one level of the published form as a .pt of the paper's code",
+        heeds=frozenset({"level"}),
     ),
 }
 """Exports by name. To add one: a module that is a `Target` (`contract.py`), and an entry here."""

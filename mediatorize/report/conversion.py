@@ -25,11 +25,14 @@ def words(found: Conversion) -> str:
     rows = [(title(SOFTMAX), gmacs(cost.forward_flops(arch)), "100%")]
     rows += [(title(level), gmacs(cost.forward_flops(arch, level, settings)), f"{share:.1%}") for level, share in relative.items()]
     projections = f"changed by rank {settings.projection_rank}" if settings.projection_rank else "copied"
+    made = f"mediators from {settings.space}, {plan.init}, local rank {settings.local_rank}"
+    if settings.form == "published":
+        made = "mediators as the paper has them (published form)"
     narrow = f", narrow ones of {', '.join(map(str, settings.mlp_levels))}" if settings.mlp_levels else ""
     share = plan.added_parameters() / cost.count_parameters(arch)
     lines = [
         f"{arch.name}: {arch.depth} attention layers get levels {', '.join(map(title, settings.levels))} beside {title(SOFTMAX)}",
-        f"  mediators from {settings.space}, {plan.init}, local rank {settings.local_rank}, projections {projections}, {settings.mlp} MLPs"
+        f"  {made}, projections {projections}, {settings.mlp} MLPs"
         f"{narrow}; {plan.added_parameters() / 1e6:.1f}M parameters are added ({share:.0%} of the model's)",
         *(f"  {note}" for note in found.notes),
         "",

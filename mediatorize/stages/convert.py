@@ -15,7 +15,7 @@ from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.records import FitSettings
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.architecture import default_local_rank, default_modulation_rank, default_projection_rank, preset
-from mediatorize.model.levels import Level, MediatorSettings, MlpOwner, Space, in_order, read_level
+from mediatorize.model.levels import Form, Level, MediatorSettings, MlpOwner, Space, in_order, read_level
 from mediatorize.signatures import OneOf, listed, one, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
@@ -40,7 +40,13 @@ def convert(
         tuple[Level, ...],
         option("levels to add to every layer, beside softmax: numbers of mediators", WHAT, parser=listed(read_level), metavar="N,N,..."),
     ] = (1, 4, 16),
-    init: Annotated[str, option("how the pooling of tokens into mediators is initialised", WHAT), OneOf(INITIALISERS)] = "cluster-queries",
+    form: Annotated[
+        Form,
+        option("learned: pooling and scales are learned, projections absorbed; published: as in the paper (arXiv 2408.05710)", WHAT),
+    ] = "learned",
+    init: Annotated[
+        str | None, option("how the pooling of tokens into mediators is initialised; default: cluster-queries", WHAT), OneOf(INITIALISERS)
+    ] = None,
     mediators_from: Annotated[Space, option("projection that mediators are pooled from", WHAT)] = "queries",
     local_rank: Annotated[
         int | None, option("rank of the local branch, 0 for none; default: a quarter of the width, at most 64", WHAT, min=0)
@@ -51,7 +57,11 @@ def convert(
     ] = None,
     projection_rank: Annotated[
         int | None,
-        option("rank of the change to the projections; 0: copies of them; default: a quarter of the width, at most 32", WHAT, min=0),
+        option(
+            "rank of the change to the projections; 0: copies; default: a quarter of the width, at most 32; published form: 0",
+            WHAT,
+            min=0,
+        ),
     ] = None,
     mlp: Annotated[
         MlpOwner, option("own: mediator levels get their own MLPs, trained by finetune; shared: they use softmax's", WHAT)
@@ -121,6 +131,12 @@ def convert(
     opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), weights)
     arch = preset(checkpoint) if opened is None else opened.arch
 
+    if form == "published" and init not in (None, "pool"):
+        raise UserError(f"--init {init} says nothing to --form published, which pools on a grid.", hint="Leave --init out.")
+    init = ("pool" if form == "published" else "cluster-queries") if init is None else init
+    local_default, projection_default = default_local_rank(arch.width), default_projection_rank(arch.width)
+    if form == "published":  # projections of all tokens run, where a low rank would cost FLOPs
+        local_default = projection_default = 0
     fit = FitSettings(steps=fit_steps, batch=batch, learning_rate=learning_rate, seed=seed)
     taken, at_a_time = states_needed(states, trajectories, init, fit, bool(mlp_widths))
     plan = ConversionPlan(
@@ -128,11 +144,12 @@ def convert(
         settings=MediatorSettings(
             levels=tuple(in_order(levels)),
             space=mediators_from,
-            local_rank=default_local_rank(arch.width) if local_rank is None else local_rank,
+            local_rank=local_default if local_rank is None else local_rank,
             modulation_rank=default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank,
-            projection_rank=default_projection_rank(arch.width) if projection_rank is None else projection_rank,
+            projection_rank=projection_default if projection_rank is None else projection_rank,
             mlp=mlp,
             mlp_widths=tuple(mlp_widths),
+            form=form,
         ),
         init=init,
         fit=fit,

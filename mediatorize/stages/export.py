@@ -57,7 +57,7 @@ def export(
     level: Annotated[
         Level | None,
         option(
-            "diffusers: one level for all layers and model calls, in place of the schedule; can also be set later",
+            "one level for all layers and model calls. diffusers: in place of the schedule; attention-mediators: the level to write",
             WHAT,
             parser=one(read_level),
             metavar="LEVEL",
@@ -104,7 +104,7 @@ def export(
                 verified=verified,
                 dtype=dtype,
                 has_schedule=schedule is not None,
-                runs_softmax="level" in chosen.heeds and schedule is None and level is None,
+                runs_softmax=chosen.level_later and schedule is None and level is None,
                 bytes=sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
             )
             card = export_card(
