@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import model_inputs, randomise, relative_error
+from conftest import model_inputs, randomise, relative_error, tiny_model
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mediatorize
+from mediatorize.diffusion.sampling import Sampler, sample_batch
+from mediatorize.diffusion.solvers import SOLVERS
+from mediatorize.diffusion.switching import Stage, Switcher, SwitchRule
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import open_checkpoint
 from mediatorize.model.cost import count_parameters, forward_flops
-from mediatorize.model.levels import SOFTMAX
-from mediatorize.report import conversion, inspection
+from mediatorize.model.levels import SOFTMAX, MediatorSettings
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.report import conversion, inspection, sampling
 from mediatorize.stages.calibrate import calibrate
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
@@ -191,3 +196,147 @@ def test_a_checkpoint_of_the_paper_goes_through_every_command(tmp_path: Path) ->
     assert all(torch.equal(value, state[name]) for name, value in stored("model.16.").items())
     with pytest.raises(UserError, match="attention-mediators"):
         export(out, tmp_path / "official", to="official")
+
+
+# --- the step-wise rule --------------------------------------------------------------------------------------------------------
+
+
+def golden_case(name: str) -> dict[str, Any]:
+    """Ratios, first changes, steps, and the mediators that the original used in each of its model calls."""
+    with safe_open(GOLDEN, "pt") as file:
+        return json.loads(file.metadata()[name])
+
+
+@pytest.mark.parametrize(("name", "measure"), [("mae", "mean-absolute"), ("mse", "mean-square")])
+def test_the_rule_switches_where_the_original_does(name: str, measure: str, tmp_path: Path) -> None:
+    case, given = golden_case(name), stored(f"{name}.")
+    counts = (4, 16, 64)
+    models = [mediatorize.load_model(original_file(tmp_path / f"{count}.pt", count)) for count in counts]
+    stages = tuple(Stage(model, SOFTMAX) for model in models)
+    rule = SwitchRule(stages=stages, ratios=tuple(case["ratios"]), first=case["first"], measure=measure)
+    sampler = Sampler.resolve(models[0].arch, solver="sde", steps=case["steps"])
+    switcher, used = Switcher(rule, sampler, 2), []
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        output = switcher(x, torch.full((2,), t), given["labels"])
+        used.append(counts[int(switcher.stage[0])])
+        return output
+
+    with torch.no_grad():
+        found = SOLVERS["sde"].run(predict, given["noise"], case["steps"], lambda count: given["steps"][count])
+    assert used == case["used"]
+    assert 4 in used[:10] and 64 in used[-3:]
+    assert relative_error(found, given["sample"]) < 1e-5
+    assert switcher.switches.tolist() == [[used.index(16), used.index(64)]] * 2
+    flops = {count: forward_flops(model.arch) for count, model in zip(counts, models, strict=True)}
+    assert switcher.flops == 2 * sum(flops[count] for count in used)
+
+
+class Moving(DiffusionTransformer):
+    """Velocities of a size that is known at every time, so that changes of the latents are."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, levels: Any = SOFTMAX, memory: Any = None) -> Tensor:
+        size = (1 - t) * torch.where(y == 1, 1.0, 2.0 * t)  # class 1 slows down steadily, others in the second half alone
+        self.calls.append((len(x), levels))
+        return size.view(-1, 1, 1, 1).expand_as(x)
+
+
+def moving() -> Moving:
+    model = Moving(tiny_model(MediatorSettings((1, 4))).arch, MediatorSettings((1, 4)))
+    model.calls = []
+    return model
+
+
+@pytest.mark.parametrize(("solver", "calls"), [("euler", 1), ("heun", 2)])
+def test_the_rule_counts_steps_whatever_calls_they_take(solver: str, calls: int) -> None:
+    """Euler's change of step i is 1 - i / 20, of a base (of steps 1 to 3) of 1 - 2 / 20: below half of it from step 12 on."""
+    model = moving()
+    rule = SwitchRule(stages=(Stage(model, 1), Stage(model, SOFTMAX)), ratios=(0.5,))
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=20)
+    switcher = Switcher(rule, sampler, 2)
+    sample_batch(model, [1, 1], sampler, drive=switcher)
+    began = switcher.switches.tolist()
+    assert began[0] == began[1]
+    assert len(model.calls) == 20 * calls
+    assert [levels for _, levels in model.calls] == [1] * (began[0][0] * calls) + [SOFTMAX] * ((20 - began[0][0]) * calls)
+    if solver == "euler":
+        assert began[0] == [13]  # step 12's change is known when step 13 begins
+
+
+def test_samples_that_switch_for_themselves_do_not_depend_on_their_batch() -> None:
+    model = moving()
+    sampler = Sampler.resolve(model.arch, solver="euler", steps=20, cfg_scale=2.0)
+
+    def began(labels: list[int], per: Any) -> list[list[int]]:
+        rule = SwitchRule(stages=(Stage(model, 1), Stage(model, 4), Stage(model, SOFTMAX)), ratios=(0.5, 0.1), per=per)
+        switcher = Switcher(rule, sampler, len(labels))
+        sample_batch(model, labels, sampler, drive=switcher)
+        return switcher.switches.tolist()
+
+    alone = began([1], "sample") + began([2], "sample")
+    assert began([1, 2], "sample") == alone
+    assert alone[0] != alone[1]
+    together = began([1, 2], "batch")
+    assert together[0] == together[1]
+    assert began([1], "batch") == alone[:1]
+
+
+def test_rules_that_cannot_be_are_refused() -> None:
+    model, other = moving(), tiny_model(grid=(6, 6))
+    stages = (Stage(model, 1), Stage(model, 4), Stage(model, SOFTMAX))
+    for changes, match in (
+        ({"ratios": (0.3, 0.6)}, "Ratios 0.3,0.6 do not descend"),
+        ({"ratios": (0.3,)}, "1 ratios do not switch between 3 stages"),
+        ({"first": 0}, "of 0 changes"),
+        ({"stages": (*stages[:2], Stage(other, SOFTMAX))}, "not for the same latents"),
+    ):
+        with pytest.raises(UserError, match=match):
+            SwitchRule(**({"stages": stages, "ratios": (0.6, 0.3)} | changes))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="dopri5 takes as many steps"):
+        Switcher(SwitchRule(stages=stages, ratios=(0.6, 0.3)), Sampler.resolve(model.arch, solver="dopri5"), 1)
+
+
+def test_sample_switches_between_levels_and_says_when(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    convert(str(official_file(channels=1)), tmp_path / "out", levels=(1, 4), form="published", family="sit", fit_steps=5, **QUICK)
+    how: dict[str, Any] = {"classes": (1, 2, 3), "steps": 12, "solver": "sde", "switch": "mean-absolute", "device": "cpu", "first": 2}
+    found = sample(str(tmp_path / "out"), out=tmp_path / "a.png", ratios=(0.99, 0.95), batch=2, **how)
+    assert found.stages == ("m=1", "m=4", "softmax")
+    assert len(found.switches) == 3 and found.switches[0] == found.switches[1]
+    told = sampling.words(found)
+    assert "by the step-wise rule (m=1, then m=4, then softmax)" in told
+    model = mediatorize.load_model(tmp_path / "out")
+    costs = [forward_flops(model.arch, level, model.settings) for level in (1, 4, SOFTMAX)]
+    expected = 0
+    for second, third in found.switches:
+        ends = [0, *(step if step >= 0 else 12 for step in (second, third)), 12]
+        expected += sum(cost * (after - before) for cost, before, after in zip(costs, ends, ends[1:], strict=False))
+    assert found.flops == expected
+    never = sample(str(tmp_path / "out"), out=tmp_path / "b.png", ratios=(1e-9,), switch_levels=(4, SOFTMAX), **how)
+    assert never.switches == ((-1,),) * 3
+    assert "softmax: began never, in 0 of 3 samples" in sampling.words(never)
+    whole = sample(str(tmp_path / "out"), out=tmp_path / "c.png", level=4, **(how | {"switch": None, "first": 3}))
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+    assert whole.flops == never.flops
+    alone = how | {"switch_per": "sample", "ratios": (0.99, 0.95)}
+    one = [sample(str(tmp_path / "out"), out=tmp_path / f"{batch}.npz", batch=batch, **alone).switches for batch in (1, 3)]
+    assert one[0] == one[1]
+
+
+def test_sample_switches_between_checkpoints(tmp_path: Path) -> None:
+    files = [str(original_file(tmp_path / f"{count}.pt", count)) for count in (4, 16, 64)]
+    how: dict[str, Any] = {"classes": (1, 2), "steps": 12, "solver": "sde", "device": "cpu", "switch": "mean-absolute", "first": 2}
+    found = sample(files[0], out=tmp_path / "a.npz", checkpoints=tuple(files), ratios=(0.99, 0.9), **how)
+    assert found.stages == tuple(files)
+    same = sample(files[0], out=tmp_path / "b.npz", checkpoints=tuple(files[1:]), ratios=(0.99, 0.9), **how)
+    assert same.switches == found.switches
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with pytest.raises(UserError, match="2 ratios do not switch between 2 stages"):
+        sample(files[0], out=tmp_path / "c.npz", checkpoints=tuple(files[1:2]), **how)
+    for options, match in (
+        ({"switch": None, "checkpoints": (files[1],)}, "Pass --switch mean-absolute"),
+        ({"level": SOFTMAX}, "Pass one of them"),
+        ({"switch_levels": (4,), "checkpoints": (files[1],)}, "or checkpoints"),
+        ({"switch_levels": (9, SOFTMAX)}, "no level 9"),
+    ):
+        with pytest.raises(UserError, match=match):
+            sample(files[0], out=tmp_path / "c.npz", **(how | options))  # type: ignore[arg-type]

@@ -21,6 +21,9 @@ from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
+Drive = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, t, labels) -> the model's output."""
+
 Channels = int | Literal["all"]
 Interval = tuple[float, float]
 EVERYWHERE: Interval = (0.0, 1.0)
@@ -236,8 +239,13 @@ def sample_batch(
     noise: Tensor | None = None,
     first_index: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+    drive: Drive | None = None,
 ) -> Tensor:
-    """`sample` with a resolved sampler."""
+    """`sample` with a resolved sampler.
+
+    Args:
+        drive: makes the model calls of this one trajectory, in place of a schedule.
+    """
     arch = model.arch
     parameter = next(model.parameters())
     labels = torch.as_tensor(labels, device=parameter.device)
@@ -249,7 +257,7 @@ def sample_batch(
         raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
     schedule = schedule if schedule is not None else model.schedule
     guided_model = GuidedModel(model, labels, sampler, whole=sampler.how.adaptive)
-    call = driver_of(model, sampler, schedule, len(labels))
+    call = driver_of(model, sampler, schedule, len(labels)) if drive is None else drive
 
     def predict(x: Tensor, t: float) -> Tensor:
         batch, times, batch_labels = guided_model.inputs(x, t)
@@ -262,10 +270,8 @@ def sample_batch(
     return sampler.how.run(predict, x, sampler.steps, draw)[: len(labels)]
 
 
-def driver_of(
-    model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None, batch: int
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What a solver's calls of the model go through: (x, t, labels) -> the model's output. For one trajectory of a batch."""
+def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None, batch: int) -> Drive:
+    """What a solver's calls of the model go through, for one trajectory of a batch."""
     if not sampler.how.adaptive:
         arch = model.arch
         rows = sampler.rows_of_calls(arch)
@@ -291,9 +297,10 @@ def sample_part(
     schedule: AnySchedule | Level | None,
     first_index: int,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+    drive: Drive | None = None,
 ) -> Tensor:
     """One batch, whose samples have indices from `first_index`, on the CPU in float32; refuses what is not finite."""
-    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe)
+    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive)
     if not latents.isfinite().all():
         raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
     return latents.float().cpu()

@@ -152,6 +152,8 @@ class Solver:
     fewest: int = 1
     most: int | None = None
     """How many steps can be taken; None is as many as you like."""
+    calls_per_step: int = 1
+    """Model calls in a step. The first one gets the latents that the step begins with."""
 
 
 SOLVERS: dict[str, Solver] = {
@@ -159,7 +161,7 @@ SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, "ddpm", 50, most=TRAIN_STEPS),
     "dpm-solver++": Solver(dpm_solver, "ddpm", 20, most=TRAIN_STEPS - 1),
     "euler": Solver(euler, "flow", 25),
-    "heun": Solver(heun, "flow", 25),
+    "heun": Solver(heun, "flow", 25, calls_per_step=2),
     "dopri5": Solver(dopri5, "flow", 1, adaptive=True),
     "sde": Solver(sde, "flow", 250, fewest=2),
 }

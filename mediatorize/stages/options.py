@@ -12,6 +12,7 @@ from mediatorize.model import architecture, levels
 from mediatorize.signatures import OneOf, listed, number, one, whole_number
 
 WHAT, SAMPLING, DATA, RESOURCES, OUTPUT = "What to do", "How to sample", "Data and checkpoint", "Resources", "Output"
+SWITCHING = "Step-wise rule of the paper (arXiv 2408.05710), in place of a schedule"
 """Groups of options in `--help`."""
 
 

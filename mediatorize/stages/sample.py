@@ -6,15 +6,15 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mediatorize.errors import UserError, refuse_below
-from mediatorize.model.levels import SOFTMAX, Level
-from mediatorize.signatures import listed, whole_number
+from mediatorize.model.levels import SOFTMAX, Level, read_level, title
+from mediatorize.signatures import listed, number, whole_number
 from mediatorize.stages import options
-from mediatorize.stages.options import OUTPUT, WHAT, option
+from mediatorize.stages.options import OUTPUT, SWITCHING, WHAT, option
 from mediatorize.stages.running import progress_bar
 
 
@@ -32,6 +32,10 @@ class Sampled:
     flops: float | None
     """FLOPs of all samples, guidance included; None for an adaptive solver."""
     softmax_flops: float | None
+    switches: tuple[tuple[int, ...], ...] = ()
+    """By sample: the step, from 0, that each stage of the step-wise rule but the first began with; -1: it never did."""
+    stages: tuple[str, ...] = ()
+    """What each of these stages runs."""
 
 
 def sample(
@@ -44,6 +48,27 @@ def sample(
     ] = None,
     per_class: Annotated[int, option("samples of each class", WHAT, min=1)] = 1,
     level: options.Level = None,
+    switch: Annotated[
+        Literal["mean-absolute", "mean-square"] | None,
+        option("begin with few mediators, and switch to more when the latents change less; how the change is measured", SWITCHING),
+    ] = None,
+    switch_levels: Annotated[
+        tuple[Level, ...],
+        option("levels of the stages; default: all, softmax too", SWITCHING, parser=listed(read_level), metavar="LEVEL,..."),
+    ] = (),
+    checkpoints: Annotated[
+        tuple[str, ...],
+        option("checkpoints of the stages, in place of levels; MODEL is the first", SWITCHING, parser=listed(str), metavar="FILE,FILE,..."),
+    ] = (),
+    ratios: Annotated[
+        tuple[float, ...],
+        option("a stage begins when the change is below this share of the first ones", SWITCHING, parser=listed(number), metavar="R,R,..."),
+    ] = (0.6, 0.3),
+    first: Annotated[int, option("how many first changes are averaged", SWITCHING)] = 3,
+    switch_per: Annotated[
+        Literal["batch", "sample"],
+        option("batch: samples of a batch switch together, as in the paper; sample: each alone", SWITCHING),
+    ] = "batch",
     solver: options.Solver = None,
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
@@ -68,12 +93,15 @@ def sample(
     import torch
 
     from mediatorize.devices import DTYPES, pick_device
-    from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_many
+    from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_many, sample_part
+    from mediatorize.diffusion.switching import Switcher, SwitchRule, stages_of
     from mediatorize.formats.images import load_vae, to_pixels, write_arrays, write_grid
     from mediatorize.formats.loading import load_model
     from mediatorize.formats.samples import DECODED_AT_A_TIME, decoder_of
 
     refuse_bad_output(out, force)
+    others = checkpoints[1:] if checkpoints[:1] == (model,) else checkpoints
+    refuse_idle_options(switch, level, switch_levels, others)
     refuse_below({"per-class": per_class, "batch": batch}, 1)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
@@ -89,10 +117,25 @@ def sample(
     decoded = decoder_of(load_vae(vae, where), where) if vae else to_pixels
     loaded = loaded.to(device=where, dtype=DTYPES[dtype])
 
+    rule = None
+    if switch is not None:
+        later = [load_model(file, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights) for file in others]
+        stages = stages_of(loaded, switch_levels, [other.to(device=where, dtype=DTYPES[dtype]) for other in later])
+        rule = SwitchRule(stages=stages, ratios=ratios, first=first, measure=switch, per=switch_per)
+
     labels = torch.tensor(classes or tuple(range(min(arch.classes, 10)))).repeat_interleave(per_class)
     start = time.monotonic()
+    switchers = []
     with progress_bar(len(labels), "sampling", "sample") as bar:
-        latents = sample_many(loaded, labels, sampler, level, batch, on_samples=bar.update)
+        if rule is None:
+            latents = sample_many(loaded, labels, sampler, level, batch, on_samples=bar.update)
+        else:
+            switchers = [Switcher(rule, sampler, len(part)) for part in labels.split(batch)]
+            drawn = []
+            for switcher, part, index in zip(switchers, labels.split(batch), range(0, len(labels), batch), strict=True):
+                drawn.append(sample_part(loaded, part, sampler, None, index, drive=switcher))
+                bar.update(len(part))
+            latents = torch.cat(drawn)
     seconds = time.monotonic() - start
     if as_pixels:
         parts = []
@@ -109,6 +152,7 @@ def sample(
         write_grid(out, pixels, grid_columns(len(pixels), per_class), scale=max(1, 64 // pixels.shape[1]))
 
     spent = sampler.flops(arch, loaded.schedule if level is None else level, loaded.settings)
+    total = None if spent is None else spent * len(labels)
     softmax = sampler.flops(arch, SOFTMAX, None)
     return Sampled(
         out=out,
@@ -116,9 +160,21 @@ def sample(
         name=arch.name,
         level=SOFTMAX if level is None and loaded.schedule is None else level,
         seconds=seconds,
-        flops=None if spent is None else spent * len(labels),
+        flops=total if rule is None else sum(switcher.flops for switcher in switchers),
         softmax_flops=None if softmax is None else softmax * len(labels),
+        switches=tuple(tuple(row) for switcher in switchers for row in switcher.switches.tolist()),
+        stages=() if rule is None else tuple((model, *others) if others else (title(stage.level) for stage in rule.stages)),
     )
+
+
+def refuse_idle_options(switch: str | None, level: Level | None, switch_levels: tuple[Level, ...], others: tuple[str, ...]) -> None:
+    """Stages say nothing without the rule, and the rule has its own levels."""
+    if switch is None and (switch_levels or others):
+        raise UserError("Stages need the rule that switches between them.", hint="Pass --switch mean-absolute.")
+    if switch is not None and level is not None:
+        raise UserError("--level is for all model calls, and --switch changes it.", hint="Pass one of them.")
+    if switch_levels and others:
+        raise UserError("Stages are levels of one model, or checkpoints.", hint="Pass --switch-levels or --checkpoints.")
 
 
 def refuse_bad_output(out: Path, force: bool) -> None:
