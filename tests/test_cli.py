@@ -95,6 +95,7 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
 COMMANDS = {
     "inspect": "--num-heads",
     "convert": "--init <pool|cluster-keys|cluster-queries>",
+    "resize": "--image-size N|HxW",
     "finetune": "--sampler-steps",
     "calibrate": "--cost <flops|latency>",
     "sample": "--cfg-channels N|all",

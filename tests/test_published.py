@@ -28,12 +28,14 @@ from mediatorize.formats.checkpoint import open_checkpoint
 from mediatorize.model.cost import count_parameters, forward_flops
 from mediatorize.model.levels import SOFTMAX, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
-from mediatorize.report import conversion, inspection, sampling
+from mediatorize.report import conversion, inspection, resizing, sampling
 from mediatorize.stages.calibrate import calibrate
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.export import export
+from mediatorize.stages.finetune import finetune
 from mediatorize.stages.inspect import inspect
+from mediatorize.stages.resize import resize
 from mediatorize.stages.sample import sample
 
 GOLDEN = Path(__file__).parent / "golden" / "mediators.safetensors"
@@ -340,3 +342,76 @@ def test_sample_switches_between_checkpoints(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=match):
             sample(files[0], out=tmp_path / "c.npz", **(how | options))  # type: ignore[arg-type]
+
+
+# --- resolutions ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_resized_as_the_original_does(tmp_path: Path) -> None:
+    source, given = original_file(tmp_path / "model.pt", 16), stored("big.")
+    found = resize(str(source), tmp_path / "big.pt", image_size=(8 * 28, 8 * 28))
+    model, inputs = mediatorize.load_model(tmp_path / "big.pt"), stored("")
+    for name in ("ah_bias", "aw_bias", "ha_bias", "wa_bias"):
+        assert relative_error(model.state_dict()[f"blocks.1.attn.published.levels.16.{name}"], given[name]) < 1e-6
+    with torch.no_grad():
+        assert relative_error(model(given["x"], inputs["t"][:2], inputs["y"][:2]), given["out"]) < 1e-5
+    assert "10x10" in resizing.words(found) and "14x14" in resizing.words(found)
+    assert resizing.facts(found)["flops"]["softmax"]["after"] == forward_flops(model.arch)
+    with pytest.raises(UserError, match="16 mediators do not fit 9 tokens"):
+        resize(str(source), tmp_path / "small.pt", image_size=(48, 48))
+
+
+@pytest.mark.parametrize("form", ["learned", "published"])
+@pytest.mark.parametrize("size", [(96, 96), (64, 112), (48, 112)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_a_bundle_is_resized_and_goes_on(form: Any, size: tuple[int, int], official_file: Callable[..., Path], tmp_path: Path) -> None:
+    """From 4x4 tokens to more of them, not square, and an odd number."""
+    convert(str(official_file(grid=(5, 4))), tmp_path / "out", levels=(1,), form=form, family="sit", fit_steps=20, **QUICK)
+    resize(str(tmp_path / "out"), tmp_path / "other", image_size=size)
+    before, after = mediatorize.load_model(tmp_path / "out"), mediatorize.load_model(tmp_path / "other")
+    assert after.arch.grid == (size[0] // 16, size[1] // 16)
+    kept = {name for name, value in before.state_dict().items() if torch.equal(value, after.state_dict()[name])}
+    assert all(name in kept for name in before.state_dict() if not re.search("pos_embed|pool|bias$", name))
+    if form == "learned":
+        pools = [value for name, value in after.state_dict().items() if name.endswith("pool")]
+        assert all(torch.allclose(pool.sum((2, 3)), torch.ones(())) for pool in pools)
+    calibrate(tmp_path / "other", budget=0.7, steps=4, trajectories=2, verify=2, batch=2, device="cpu")
+    finetune(tmp_path / "other", train_steps=2, batch=2, trajectories=2, sampler_steps=3, cfg_scales=(1.0,), device="cpu")
+    assert "| - |" in (tmp_path / "other" / "README.md").read_text() or form == "published"
+
+
+def test_the_same_size_changes_nothing(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    convert(str(official_file()), tmp_path / "out", levels=(1,), family="sit", fit_steps=5, **QUICK)
+    resize(str(tmp_path / "out"), tmp_path / "same", image_size=(64, 64))
+    before, after = (mediatorize.load_model(tmp_path / name).state_dict() for name in ("out", "same"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_teacher_of_the_new_size_takes_the_place_of_the_old(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    convert(str(official_file()), tmp_path / "out", levels=(1,), family="sit", fit_steps=5, **QUICK)
+    large = official_file("large.pt", grid=(6, 6), seed=3)
+    told: dict[str, Any] = {"family": "sit", "num_heads": 3}
+    resize(str(tmp_path / "out"), tmp_path / "large", image_size=(96, 96), teacher=str(large), **told)
+    model, teacher = mediatorize.load_model(tmp_path / "large"), mediatorize.load_model(large, **told)
+    x, t, y = model_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), teacher(x, t, y))
+    assert bundle.read_config(tmp_path / "large").source.sha256 == bundle.hash_of_weights(teacher)
+    export(tmp_path / "large", tmp_path / "official", to="official")
+    with pytest.raises(UserError, match="is no SiT-3x48/2 of 8x8 tokens"):
+        resize(str(tmp_path / "out"), tmp_path / "other", image_size=(128, 128), teacher=str(large), **told)
+
+
+def test_sizes_that_cannot_be_are_refused_and_leave_nothing(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = str(official_file())
+    convert(source, tmp_path / "out", levels=(4,), family="sit", fit_steps=0, **QUICK)
+    told: dict[str, Any] = {"family": "sit", "num_heads": 3}
+    for model, out, options, match in (
+        ("out", "other", {"image_size": (100, 96)}, "100x96 pixels are no grid of patches of 16"),
+        ("out", "out", {"image_size": (96, 96)}, "is the bundle itself"),
+        ("model.pt", "big.pt", {"image_size": (96, 96), "teacher": source} | told, "--teacher is for bundles"),
+        ("model.pt", "big", {"image_size": (96, 96)} | told, "is a .pt file"),
+        ("model.pt", "model.pt", {"image_size": (96, 96)} | told, "exists"),
+    ):
+        with pytest.raises(UserError, match=match):
+            resize(str(tmp_path / model), tmp_path / out, **options)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out"]

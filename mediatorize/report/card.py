@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
-from mediatorize.model.levels import SOFTMAX, title
+from mediatorize.model.levels import SOFTMAX, Level, title
 from mediatorize.model.schedule import CallSchedule
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def _levels(config: BundleConfig) -> str:
     rows = []
     for level in settings.levels:
         flops = cost.forward_flops(arch, level, settings)
-        before, after = (sum(getattr(layer, when)[level] for layer in config.layer_errors) / arch.depth for when in ("before", "after"))
-        rows.append(f"| {title(level)} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before:.3f} | {after:.3f} |")
+        before, after = (_mean_error(config, level, when) for when in ("before", "after"))
+        rows.append(f"| {title(level)} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before} | {after} |")
     table = "\n".join(rows)
     training, kept = "", "Level `softmax` is that model, bit for bit."
     if config.finetuned is not None:
@@ -106,9 +106,10 @@ def _levels(config: BundleConfig) -> str:
         )
         if how.train == "all":
             kept = "All weights were trained: level `softmax` is no longer that model."
+    form = "in its published form" if settings.form == "published" else "with absorbed projections"
     own = {"own": ", and each block has an MLP of its own", "shared": ""}[config.settings.mlp]
     return f"""{kept} Every other level runs each attention layer through a few mediator tokens
-(arXiv 2408.05710, with absorbed projections){own}.
+(arXiv 2408.05710, {form}){own}.
 
 | level | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
 |---|---|---|---|---|
@@ -117,6 +118,12 @@ def _levels(config: BundleConfig) -> str:
 
 A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax. Those it was fitted
 on came from {config.fitted_on}.{training} None of these errors is picture quality: judge that by sampling."""
+
+
+def _mean_error(config: BundleConfig, level: Level, when: str) -> str:
+    """Over layers; a dash where none was measured at this resolution."""
+    errors = [getattr(layer, when)[level] for layer in config.layer_errors]
+    return f"{sum(errors) / len(errors):.3f}" if errors else "-"
 
 
 def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -156,7 +157,7 @@ def calibrate(
     there = [file for file in files.values() if file.exists() and file.name in finished]  # others are of a run killed at the very end
     if there and not (force or dry_run):
         raise UserError(f"{there[0]}: exists.", hint="Pass --force to replace it, or another budget.")
-    tuned = any(line["command"] == "finetune" for line in log)
+    tuned = any(line["command"] == "finetune" for line in takewhile(lambda line: line["command"] != "resize", reversed(log)))
     result = Calibration(
         bundle=model,
         folder=model / FOLDER,

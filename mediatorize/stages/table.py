@@ -13,6 +13,7 @@ from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.export import export
 from mediatorize.stages.finetune import finetune
 from mediatorize.stages.inspect import inspect
+from mediatorize.stages.resize import resize
 from mediatorize.stages.sample import sample
 
 
@@ -46,6 +47,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "inspect": Stage(inspect, "mediatorize.report.inspection"),
     "convert": Stage(convert, "mediatorize.report.conversion"),
+    "resize": Stage(resize, "mediatorize.report.resizing"),
     "finetune": Stage(finetune, "mediatorize.report.training"),
     "calibrate": Stage(calibrate, "mediatorize.report.calibration"),
     "sample": Stage(sample, "mediatorize.report.sampling"),
