@@ -183,6 +183,8 @@ def test_a_checkpoint_of_the_paper_goes_through_every_command(tmp_path: Path) ->
     """Its own attention is what level softmax stands for: the model that others are compared with."""
     source, out = original_file(tmp_path / "model.pt", 16), tmp_path / "out"
     assert "16 mediators per head" in inspection.words(inspect(str(source)))
+    with pytest.raises(UserError, match="has no softmax attention"):
+        inspect(str(source), redundancy=tmp_path / "redundancy.png")
     convert(str(source), out, levels=(1,), fit_steps=20, **(QUICK | {"num_heads": None}))
     given, model = stored(""), mediatorize.load_model(out)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from conftest import tiny_model
 from PIL import Image
 
 from mediatorize import UserError
-from mediatorize.compression.redundancy import attention_matrices, attention_redundancy, best_rank_error, effective_rank
+from mediatorize.compression.redundancy import Redundancy, attention_matrices, attention_redundancy, best_rank_error, effective_rank
+from mediatorize.report import inspection
 from mediatorize.report.inspection import facts, words
 from mediatorize.stages.inspect import inspect
 
@@ -82,13 +83,29 @@ def test_inspect_writes_heat_maps_and_tables(official_file: Callable[..., Path],
     content = json.loads(json.dumps(facts(report)))["redundancy"]
     assert np.array(content["effective_rank"]).shape == (3, 10)
     assert set(content["errors"]) == {"1", "4"}
-    assert set(content) == {"noise_levels", "states", "effective_rank", "errors"}
+    assert set(content) == {"noise_levels", "states", "effective_rank", "effective_rank_of_heads", "errors"}
+    by_head = np.array(content["effective_rank_of_heads"])
+    assert by_head.shape == (3, 10, 3)
+    assert np.allclose(by_head.mean(2), content["effective_rank"])
+    assert by_head.std(2).max() > 0.01
     assert "effective rank" in words(report)
     assert f"Wrote {picture}." in words(report)
     with Image.open(picture) as image:
         assert image.width > image.height
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
     assert facts(inspect(str(source), family="sit", num_heads=3))["redundancy"] is None
+
+
+@pytest.mark.parametrize(("ranks", "verdict"), [((2.0, 3.0, 5.0), "more redundant"), ((6.0, 4.0, 3.0), "less redundant")])
+def test_inspect_says_whether_early_attention_is_the_more_redundant(ranks: tuple[float, ...], verdict: str) -> None:
+    of_heads = tuple((rank - 1, rank + 1) for rank in ranks)
+    found = Redundancy(noise_levels=(1.0, 0.5, 0.1), states=3, effective_rank_of_heads=(of_heads, of_heads), errors={})
+    assert found.effective_rank == (ranks,) * 2
+    assert found.early_and_late() == [(ranks[0], ranks[-1])] * 2
+    told = inspection._redundancy(found, 16)
+    assert f"Early attention is {verdict}" in told
+    assert f"is {ranks[0]:.1f} in the noisy half of the calls and {ranks[-1]:.1f} in the other" in told
+    assert f"smaller early in {2 if verdict.startswith('more') else 0} of 2 layers" in told
 
 
 def test_what_has_no_weights_or_no_place_is_refused(tmp_path: Path) -> None:

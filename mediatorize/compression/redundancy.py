@@ -18,18 +18,29 @@ from mediatorize.model.transformer import DiffusionTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class Redundancy:
-    """Redundancy of every layer at every noise level: means over heads and states."""
+    """Redundancy of every layer at every noise level: means over states."""
 
     noise_levels: tuple[float, ...]
     """Noise levels of the columns, from noise (1) to data (0)."""
     states: int
-    effective_rank: tuple[tuple[float, ...], ...]
-    """exp of the entropy of a matrix's normalised singular values (Roy and Vetterli, EUSIPCO 2007): 1 to tokens; layers x noise levels."""
+    effective_rank_of_heads: tuple[tuple[tuple[float, ...], ...], ...]
+    """exp of the entropy of a matrix's normalised singular values (Roy and Vetterli, EUSIPCO 2007), from 1 to the number of tokens:
+    layers x noise levels x heads."""
     errors: dict[int, tuple[tuple[float, ...], ...]]
     """By rank m: |A - A_m| / |A|, where A_m is the best approximation of rank m in the Frobenius norm (the truncated SVD).
 
     Attention through m mediators is a product of an n x m and an m x n matrix: it cannot come closer to A.
     """
+
+    @property
+    def effective_rank(self) -> tuple[tuple[float, ...], ...]:
+        """The same, as means over heads: layers x noise levels."""
+        return tuple(tuple(sum(heads) / len(heads) for heads in row) for row in self.effective_rank_of_heads)
+
+    def early_and_late(self) -> list[tuple[float, float]]:
+        """The effective rank of every layer in the noisy half of the calls, and in the other half."""
+        half = len(self.noise_levels) // 2
+        return [(sum(row[:half]) / half, sum(row[-half:]) / half) for row in self.effective_rank]
 
 
 @torch.no_grad()
@@ -56,7 +67,7 @@ def attention_redundancy(
     column = len(levels) - 1 - column  # noise first
     kept = [rank for rank in ranks if rank < arch.tokens]
     condition = model.condition(states.t.to(device), states.y.to(device))
-    effective: list[tuple[float, ...]] = []
+    effective: list[tuple[tuple[float, ...], ...]] = []
     errors: dict[int, list[tuple[float, ...]]] = {rank: [] for rank in kept}
 
     def by_column(values: Tensor) -> tuple[float, ...]:  # (s,) -> its mean at each noise level
@@ -65,7 +76,8 @@ def attention_redundancy(
     for block, tokens in zip(model.layers(), model.walk(model.embed(states.x.to(device)), condition, SOFTMAX), strict=False):
         inputs, _ = block.attention_input(tokens, condition)
         singular = torch.cat([torch.linalg.svdvals(attention_matrices(block.attn, one)).cpu() for one in inputs.split(1)])  # (s, h, n)
-        effective.append(by_column(effective_rank(singular).mean(1)))
+        ranks_of_heads = effective_rank(singular)  # (s, h)
+        effective.append(tuple(tuple(ranks_of_heads[column == index].mean(0).tolist()) for index in range(len(levels))))
         for rank in kept:
             errors[rank].append(by_column(best_rank_error(singular, rank).mean(1)))
         if on_step is not None:
@@ -73,7 +85,7 @@ def attention_redundancy(
     return Redundancy(
         noise_levels=tuple(levels.flip(0).tolist()),
         states=len(states),
-        effective_rank=tuple(effective),
+        effective_rank_of_heads=tuple(effective),
         errors={rank: tuple(values) for rank, values in errors.items()},
     )
 

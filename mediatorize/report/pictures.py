@@ -202,24 +202,33 @@ def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> No
 
 
 def write_redundancy(
-    path: Path, effective_rank: Sequence[Sequence[float]], errors: Mapping[int, Sequence[Sequence[float]]], noise_levels: Sequence[float]
+    path: Path,
+    effective_rank: Sequence[Sequence[Sequence[float]]],
+    errors: Mapping[int, Sequence[Sequence[float]]],
+    noise_levels: Sequence[float],
 ) -> None:
-    """A PNG of heat maps, layers (up) by noise level (noise to the left).
+    """A PNG of heat maps, layers (up) by noise level (noise to the left). A layer's heads are stripes within it.
 
     Args:
-        effective_rank: of attention, by layer and noise level.
+        effective_rank: of attention, by layer, noise level and head.
         errors: by rank, of the best approximation of attention of that rank, by layer and noise level, in [0, 1].
         noise_levels: of the columns, descending.
     """
     import numpy as np
 
-    panels: list[tuple[str, Any, float | None]] = [("effective rank", np.asarray(effective_rank), None)]
+    ranks = np.asarray(effective_rank)  # (layers, noise levels, heads)
+    stripes = ranks.transpose(0, 2, 1).reshape(-1, ranks.shape[1])
+    panels: list[tuple[str, Any, float | None]] = [("effective rank, by head", stripes, None)]
     panels += [(f"error of best rank {rank}", np.asarray(values), 1.0) for rank, values in errors.items()]
     depth = len(effective_rank)
     figure = _figure(1.2 + 2.6 * len(panels), 1.5 + 0.13 * max(depth, 8))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (name, values, highest) in zip(axes, panels, strict=True):
-        image = axis.imshow(values, origin="lower", aspect="auto", cmap="viridis" if highest is None else "magma", vmin=0, vmax=highest)
+        extent = (-0.5, len(noise_levels) - 0.5, -0.5, depth - 0.5)
+        colours = "viridis" if highest is None else "magma"
+        image = axis.imshow(
+            values, origin="lower", aspect="auto", cmap=colours, vmin=0, vmax=highest, extent=extent, interpolation="nearest"
+        )
         axis.set_title(name, fontsize=9.5, loc="left", color=INK)
         ticks = sorted({0, len(noise_levels) // 2, len(noise_levels) - 1})
         axis.set_xticks(ticks, [f"{noise_levels[tick]:.2f}" for tick in ticks])

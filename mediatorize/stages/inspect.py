@@ -105,6 +105,8 @@ def inspect(
         )
     if redundancy is None:
         return found
+    if found.arch.mediators:
+        raise UserError(f"{checkpoint}: has no softmax attention, whose redundancy is measured.", hint="Leave --redundancy out.")
 
     from mediatorize.compression.redundancy import attention_redundancy
     from mediatorize.report.pictures import write_redundancy
@@ -113,7 +115,7 @@ def inspect(
     ranks = [count for level in found.settings.levels if (count := kind_of(level).mediators(level))]
     with progress_bar(REDUNDANCY_CALLS + model.arch.depth, "attention", "call") as bar:
         measured = attention_redundancy(model, ranks, calls=REDUNDANCY_CALLS, on_step=bar.update)
-    write_redundancy(redundancy, measured.effective_rank, measured.errors, measured.noise_levels)
+    write_redundancy(redundancy, measured.effective_rank_of_heads, measured.errors, measured.noise_levels)
     return replace(found, redundancy=measured, redundancy_picture=redundancy)
 
 
