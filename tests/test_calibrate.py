@@ -52,7 +52,7 @@ from mediatorize.errors import UserError
 from mediatorize.formats import bundle as bundles
 from mediatorize.model import cost
 from mediatorize.model.block import SwitchableAttention
-from mediatorize.model.levels import KINDS, LINEAR, SOFTMAX, Level, MediatorSettings
+from mediatorize.model.levels import KINDS, LINEAR, SOFTMAX, Level, MediatorSettings, parts_of
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import Call, CallSchedule, Schedule
 from mediatorize.model.transformer import DiffusionTransformer, LastLayer
@@ -138,6 +138,38 @@ def test_adjoints_give_the_effect_of_a_small_change_in_one_layer(family: str, so
                 )
 
 
+@pytest.mark.parametrize(("family", "solver"), [("dit", "ddim"), ("sit", "heun")])
+def test_calls_outside_the_guidance_interval_have_no_unconditional_half_to_change(family: str, solver: str) -> None:
+    model, labels = model_of(family), torch.tensor([1, 5])
+    sampler = Sampler(solver=solver, steps=6, cfg_scale=2.0, cfg_interval=(0.3, 0.75), seed=5)
+    probes = probe(model, labels, sampler, 3)
+    found = adjoint_products(model, sampler, probes, torch.arange(2), [1], Surrogates((4,)), 2)
+    rows = sampler.rows_of_calls(model.arch)
+    assert {1, 2} == set(rows)
+    guided = GuidedModel(model, labels, sampler)
+    for call, (t, own) in enumerate(zip(sampler.times(), rows, strict=True)):
+        assert bool(found.outputs[call, 0, :, :, 1].any()) == (own == 2 and bool(probes.gradients[call].any()))
+        inputs = guided.inputs(probes.states[call], t)
+        output = guided.output(model(*inputs))
+        expected = torch.einsum("nchw,knchw->nk", output, probes.gradients[call])
+        if own == 1:
+            torch.testing.assert_close(found.model_outputs[call, 0, 0], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-9)
+
+
+def test_a_schedule_for_guidance_on_an_interval_is_found_and_counts_its_rows(bundle: Callable[..., Path]) -> None:
+    path = bundle()
+    how: dict[str, Any] = {"cfg_scale": 2.0, "cfg_interval": (0.3, 0.75)}
+    report = calibrate(path, budget=0.6, **QUICK | {"steps": 8, **how})
+    (outcome,) = found_by(report).outcomes
+    model = bundles.load_bundle(path)
+    sampler = Sampler.resolve(model.arch, steps=8, **how)
+    spent, whole = (sampler.flops(model.arch, schedule, model.settings) for schedule in (outcome.schedule, SOFTMAX))
+    assert spent is not None and whole is not None
+    assert spent / whole == pytest.approx(outcome.chosen.share)
+    assert outcome.chosen.share <= 0.6
+    assert sample(model, [1, 2], steps=8, **how).isfinite().all()
+
+
 @pytest.mark.parametrize(("family", "solver", "cfg_scale"), [("dit", "ddim", 1.0), ("dit", "ddim", 2.0), ("sit", "euler", 1.5)])
 def test_the_table_of_forecasts_gives_the_effect_of_one_forecast_call(family: str, solver: str, cfg_scale: float) -> None:
     """Of held, linear and output forecasts between close calls: the change of the call's output along the sample's gradient."""
@@ -165,7 +197,7 @@ def test_the_table_of_forecasts_gives_the_effect_of_one_forecast_call(family: st
         step = (call - basis[-1]) / (basis[-1] - basis[0]) if len(basis) > 1 else 0.0
         change = guided.output((1 + step) * raw[basis[-1]] - step * raw[basis[0]]) - teacher
         expected = torch.einsum("nchw,knchw->nk", change, probes.gradients[call]).numpy()
-        np.testing.assert_allclose(outputs.effect(call, basis), expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(outputs.effect(call, basis), expected, rtol=1e-2, atol=5e-3 * np.abs(expected).max())
     # A surrogate that stands bare in one layer's attention does what the table has for its outputs, all later layers as they were.
     assert found.surrogates.shape == (30, 5, 3, 1, sampler.rows, 2, 2)
     assert not torch.equal(found.surrogates[call, 0, :, 0], found.outputs[call, 0, :, 0])
@@ -462,6 +494,47 @@ def test_kinds_restrict_what_is_used(bundle: Callable[..., Path]) -> None:
     assert not found_by(report).outcomes[0].schedule.used - {SOFTMAX, LINEAR}
     with pytest.raises(UserError, match="no narrow MLPs"):
         calibrate(bundle(name="none"), budget=0.9, kinds=("mlps",), **QUICK)
+
+
+NARROW = MediatorSettings((1, 4), mlp_widths=(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "budget"), [(("mlps", "forecasts"), 0.35), (("mediators", "forecasts"), 0.35), (("mlps",), 0.55), (("forecasts",), 0.35)]
+)
+def test_budgets_that_a_part_of_the_kinds_cannot_reach_alone(bundle: Callable[..., Path], kinds: tuple[str, ...], budget: float) -> None:
+    report = calibrate(bundle(tiny_model(NARROW, channels=1, learn_sigma=False)), budget=budget, kinds=kinds, **QUICK | {"steps": 10})
+    chosen = found_by(report).outcomes[0].chosen
+    assert chosen.share <= budget
+    for level in chosen.schedule.used:
+        parts = parts_of(level)
+        assert "mediators" in kinds or parts.attention.runs in (None, SOFTMAX)
+        assert "mlps" in kinds or parts.mlp.runs in (None, "full", "own")
+        assert "forecasts" in kinds or parts.computed
+
+
+@pytest.mark.parametrize(
+    ("kinds", "level"), [(("mediators",), 1), (("mlps",), "softmax|1/8"), (("mediators", "mlps"), "1|1/8")], ids=lambda value: str(value)
+)
+def test_what_kinds_can_reach_is_what_their_cheapest_level_costs(bundle: Callable[..., Path], kinds: tuple[str, ...], level: Level) -> None:
+    path = bundle(tiny_model(NARROW, channels=1, learn_sigma=False))
+    arch = bundles.read_config(path).arch
+    least = cost.forward_flops(arch, level, NARROW) / cost.forward_flops(arch)
+    assert calibrate(path, budget=0.99, kinds=kinds, **QUICK, dry_run=True).costs.least(kinds) == pytest.approx(least)
+    with pytest.raises(UserError, match="can go down to"):
+        calibrate(path, budget=least - 0.01, kinds=kinds, **QUICK)
+
+
+def test_only_what_looks_best_at_first_sight_is_judged_by_all_samples(bundle: Callable[..., Path]) -> None:
+    report = calibrate(bundle(), budget=0.6, **QUICK | {"steps": 6, "verify": 16})
+    candidates = found_by(report).candidates
+    counts = {c.measured.samples for c in candidates if c.measured}
+    assert counts == {4, 16}
+    (outcome,) = found_by(report).outcomes
+    assert outcome.chosen.measured is not None
+    assert outcome.chosen.measured.samples == 16
+    assert all(errors.samples == 16 for errors in outcome.reported.values())
+    assert "Errors are of 16 samples, or of 4" in words(report)
 
 
 def test_narrow_mlps_save_by_themselves(bundle: Callable[..., Path]) -> None:

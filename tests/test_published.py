@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import model_inputs, randomise, relative_error, tiny_model
+from conftest import model_inputs, official_state, randomise, relative_error, tiny_model
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -222,6 +222,7 @@ def test_the_rule_switches_where_the_original_does(name: str, measure: str, tmp_
     switcher, used = Switcher(rule, sampler, 2), []
 
     def predict(x: Tensor, t: float) -> Tensor:
+        switcher.look(x)
         output = switcher(x, torch.full((2,), t), given["labels"])
         used.append(counts[int(switcher.stage[0])])
         return output
@@ -258,13 +259,25 @@ def test_the_rule_counts_steps_whatever_calls_they_take(solver: str, calls: int)
     rule = SwitchRule(stages=(Stage(model, 1), Stage(model, SOFTMAX)), ratios=(0.5,))
     sampler = Sampler.resolve(model.arch, solver=solver, steps=20)
     switcher = Switcher(rule, sampler, 2)
-    sample_batch(model, [1, 1], sampler, drive=switcher)
+    sample_batch(model, [1, 1], sampler, drive=switcher, before=switcher.look)
     began = switcher.switches.tolist()
     assert began[0] == began[1]
     assert len(model.calls) == 20 * calls
     assert [levels for _, levels in model.calls] == [1] * (began[0][0] * calls) + [SOFTMAX] * ((20 - began[0][0]) * calls)
     if solver == "euler":
         assert began[0] == [13]  # step 12's change is known when step 13 begins
+
+
+def test_the_rule_looks_at_the_solvers_own_state_in_any_precision() -> None:
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = moving().to(dtype)
+        rule = SwitchRule(stages=(Stage(model, 1), Stage(model, SOFTMAX)), ratios=(0.5,), measure="mean-square")
+        sampler = Sampler.resolve(model.arch, solver="euler", steps=400)
+        switcher = Switcher(rule, sampler, 1)
+        sample_batch(model, [1], sampler, drive=switcher, before=switcher.look)
+        steps.append(int(switcher.switches))
+    assert abs(steps[0] - steps[1]) <= 4  # the model's own rounding is left
 
 
 def test_samples_that_switch_for_themselves_do_not_depend_on_their_batch() -> None:
@@ -274,7 +287,7 @@ def test_samples_that_switch_for_themselves_do_not_depend_on_their_batch() -> No
     def began(labels: list[int], per: Any) -> list[list[int]]:
         rule = SwitchRule(stages=(Stage(model, 1), Stage(model, 4), Stage(model, SOFTMAX)), ratios=(0.5, 0.1), per=per)
         switcher = Switcher(rule, sampler, len(labels))
-        sample_batch(model, labels, sampler, drive=switcher)
+        sample_batch(model, labels, sampler, drive=switcher, before=switcher.look)
         return switcher.switches.tolist()
 
     alone = began([1], "sample") + began([2], "sample")
@@ -292,7 +305,11 @@ def test_rules_that_cannot_be_are_refused() -> None:
         ({"ratios": (0.3, 0.6)}, "Ratios 0.3,0.6 do not descend"),
         ({"ratios": (0.3,)}, "1 ratios do not switch between 3 stages"),
         ({"first": 0}, "of 0 changes"),
+        ({"ratios": (float("nan"), 0.3)}, "do not descend above 0"),
         ({"stages": (*stages[:2], Stage(other, SOFTMAX))}, "not for the same latents"),
+        ({"stages": (*stages[:2], Stage(tiny_model(reversed_time=True), SOFTMAX))}, "not for the same latents"),
+        ({"stages": (*stages[:2], Stage(tiny_model(null_class=False), SOFTMAX))}, "not for the same latents"),
+        ({"stages": (*stages[:2], Stage(tiny_model(family="dit"), SOFTMAX))}, "not for the same latents"),
     ):
         with pytest.raises(UserError, match=match):
             SwitchRule(**({"stages": stages, "ratios": (0.6, 0.3)} | changes))  # type: ignore[arg-type]
@@ -306,6 +323,7 @@ def test_sample_switches_between_levels_and_says_when(official_file: Callable[..
     found = sample(str(tmp_path / "out"), out=tmp_path / "a.png", ratios=(0.99, 0.95), batch=2, **how)
     assert found.stages == ("m=1", "m=4", "softmax")
     assert len(found.switches) == 3 and found.switches[0] == found.switches[1]
+    assert all(second >= 3 for second, _ in found.switches)  # after two first changes
     told = sampling.words(found)
     assert "by the step-wise rule (m=1, then m=4, then softmax)" in told
     model = mediatorize.load_model(tmp_path / "out")
@@ -331,6 +349,7 @@ def test_sample_switches_between_checkpoints(tmp_path: Path) -> None:
     how: dict[str, Any] = {"classes": (1, 2), "steps": 12, "solver": "sde", "device": "cpu", "switch": "mean-absolute", "first": 2}
     found = sample(files[0], out=tmp_path / "a.npz", checkpoints=tuple(files), ratios=(0.99, 0.9), **how)
     assert found.stages == tuple(files)
+    assert any(second >= 3 for second, _ in found.switches)
     same = sample(files[0], out=tmp_path / "b.npz", checkpoints=tuple(files[1:]), ratios=(0.99, 0.9), **how)
     assert same.switches == found.switches
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
@@ -359,6 +378,10 @@ def test_a_checkpoint_is_resized_as_the_original_does(tmp_path: Path) -> None:
         assert relative_error(model(given["x"], inputs["t"][:2], inputs["y"][:2]), given["out"]) < 1e-5
     assert "10x10" in resizing.words(found) and "14x14" in resizing.words(found)
     assert resizing.facts(found)["flops"]["softmax"]["after"] == forward_flops(model.arch)
+    repa = official_state(tiny_model(learn_sigma=False)) | {"projectors.0.weight": torch.zeros(4, 4)}
+    torch.save(repa, tmp_path / "repa.pt")
+    resize(str(tmp_path / "repa.pt"), tmp_path / "large.pt", image_size=(96, 96), num_heads=3)
+    assert mediatorize.load_model(tmp_path / "large.pt").arch.reversed_time
     with pytest.raises(UserError, match="16 mediators do not fit 9 tokens"):
         resize(str(source), tmp_path / "small.pt", image_size=(48, 48))
 
@@ -375,10 +398,13 @@ def test_a_bundle_is_resized_and_goes_on(form: Any, size: tuple[int, int], offic
     assert all(name in kept for name in before.state_dict() if not re.search("pos_embed|pool|bias$", name))
     if form == "learned":
         pools = [value for name, value in after.state_dict().items() if name.endswith("pool")]
-        assert all(torch.allclose(pool.sum((2, 3)), torch.ones(())) for pool in pools)
+        assert pools
+        for name, pool in after.state_dict().items():  # weights of a mean
+            if name.endswith("pool"):
+                torch.testing.assert_close(pool.sum((2, 3)), before.state_dict()[name].sum((2, 3)), rtol=0.05, atol=0.05)
     calibrate(tmp_path / "other", budget=0.7, steps=4, trajectories=2, verify=2, batch=2, device="cpu")
     finetune(tmp_path / "other", train_steps=2, batch=2, trajectories=2, sampler_steps=3, cfg_scales=(1.0,), device="cpu")
-    assert "| - |" in (tmp_path / "other" / "README.md").read_text() or form == "published"
+    assert "| - | - |" in (tmp_path / "other" / "README.md").read_text()  # no layer errors at this resolution
 
 
 def test_the_same_size_changes_nothing(official_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.compression.paths import WINDOW
 from mediatorize.errors import UserError
 from mediatorize.model import cost
-from mediatorize.model.levels import FULL, LINEAR, OWN, SOFTMAX, Level, MediatorSettings, kind_of, parts_of, title
+from mediatorize.model.levels import FULL, LINEAR, OWN, SOFTMAX, Level, MediatorSettings, is_pretrained, kind_of, parts_of, title
 from mediatorize.model.schedule import AnySchedule, Call, Watched, calls_at, places_of, streams_of, watched_surrogates
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Costs:
 
     def least(self, kinds: Collection[str]) -> float:
         """The smallest share of softmax's cost that these kinds of stand-ins reach."""
-        cheapest = min(self.options, key=self.call.block)
+        cheapest = min((level for level in self.options if saves_by(level) <= set(kinds)), key=self.call.block)
         one = self.call.rest + self.depth * self.call.block(cheapest)
         count = len(self.rows)
         if "forecasts" not in kinds:
@@ -211,6 +211,14 @@ KINDS_OF_SAVING = {
     "forecasts": "calls that are forecast from those before",
 }
 """What a schedule may spend less by, by name."""
+
+
+def saves_by(level: Level) -> set[str]:
+    """The kinds of saving that a level of a computed block is of."""
+    parts = parts_of(level)
+    return ({"mediators"} if not is_pretrained(parts.attention.runs or SOFTMAX) else set()) | (
+        {"mlps"} if parts.mlp.runs not in (FULL, OWN) else set()
+    )
 
 
 def read_kind(text: str) -> str:

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import groupby, pairwise, product
 from typing import Any, Literal, Protocol
@@ -47,6 +47,7 @@ from mediatorize.compression.sensitivity import (
 )
 from mediatorize.compression.store import InMemory, Kept, Store
 from mediatorize.diffusion.sampling import Sampler, sample_batch, sample_many
+from mediatorize.errors import UserError
 from mediatorize.model import cost as closed_form
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import (
@@ -77,6 +78,9 @@ PAIRS = 3
 
 EVALUATIONS = 8
 """How many times, for each budget, the best path so far is changed and measured again, unless more or fewer are asked for."""
+
+AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 4
+"""At first sight candidates are judged by one sample in four, where there are sixteen; then the best four for a budget by all."""
 
 MOST_PATHS = {"computed and forecast calls": 6, "forecasts of the model's output": 2}
 """How many paths of a kind are judged for a budget, before the best is improved."""
@@ -270,15 +274,13 @@ def search(
 
     judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, progress)
     proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
-    for level in model.added().levels:
-        judge.add(proposer.whole(level))
+    judge.consider([proposer.whole(level) for level in model.added().levels])
     solved = {}
     for budget in budgets:
         begun = time.monotonic()
         proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
-        for proposal in proposals:
-            judge.add(proposal)
+        judge.consider(proposals)
         if verify and "forecasts" in kinds:
             judge.improve(proposer, budget, evaluations, seconds)
 
@@ -487,7 +489,11 @@ class Proposer:
     # levels in computed calls alone
 
     def levels(self, room: Any) -> list[Proposal]:
-        """Levels by noise level and layer, by several ways of adding up errors; levels by step and by the paper's rule in any case."""
+        """Levels by noise level and layer, and by step, and by the paper's rule.
+
+        Where forecasts may not be used, errors are added up in several more ways: those take long, and do not come near forecasts.
+        """
+        alone = "forecasts" not in self.kinds
         table, squares = self.tables.errors, self.tables.errors.squares()
         cells, place = cells_of(self.noise_levels)
         usable = set(bare_levels(self.model.added(), self.kinds))
@@ -506,13 +512,12 @@ class Proposer:
         if self.per == "cell":
             start = allocate(squares, costs, left)
             chosen.append(("sum of squares", PER_CELL, start))
-            chosen += [
-                (name, PER_CELL, descend(products, costs, left, start, apart=apart))
-                for name, apart in (("sum of vectors per layer", True), ("sum of vectors", False))
-            ]
+            ways = (("sum of vectors per layer", True), ("sum of vectors", False))
+            chosen += [(name, PER_CELL, descend(products, costs, left, start, apart=apart)) for name, apart in ways if alone]
         steps = allocate(squares, costs, left, per_step=True)
         chosen.append(("per step, sum of squares", PER_STEP, steps))
-        chosen.append(("per step, sum of vectors", PER_STEP, descend(products, costs, left, steps, apart=True, per_step=True)))
+        if alone:
+            chosen.append(("per step, sum of vectors", PER_STEP, descend(products, costs, left, steps, apart=True, per_step=True)))
         rule = latent_change_rule(self.tables.changes, squares, costs, left) if self.kinds and "mediators" in self.kinds else None
         chosen += [] if rule is None else [(RULE, RULE, rule)]
         how: dict[str, Any] = {"steps": self.sampler.steps}
@@ -742,7 +747,10 @@ def costs_with(costs: Costs, arch: Architecture, sampler: Sampler) -> Costs:
 
 
 class Judge:
-    """Measures the errors of candidates on one set of noise. What the store has for as many samples is not measured again."""
+    """Measures the errors of candidates on one set of noise. What the store has for as many samples is not measured again.
+
+    At first sight a candidate is judged by one sample in `AT_FIRST_SIGHT`; only those that look best are judged by all.
+    """
 
     def __init__(
         self,
@@ -756,46 +764,57 @@ class Judge:
     ) -> None:
         self.model, self.costs, self.sampler = model, costs, sampler
         self.samples, self.batch, self.store, self.progress = samples, batch, store, progress
+        self.few = samples if samples < FEWEST_TO_SPLIT else samples // AT_FIRST_SIGHT
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
         self.candidates: list[Candidate] = []
 
-    def add(self, proposal: Proposal) -> Candidate:
-        """Judges a proposal, unless one that does the same is there."""
-        for candidate in self.candidates:
-            if candidate.kind == proposal.kind and candidate.schedule == proposal.schedule:
+    def consider(self, proposals: Sequence[Proposal]) -> None:
+        """Judges proposals at first sight, by few samples, and then the best of them by all."""
+        seen = [self.add(proposal, self.few) for proposal in proposals]
+        for candidate in sorted(seen, key=lambda candidate: candidate.error)[:FINALISTS]:
+            self.add(candidate)
+
+    def add(self, proposal: Proposal, samples: int | None = None) -> Candidate:
+        """Judges a proposal by all samples, or by the first so many, unless one that does the same was judged by as many."""
+        samples = self.samples if samples is None else samples
+        alike = [c for c in self.candidates if c.kind == proposal.kind and c.schedule == proposal.schedule]
+        for candidate in alike:
+            if candidate.measured is None or candidate.measured.samples >= samples:
                 return candidate
+            self.candidates.remove(candidate)
         costs = costs_with(self.costs, self.model.arch, replace(self.sampler, steps=proposal.steps))
         judged = Candidate(
-            **vars(proposal),
+            **{each.name: getattr(proposal, each.name) for each in fields(Proposal)},
             share=float(costs.of(proposal.schedule) / self.costs.softmax),
-            measured=self.errors(proposal) if self.samples else None,
+            measured=self.errors(proposal, samples) if samples else None,
         )
         self.candidates.append(judged)
         return judged
 
-    def errors(self, proposal: Proposal) -> Errors:
-        """Of samples by the proposal's schedule, against the teacher's from the same noise."""
+    def errors(self, proposal: Proposal, samples: int | None = None) -> Errors:
+        """Of samples by the proposal's schedule, against the teacher's from the same noise: of all, or of the first so many."""
+        samples = self.samples if samples is None else samples
         content = json.dumps([proposal.steps, proposal.schedule.to_json()])
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        group = f"candidates-{self.samples}-{self.sampler.seed}"
+        group = f"candidates-{samples}-{self.sampler.seed}"
         found: list[Errors] = []
 
         def measure() -> Errors:
             if not found:
-                teacher = self._teacher
-                found.append(Errors.of(self._sample(proposal.name, proposal.schedule, proposal.steps), teacher))
+                teacher = self._teacher[:samples]
+                found.append(Errors.of(self._sample(proposal.name, proposal.schedule, proposal.steps, samples), teacher))
             return found[0]
 
         numbers = {
             name: self.store.number(group, f"{key} {name}", lambda name=name: getattr(measure(), name))  # type: ignore[misc]
             for name in ("median", "mean", "geometric", "flipped")
         }
-        return Errors(samples=self.samples, **numbers)
+        return Errors(samples=samples, **numbers)
 
     def improve(self, proposer: Proposer, budget: float, evaluations: int, seconds: float | None) -> None:
         """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept."""
         room, begun = self.costs.room(budget), time.monotonic()
-        paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and self._keeps(c, budget)]
+        paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and self._keeps(c, budget) and self._whole(c)]
         if not paths:
             return
         best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
@@ -809,20 +828,29 @@ class Judge:
             moved = proposer.along(best.kind, near[0], room)
             if self.costs.of(moved.schedule) > room:
                 continue
-            judged = self.add(replace(moved, name=f"{moved.name}, moved, for {budget:.2%}"))
-            best = min(best, judged, key=lambda candidate: candidate.error)
+            named = replace(moved, name=f"{moved.name}, moved, for {budget:.2%}")
+            if self.add(named, self.few).error < self.errors(best, self.few).geometric:
+                best = min(best, self.add(named), key=lambda candidate: candidate.error)
 
     def _keeps(self, candidate: Candidate, budget: float) -> bool:
         return candidate.share <= budget + 1e-12
 
     def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING)) -> Candidate:
         """The candidate of least error within a budget; of a smaller budget's too, should they be better."""
-        fitting = [candidate for candidate in self.candidates if self._keeps(candidate, budget)]
+        fitting = [c for c in self.candidates if self._keeps(c, budget) and self._whole(c)]
+        if "mediators" not in kinds:
+            fitting = [c for c in fitting if c.kind != WHOLE]
         if per == "step":
             fitting = [c for c in fitting if c.kind not in (PER_CELL, MIXED)]
         if "forecasts" not in kinds:  # what is asked for is a schedule of this sampler
             fitting = [c for c in fitting if c.kind != FEWER] or fitting
+        if not fitting:
+            raise UserError(f"No schedule was found for a budget of {budget:.2%}.", hint="Pass a larger --budget, or more --kinds.")
         return min(fitting, key=lambda candidate: (candidate.error, candidate.share))
+
+    def _whole(self, candidate: Candidate) -> bool:
+        """Whether it was judged by all samples, not at first sight alone."""
+        return candidate.measured is None or candidate.measured.samples == self.samples
 
     def baselines(self, budget: float) -> tuple[Candidate, ...]:
         """The best candidate within a budget of every kind of baseline that has one."""
@@ -834,11 +862,11 @@ class Judge:
 
     @cached_property
     def _teacher(self) -> Tensor:
-        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps)
+        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps, self.samples)
 
-    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int) -> Tensor:
-        with self.progress(len(self.labels), description, "sample") as bar:
-            return sample_many(self.model, self.labels, replace(self.sampler, steps=steps), schedule, self.batch, bar.update)
+    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, samples: int) -> Tensor:
+        with self.progress(samples, description, "sample") as bar:
+            return sample_many(self.model, self.labels[:samples], replace(self.sampler, steps=steps), schedule, self.batch, bar.update)
 
 
 def latency_of(model: DiffusionTransformer, sampler: Sampler, candidate: Candidate, predicted: float, batch: int) -> Latency:

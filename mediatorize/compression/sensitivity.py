@@ -9,7 +9,7 @@ table keeps the products <g, d>, not their squares. So changes that point the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.allocate import Choice, chosen_vectors, joint_error
 from mediatorize.compression.paths import ForecastTable
-from mediatorize.diffusion.sampling import GuidedModel, Sampler, draw_noise
+from mediatorize.diffusion.sampling import EVERYWHERE, GuidedModel, Sampler, draw_noise
 from mediatorize.model.levels import SOFTMAX, Level
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import Schedule, places_of
@@ -213,7 +213,8 @@ def adjoint_products(
         window: how many calls back outputs are compared; 0 compares none.
     """
     device = next(model.parameters()).device
-    guided = GuidedModel(model, probes.labels[rows].to(device), sampler)
+    guided = GuidedModel(model, probes.labels[rows].to(device), replace(sampler, cfg_interval=EVERYWHERE))
+    both_halves = [own == sampler.rows for own in sampler.rows_of_calls(model.arch)]
     watched = [(surrogates.attention, surrogates.mlp)] * model.arch.depth
     kept: list[_Outputs] = []
     found: list[tuple[Tensor, ...]] = []
@@ -226,7 +227,7 @@ def adjoint_products(
             embedded = model.embed(batch).detach().requires_grad_()
             first, *after = model.walk(embedded, conditioning, SOFTMAX, memory=memory)
             output = model.finish(after[-1], conditioning)
-            told = guided.output(output)
+            told = guided.output(output if both_halves[call] else output[: len(rows)])  # both are run, so that all calls have one shape
             toward = probes.gradients[call][:, rows].to(device)
             grads = [torch.autograd.grad(told, [output, *after], v, retain_graph=index + 1 < len(toward)) for index, v in enumerate(toward)]
         by_output, *by_block = (torch.stack(parts) for parts in zip(*grads, strict=True))  # (k, rows, ...) each

@@ -240,11 +240,13 @@ def sample_batch(
     first_index: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
     drive: Drive | None = None,
+    before: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """`sample` with a resolved sampler.
 
     Args:
         drive: makes the model calls of this one trajectory, in place of a schedule.
+        before: called before every model call with the solver's state, in float32.
     """
     arch = model.arch
     parameter = next(model.parameters())
@@ -260,6 +262,8 @@ def sample_batch(
     call = driver_of(model, sampler, schedule, len(labels)) if drive is None else drive
 
     def predict(x: Tensor, t: float) -> Tensor:
+        if before is not None:
+            before(x)
         batch, times, batch_labels = guided_model.inputs(x, t)
         if observe is not None:
             observe(batch, times, batch_labels)
@@ -298,9 +302,10 @@ def sample_part(
     first_index: int,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
     drive: Drive | None = None,
+    before: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """One batch, whose samples have indices from `first_index`, on the CPU in float32; refuses what is not finite."""
-    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive)
+    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive, before=before)
     if not latents.isfinite().all():
         raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
     return latents.float().cpu()
@@ -346,13 +351,17 @@ def guide(output: Tensor, scale: float, channels: int) -> Tensor:
 
 
 def refuse_unknown_labels(arch: Architecture, labels: Tensor) -> None:
-    highest = arch.classes if arch.null_class else arch.classes - 1
     if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
         raise UserError(
             f"Labels of shape {list(labels.shape)} and type {labels.dtype} are no batch of classes.", hint="Pass (b,) integers."
         )
-    if not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
-        raise UserError(f"Classes {sorted(set(labels.tolist()))} are not all known.", hint=f"This model knows 0 to {arch.classes - 1}.")
+    refuse_unknown_classes(arch, labels.tolist())
+
+
+def refuse_unknown_classes(arch: Architecture, classes: Sequence[int]) -> None:
+    highest = arch.classes if arch.null_class else arch.classes - 1
+    if not 0 <= min(classes) <= max(classes) <= highest:
+        raise UserError(f"Classes {sorted(set(classes))} are not all known.", hint=f"This model knows 0 to {arch.classes - 1}.")
 
 
 def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:

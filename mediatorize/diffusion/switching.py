@@ -8,7 +8,7 @@ i = first + 1 on, the next stage begins after the first step with d_i < ratio * 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -52,17 +52,19 @@ class SwitchRule:
     def __post_init__(self) -> None:
         if len(self.stages) != len(self.ratios) + 1:
             raise UserError(f"{len(self.ratios)} ratios do not switch between {len(self.stages)} stages.", hint="Pass one ratio fewer.")
-        if any(before < after for before, after in pairwise(self.ratios)) or any(ratio <= 0 for ratio in self.ratios):
+        if any(before < after for before, after in pairwise(self.ratios)) or not all(ratio > 0 for ratio in self.ratios):
             raise UserError(f"Ratios {_listed(self.ratios)} do not descend above 0.", hint="Pass for instance --ratios 0.6,0.3.")
         if self.first < 1:
             raise UserError(f"The base cannot be of {self.first} changes.", hint="Pass --first 3.")
-        archs = {(stage.model.arch.input_size, stage.model.arch.channels, stage.model.arch.classes) for stage in self.stages}
-        if len(archs) > 1:
-            raise UserError("The checkpoints are not for the same latents and classes.", hint="Pass checkpoints of one resolution.")
+        archs = {
+            replace(stage.model.arch, depth=1, width=1, heads=1, patch=1, grid=(1, 1), mlp_width=1, mediators=0) for stage in self.stages
+        }
+        if len(archs) > 1 or len({stage.model.arch.input_size for stage in self.stages}) > 1:
+            raise UserError("The checkpoints are not for the same latents, classes and process.", hint="Pass checkpoints of one kind.")
 
 
 class Switcher:
-    """Runs the stages of a rule along one trajectory of a batch, in place of a schedule (`sample_batch(..., drive=...)`)."""
+    """Runs the stages of a rule along one trajectory of a batch: `sample_batch(..., drive=switcher, before=switcher.look)`."""
 
     def __init__(self, rule: SwitchRule, sampler: Sampler, batch: int) -> None:
         if sampler.how.adaptive:
@@ -77,11 +79,14 @@ class Switcher:
         self.flops = 0.0
         """Of all samples together so far."""
 
+    def look(self, x: Tensor) -> None:
+        """Looks at the solver's state (b, c, h, w) before every model call, and decides which stage makes it."""
+        if self.call % self.calls_per_step == 0:
+            self._begin_step(self.call // self.calls_per_step, x[: self.batch].float())
+        self.call += 1
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output (rows, ...) of the model call at hand: x (b or 2b, c, h, w), conditional first."""
-        if self.call % self.calls_per_step == 0:
-            self._begin_step(self.call // self.calls_per_step, x[: self.batch])
-        self.call += 1
         stage = self.stage.repeat(len(x) // self.batch).to(x.device)
         output: Tensor | None = None
         for index in self.stage.unique().tolist():
@@ -98,7 +103,7 @@ class Switcher:
         """Looks at the latents that a step begins with, which the step before gave."""
         if step >= 2:
             assert self.before is not None, "the step before kept its latents"
-            change = MEASURES[self.rule.measure](x.float() - self.before).flatten(1).mean(1).double().cpu()  # (b,)
+            change = MEASURES[self.rule.measure](x - self.before).flatten(1).mean(1).cpu().double()  # (b,)
             change = change if self.rule.per == "sample" else change.mean().expand(self.batch)
             if step - 1 <= self.rule.first:
                 self.base = self.base + change / self.rule.first
@@ -108,7 +113,7 @@ class Switcher:
                     self.stage[ends] = index + 1
                     self.switches[ends, index] = step
         if step >= 1:
-            self.before = x.float()
+            self.before = x
 
 
 def stages_of(model: DiffusionTransformer, levels: Sequence[Level] = (), others: Sequence[DiffusionTransformer] = ()) -> tuple[Stage, ...]:

@@ -90,7 +90,6 @@ class PublishedLevel(nn.Module):
         self.dwc = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
         nn.init.zeros_(self.dwc.weight)
         nn.init.zeros_(self.dwc.bias)  # type: ignore[arg-type]
-        self._known: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, layer: MediatorAttention) -> Tensor:
         """(b, n, c) -> (b, n, c) through `layer`'s projections, in the published order of operations."""
@@ -101,20 +100,12 @@ class PublishedLevel(nn.Module):
         return self.unit, self.unit
 
     def on_tokens(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Average pooling R and position terms B1 and B2 on a token grid, (h*m, n) each. Computed once, until a weight changes."""
-        terms = (self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias)
-        if (torch.is_grad_enabled() and any(term.requires_grad for term in terms)) or torch.compiler.is_compiling():
-            return self._on_tokens(grid)
-        state = grid, tuple((term.data_ptr(), term._version, term.device, term.dtype) for term in terms)
-        if self._known is None or self._known[0] != state:
-            self._known = state, self._on_tokens(grid)
-        return self._known[1]
-
-    def _on_tokens(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Average pooling R and position terms B1 and B2 on a token grid, (h*m, n) each."""
         heads, m = self.an_bias.shape[:2]
         n = grid[0] * grid[1]
-        positions = torch.eye(n, device=self.an_bias.device, dtype=self.an_bias.dtype).view(n, 1, *grid)
-        pool = F.adaptive_avg_pool2d(positions, self.side).view(n, m).mT.repeat(heads, 1)
+        lines = (torch.eye(size, device=self.an_bias.device, dtype=self.an_bias.dtype) for size in grid)
+        rows, columns = (F.adaptive_avg_pool1d(line.unsqueeze(0), self.side)[0].mT for line in lines)  # (side, size) each
+        pool = torch.kron(rows, columns).repeat(heads, 1)
         to_keys, to_queries = (F.interpolate(map, size=grid, mode="bilinear") for map in (self.an_bias, self.na_bias))  # (h, m, *grid)
         to_keys = to_keys + self.ah_bias[0] + self.aw_bias[0]
         to_queries = to_queries + (self.ha_bias + self.wa_bias)[0].permute(0, 3, 1, 2)

@@ -64,4 +64,6 @@ def _fitted(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     if kind not in ("pool", "key_bias", "query_bias"):
         raise AssertionError(f"{name} depends on the resolution in a way that is not known")
     on_grid = F.interpolate(value, size=shape[2:], mode="bilinear", align_corners=False, antialias=True)
-    return on_grid / on_grid.sum((2, 3), keepdim=True) if kind == "pool" else on_grid
+    if kind != "pool":
+        return on_grid
+    return on_grid * (value.shape[2] * value.shape[3] / (shape[2] * shape[3]))  # weights of a mean: their sum stays about the same

@@ -68,8 +68,10 @@ def _table(found: Outcomes, unit: str) -> str:
 
 
 def _about_errors(result: Calibration) -> str:
+    counts = sorted({c.measured.samples for c in result.found.candidates if c.measured}) if result.found else []
+    few = f", or of {counts[0]} where those were enough to drop a candidate" if len(counts) > 1 else ""
     measured = (
-        f"Errors are of {result.verify} samples; candidates are compared by the geometric mean"
+        f"Errors are of {result.verify} samples{few}; candidates are compared by the geometric mean"
         if result.verify
         else "No error was measured (--verify 0)"
     )
@@ -216,5 +218,5 @@ def write_pictures(result: Calibration) -> None:
     kept = {outcome.chosen.name for outcome in found.outcomes}
     shown = [candidate for candidate in found.candidates if math.isfinite(candidate.error)]
     points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept) for c in shown]
-    error = "sample error" + (f", geometric mean of {result.verify} samples" if result.verify else ", predicted")
+    error = "sample error" + (f", geometric mean of up to {result.verify} samples" if result.verify else ", predicted")
     write_candidates(result.folder / "candidates.png", points, f"{unit} of the sampler, as a share of softmax's", error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,7 +92,8 @@ def _resize_checkpoint(source: Path, out: Path, image_size: tuple[int, int], hin
     before = checkpoint.load()
     after = resized(before, grid_of_image(before.arch, *image_size))
     state = {published_name(name): value.contiguous() for name, value in after.state_dict().items()}
-    facts = {"family": after.arch.family, "num_heads": after.arch.heads, "num_classes": after.arch.classes}
+    facts: dict[str, Any] = {"family": after.arch.family, "num_heads": after.arch.heads, "num_classes": after.arch.classes}
+    facts |= {"enc_type": "resized"} if after.arch.reversed_time else {}  # REPA's files are known by it
     write_beside(out, lambda path: torch.save({"ema": state, "args": facts}, path))
     return Resized(out=out, before=before.arch, after=after.arch, settings=None, teacher="")
 
@@ -118,6 +119,8 @@ def _resize_bundle(source: Path, out: Path, image_size: tuple[int, int], teacher
     origin = replace(origin, sha256=bundle.hash_of_weights(after))
     config = replace(config, arch=after.arch, source=origin, layer_errors=(), finetuned=None)
     partial = bundle.partial_folder(out)
+    if (partial / bundle.WORK_FOLDER).exists():
+        raise UserError(f"{partial}: an unfinished conversion stands in the way.", hint="Finish or delete it, or name another folder.")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     bundle.write_bundle(partial, after, config, model_card(config))

@@ -32,6 +32,7 @@ class Sampled:
     flops: float | None
     """FLOPs of all samples, guidance included; None for an adaptive solver."""
     softmax_flops: float | None
+    """FLOPs of as many samples at level softmax; of the last one of several checkpoints."""
     switches: tuple[tuple[int, ...], ...] = ()
     """By sample: the step, from 0, that each stage of the step-wise rule but the first began with; -1: it never did."""
     stages: tuple[str, ...] = ()
@@ -93,7 +94,7 @@ def sample(
     import torch
 
     from mediatorize.devices import DTYPES, pick_device
-    from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_many, sample_part
+    from mediatorize.diffusion.sampling import Sampler, refuse_unknown_classes, refuse_unknown_level, sample_many, sample_part
     from mediatorize.diffusion.switching import Switcher, SwitchRule, stages_of
     from mediatorize.formats.images import load_vae, to_pixels, write_arrays, write_grid
     from mediatorize.formats.loading import load_model
@@ -101,6 +102,8 @@ def sample(
 
     refuse_bad_output(out, force)
     others = checkpoints[1:] if checkpoints[:1] == (model,) else checkpoints
+    if checkpoints and not others:
+        raise UserError(f"{model} is the only one of --checkpoints.", hint="Name the next ones too.")
     refuse_idle_options(switch, level, switch_levels, others)
     refuse_below({"per-class": per_class, "batch": batch}, 1)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
@@ -123,7 +126,9 @@ def sample(
         stages = stages_of(loaded, switch_levels, [other.to(device=where, dtype=DTYPES[dtype]) for other in later])
         rule = SwitchRule(stages=stages, ratios=ratios, first=first, measure=switch, per=switch_per)
 
-    labels = torch.tensor(classes or tuple(range(min(arch.classes, 10)))).repeat_interleave(per_class)
+    wanted = classes or tuple(range(min(arch.classes, 10)))
+    refuse_unknown_classes(arch, wanted)
+    labels = torch.tensor(wanted).repeat_interleave(per_class)
     start = time.monotonic()
     switchers = []
     with progress_bar(len(labels), "sampling", "sample") as bar:
@@ -133,7 +138,7 @@ def sample(
             switchers = [Switcher(rule, sampler, len(part)) for part in labels.split(batch)]
             drawn = []
             for switcher, part, index in zip(switchers, labels.split(batch), range(0, len(labels), batch), strict=True):
-                drawn.append(sample_part(loaded, part, sampler, None, index, drive=switcher))
+                drawn.append(sample_part(loaded, part, sampler, None, index, drive=switcher, before=switcher.look))
                 bar.update(len(part))
             latents = torch.cat(drawn)
     seconds = time.monotonic() - start
@@ -153,7 +158,7 @@ def sample(
 
     spent = sampler.flops(arch, loaded.schedule if level is None else level, loaded.settings)
     total = None if spent is None else spent * len(labels)
-    softmax = sampler.flops(arch, SOFTMAX, None)
+    softmax = sampler.flops(arch if rule is None else rule.stages[-1].model.arch, SOFTMAX, None)
     return Sampled(
         out=out,
         count=len(labels),
