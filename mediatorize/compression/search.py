@@ -274,7 +274,9 @@ def search(
 
     judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, progress)
     proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
-    judge.consider([proposer.whole(level) for level in model.added().levels])
+    for level in model.added().levels:
+        whole = proposer.whole(level)
+        judge.add(whole, None if costs.share(whole.schedule) <= max(budgets) else judge.few)
     solved = {}
     for budget in budgets:
         begun = time.monotonic()
