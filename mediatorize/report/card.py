@@ -133,10 +133,14 @@ def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
     if isinstance(schedule, CallSchedule):
         computed = sum(call.computed for call in schedule.of_calls)
         calls = len(schedule.of_calls)
-        spent = cost.calls_flops(config.arch, schedule.of_calls, schedule.noise_levels, [1] * calls, config.settings)
+        rows = 2 if schedule.guided else 1
+        spent = cost.calls_flops(config.arch, schedule.of_calls, schedule.noise_levels, [rows] * calls, config.settings)
+        halves = sum(call.computed and call.unconditional is not None for call in schedule.of_calls)
+        apart = f", {halves} of them without the unconditional half," if halves else ","
+        guided = " with guidance" if schedule.guided else ""
         return (
-            f"Its schedule is for {calls} model calls: {computed} are computed, the others forecast from those before, "
-            f"for {spent / softmax / calls:.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
+            f"Its schedule is for {calls} model calls{guided}: {computed} are computed{apart} the others forecast from those before, for "
+            f"{spent / softmax / calls / rows:.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
         )
     widths = [high - low for low, high in pairwise((0.0, *schedule.edges, 1.0))]
     shares = [cost.forward_flops(config.arch, levels, config.settings) / softmax for levels in schedule.levels]
