@@ -216,9 +216,10 @@ def test_every_export_of_a_schedule_of_calls_is_checked_by_its_first_calls(targe
     model = load_model(source)
     arch, schedule = model.arch, model.schedule
     assert isinstance(schedule, CallSchedule)
-    share = Sampler(solver="euler", steps=8).flops(arch, schedule, NARROW) or 0.0
-    share /= Sampler(solver="euler", steps=8).flops(arch, SOFTMAX, None) or 1.0
-    assert f"for 8 model calls: 4 are computed, the others forecast from those before, for {share:.1%} of softmax's FLOPs" in card
+    guided = Sampler(solver="euler", steps=8, cfg_scale=2.0)
+    share = (guided.flops(arch, schedule, NARROW) or 0.0) / (guided.flops(arch, SOFTMAX, None) or 1.0)
+    told = f"4 are computed, 1 of them without the unconditional half, the others forecast from those before, for {share:.1%} of softmax's"
+    assert f"for 8 model calls with guidance: {told} FLOPs" in card
 
 
 def test_an_export_whose_forecasts_are_not_the_models_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, Level, title
-from mediatorize.model.schedule import CallSchedule
+from mediatorize.model.schedule import CallSchedule, is_computed
 
 if TYPE_CHECKING:
     from mediatorize.formats.bundle import BundleConfig
@@ -135,7 +135,10 @@ def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
         calls = len(schedule.of_calls)
         rows = 2 if schedule.guided else 1
         spent = cost.calls_flops(config.arch, schedule.of_calls, schedule.noise_levels, [rows] * calls, config.settings)
-        halves = sum(call.computed and call.unconditional is not None for call in schedule.of_calls)
+        forecast = [
+            call.unconditional is not None and not (call.unconditional and is_computed(call.unconditional)) for call in schedule.of_calls
+        ]
+        halves = sum(call.computed and half for call, half in zip(schedule.of_calls, forecast, strict=True))
         apart = f", {halves} of them without the unconditional half," if halves else ","
         guided = " with guidance" if schedule.guided else ""
         return (
