@@ -135,10 +135,8 @@ def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
         calls = len(schedule.of_calls)
         rows = 2 if schedule.guided else 1
         spent = cost.calls_flops(config.arch, schedule.of_calls, schedule.noise_levels, [rows] * calls, config.settings)
-        forecast = [
-            call.unconditional is not None and not (call.unconditional and is_computed(call.unconditional)) for call in schedule.of_calls
-        ]
-        halves = sum(call.computed and half for call, half in zip(schedule.of_calls, forecast, strict=True))
+        both = [(call.computed, call.unconditional) for call in schedule.of_calls]
+        halves = sum(whole and other is not None and not is_computed(other) for whole, other in both)
         apart = f", {halves} of them without the unconditional half," if halves else ","
         guided = " with guidance" if schedule.guided else ""
         return (
