@@ -11,7 +11,7 @@ import typer
 
 from mediatorize.errors import UserError
 from mediatorize.model import cost
-from mediatorize.model.architecture import Architecture, default_local_rank, preset
+from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
 from mediatorize.model.levels import MediatorSettings, kind_of, title
 from mediatorize.stages import options
 from mediatorize.stages.options import WHAT, option
@@ -133,4 +133,6 @@ def _published(name: str) -> Inspection:
 
 
 def shown_settings(arch: Architecture) -> MediatorSettings:
-    return MediatorSettings(SHOWN_LEVELS, local_rank=default_local_rank(arch.width))
+    """What `convert` adds by default, at more levels."""
+    ranks = {"local_rank": default_local_rank(arch.width), "projection_rank": default_projection_rank(arch.width)}
+    return MediatorSettings(SHOWN_LEVELS, modulation_rank=default_modulation_rank(arch.width), **ranks)
