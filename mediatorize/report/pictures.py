@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.evaluation.results import RowResult
 from mediatorize.model.levels import Level, forecasts, in_order, is_pretrained, read_level
 from mediatorize.model.levels import title as title_of
-from mediatorize.model.schedule import AnySchedule, CallSchedule
+from mediatorize.model.schedule import AnySchedule, CallSchedule, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,23 +151,31 @@ NO_CALL = "no model call"
 
 
 def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> None:
-    """A PNG: the level of every layer (up) at every noise level, or at every model call (noise to the left); darker is dearer."""
+    """A PNG: the level of every layer (up) at every noise level, or at every model call (noise to the left); darker is dearer.
+
+    Where the halves of guided calls differ, a second panel shows the unconditional half.
+    """
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     depth = schedule.depth
-    columns = [call.levels for call in schedule.of_calls] if isinstance(schedule, CallSchedule) else list(schedule.levels)
-    used = {level for levels in columns for level in levels}
+    panels: list[tuple[str, list[tuple[Level, ...]]]] = [("layer", list(schedule.levels) if isinstance(schedule, Schedule) else [])]
+    if isinstance(schedule, CallSchedule):
+        panels = [("layer", [call.levels for call in schedule.of_calls])]
+        if schedule.guided:
+            other = [call.levels if call.unconditional is None else call.unconditional for call in schedule.of_calls]
+            panels = [("layer, conditional", panels[0][1]), ("unconditional", other)]
+    every = [levels for _, columns in panels for levels in columns]
+    used = {level for levels in every for level in levels}
     colours: dict[Level, Colour] = level_colours([level for level in used if not forecasts(level)])
     resting = in_order(level for level in used if forecasts(level))
     colours |= {level: _shade(index, len(resting) + 1, "Oranges") for index, level in enumerate(resting)}
-    if not all(columns):
+    if not all(every):
         colours[NO_CALL] = "#f4f1ec"
     order = list(colours)
-    cells = np.array([[order.index(level) for level in (levels or [NO_CALL] * depth)] for levels in columns]).T  # (layers, columns)
-    figure = _figure(6.4, 1.4 + 0.16 * max(depth, 6))
-    axis = figure.subplots()
+    figure = _figure(6.4, 1.4 + 0.16 * max(depth, 6) * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     mesh: dict[str, Any] = {
         "cmap": ListedColormap(list(colours.values())),
         "vmin": -0.5,
@@ -175,20 +183,22 @@ def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> No
         "edgecolors": "white",
         "linewidth": 0.4,
     }
-    if isinstance(schedule, CallSchedule):
-        axis.pcolormesh(np.arange(len(columns) + 1) + 0.5, np.arange(depth + 1) - 0.5, cells, **mesh)
-        axis.set_xlabel("model call (noise to the left)", fontsize=8.5, color=SOFT)
+    for axis, (name, columns) in zip(axes, panels, strict=True):
+        cells = np.array([[order.index(level) for level in (levels or [NO_CALL] * depth)] for levels in columns]).T  # (layers, columns)
+        places = [0.0, *schedule.edges, 1.0] if isinstance(schedule, Schedule) else np.arange(len(columns) + 1) + 0.5
+        axis.pcolormesh(places, np.arange(depth + 1) - 0.5, cells, **mesh)
+        axis.set_ylabel(name, fontsize=8.5, color=SOFT)
+        axis.set_yticks(range(0, depth, max(1, depth // 7)))
+        axis.tick_params(colors=SOFT, labelsize=8)
+        axis.spines[:].set_visible(False)
+    if isinstance(schedule, Schedule):
+        axes[0].invert_xaxis()
+        axes[0].set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
     else:
-        axis.pcolormesh([0.0, *schedule.edges, 1.0], np.arange(depth + 1) - 0.5, cells, **mesh)
-        axis.invert_xaxis()
-        axis.set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
-    axis.set_ylabel("layer", fontsize=8.5, color=SOFT)
-    axis.set_yticks(range(0, depth, max(1, depth // 7)))
-    axis.tick_params(colors=SOFT, labelsize=8)
-    axis.spines[:].set_visible(False)
-    axis.set_title(title, fontsize=10, loc="left", color=INK)
+        axes[-1].set_xlabel("model call (noise to the left)", fontsize=8.5, color=SOFT)
+    axes[0].set_title(title, fontsize=10, loc="left", color=INK)
     patches = [Patch(color=colour, label=level if level == NO_CALL else title_of(level)) for level, colour in colours.items()]
-    axis.legend(
+    axes[0].legend(
         handles=patches,
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),

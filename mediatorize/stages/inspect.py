@@ -134,5 +134,9 @@ def _published(name: str) -> Inspection:
 
 def shown_settings(arch: Architecture) -> MediatorSettings:
     """What `convert` adds by default, at more levels."""
-    ranks = {"local_rank": default_local_rank(arch.width), "projection_rank": default_projection_rank(arch.width)}
-    return MediatorSettings(SHOWN_LEVELS, modulation_rank=default_modulation_rank(arch.width), **ranks)
+    return MediatorSettings(
+        SHOWN_LEVELS,
+        local_rank=default_local_rank(arch.width),
+        modulation_rank=default_modulation_rank(arch.width),
+        projection_rank=default_projection_rank(arch.width),
+    )
