@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import model_inputs, tiny_model
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +27,7 @@ from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
 from mediatorize.model.memory import Memory, Series
 from mediatorize.model.schedule import Call, CallSchedule, calls_at, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.report.pictures import write_schedule_map
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, projection_rank=3, mlp_widths=(8, 4))
@@ -470,3 +473,16 @@ def test_what_inspect_says_of_forecasts_is_what_a_sampler_costs(calls: int) -> N
         whole, spent = sampler.flops(model.arch, SOFTMAX, None), sampler.flops(model.arch, schedule, None)
         assert whole
         assert spent == pytest.approx(share * whole)
+
+
+def test_a_schedules_map_shows_the_unconditional_half_where_it_differs(tmp_path: Path) -> None:
+    whole, resting = (SOFTMAX,) * 3, (LINEAR,) * 3
+    alike = CallSchedule((1.0, 0.6, 0.3), (Call(whole), Call(resting), Call(whole)))
+    apart = CallSchedule((1.0, 0.6, 0.3), (Call(whole), Call(resting), Call(whole, ())))
+    for name, schedule in (("alike", alike), ("apart", apart)):
+        write_schedule_map(tmp_path / f"{name}.png", schedule, name)
+    sizes = {}
+    for name in ("alike", "apart"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            sizes[name] = image.height
+    assert sizes["apart"] > 1.4 * sizes["alike"]
