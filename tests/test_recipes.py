@@ -71,7 +71,7 @@ def test_the_digits_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
     assert planned.told["calibrate"].facts["estimated_seconds"] > 0
     resolved = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert resolved["convert"]["levels"] == [1, 4]
-    assert resolved["convert"]["init"] == "cluster-queries"
+    assert resolved["convert"]["form"] == "learned"
     assert resolved["sample"]["seed"] == 5
     assert load_model(tmp_path / "out" / "bundle").settings is not None
 
