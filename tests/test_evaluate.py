@@ -207,10 +207,9 @@ def test_a_schedules_time_is_the_mean_over_its_calls(monkeypatch: pytest.MonkeyP
     assert found.timing == Timing(pairs=2, batch=3, softmax_ms=1000 * 6 * 27, control=1, control_quartiles=(1, 1))
 
 
-def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model whose attention takes as many seconds per row as it has mediators, or nine at softmax."""
-    model, clock = tiny_model(SETTINGS), {"now": 0.0}
-    real = SwitchableAttention.forward
+def attention_alone_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many seconds per row as it has mediators, or nine at softmax."""
+    clock, real = {"now": 0.0}, SwitchableAttention.forward
 
     def slow(self: SwitchableAttention, x: torch.Tensor, level: Any = SOFTMAX) -> torch.Tensor:
         clock["now"] += len(x) * (9 if level == SOFTMAX else int(level))
@@ -218,6 +217,12 @@ def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(SwitchableAttention, "forward", slow)
     monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+
+
+def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose attention takes as many seconds per row as it has mediators, or nine at softmax."""
+    model = tiny_model(SETTINGS)
+    attention_alone_takes_time(monkeypatch)
     model.schedule = Schedule((0.5,), ((SOFTMAX,) * 3, (1,) * 3))
     samples = Samples(rows=rows_of(model, [4]), labels=torch.arange(4), batch=4)
     sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0, cfg_interval=(0.5, 0.9))  # of noise levels 1, 2/3, 1/3: one guided
@@ -239,16 +244,9 @@ def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.Monk
 )
 def test_calls_that_rest_on_others_are_timed_as_a_whole_sampler(calls: list[Call], seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention takes as many seconds as it has mediators, or nine at softmax, per row; a computed call runs a forecast's stand-in too."""
-    model, clock = tiny_model(SETTINGS), {"now": 0.0}
+    model = tiny_model(SETTINGS)
     model.schedule = CallSchedule((1.0, 2 / 3, 1 / 3), tuple(calls))
-    real = SwitchableAttention.forward
-
-    def slow(self: SwitchableAttention, x: torch.Tensor, level: Any = SOFTMAX) -> torch.Tensor:
-        clock["now"] += len(x) * (9 if level == SOFTMAX else int(level))
-        return real(self, x, level)
-
-    monkeypatch.setattr(SwitchableAttention, "forward", slow)
-    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    attention_alone_takes_time(monkeypatch)
     samples = Samples(rows=rows_of(model, []), labels=torch.arange(4), batch=4)
     sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0)
     found = compare(model, samples, sampler, pairs=2, timing_batch=3)

@@ -13,10 +13,11 @@ from mediatorize.errors import UserError
 from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.export.pretrained import pretrained_part
 from mediatorize.formats.checkpoint import Hints, open_checkpoint, published_name
+from mediatorize.formats.tensors import own_copies
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block
 from mediatorize.model.levels import SOFTMAX, Level, kind_of
-from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 
 FILE = "model.pt"
 
@@ -24,7 +25,7 @@ FILE = "model.pt"
 def write(folder: Path, subject: Subject, choices: Choices) -> None:
     """The weights of one level, those that it shares with others among them, as `torch.save` of the original model's state dict."""
     state = alone_at(subject.model, _level(subject, choices)).state_dict()
-    torch.save({published_name(name): value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / FILE)
+    torch.save({published_name(name): value for name, value in own_copies(state).items()}, folder / FILE)
 
 
 def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:
@@ -52,7 +53,7 @@ def alone_at(model: DiffusionTransformer, level: Level) -> DiffusionTransformer:
         return pretrained_part(model)
     with torch.device("meta"):
         alone = DiffusionTransformer(_architecture(model.arch, level))
-    state = {name: value for name, value in model.state_dict().items() if ".mediator." not in name}
+    state = {name: value for name, value in model.state_dict().items() if not is_mediator(name)}
     for index, block in enumerate(model.layers()):
         state |= {f"blocks.{index}.{name}": value for name, value in _merged(block, level).items()}
     alone.load_state_dict({name: state[name] for name in alone.state_dict()}, assign=True)

@@ -14,6 +14,7 @@ from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.export.pretrained import pretrained_part, refuse_changed_base
 from mediatorize.formats.bundle import hash_of_weights
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.formats.tensors import own_copies
 from mediatorize.model.levels import is_pretrained
 
 OFFICIAL_FILE = "model.pt"
@@ -31,8 +32,7 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     if arch.mediators:
         raise UserError("The weights are of a SiT with mediators, which SiT's code does not run.", hint="Pass --to attention-mediators.")
     refuse_changed_base(subject)
-    state = pretrained_part(subject.model).state_dict()
-    torch.save({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / OFFICIAL_FILE)
+    torch.save(own_copies(pretrained_part(subject.model).state_dict()), folder / OFFICIAL_FILE)
 
 
 def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:

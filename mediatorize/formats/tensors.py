@@ -182,3 +182,8 @@ def write_beside(path: Path, write: Any) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def own_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with memory of their own: of a view, `torch.save` would write all that it is a view of."""
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}

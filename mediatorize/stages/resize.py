@@ -82,7 +82,7 @@ def _resize_checkpoint(source: Path, out: Path, image_size: tuple[int, int], hin
     import torch
 
     from mediatorize.formats.checkpoint import open_checkpoint, published_name
-    from mediatorize.formats.tensors import write_beside
+    from mediatorize.formats.tensors import own_copies, write_beside
     from mediatorize.model.resize import grid_of_image, resized
 
     checkpoint = open_checkpoint(source, hints, weights)
@@ -91,7 +91,7 @@ def _resize_checkpoint(source: Path, out: Path, image_size: tuple[int, int], hin
     checkpoint.verify()
     before = checkpoint.load()
     after = resized(before, grid_of_image(before.arch, *image_size))
-    state = {published_name(name): value.contiguous() for name, value in after.state_dict().items()}
+    state = {published_name(name): value for name, value in own_copies(after.state_dict()).items()}
     facts: dict[str, Any] = {"family": after.arch.family, "num_heads": after.arch.heads, "num_classes": after.arch.classes}
     facts |= {"enc_type": "resized"} if after.arch.reversed_time else {}  # REPA's files are known by it
     write_beside(out, lambda path: torch.save({"ema": state, "args": facts}, path))
