@@ -19,7 +19,6 @@ from torch import Tensor
 from mediatorize import devices
 from mediatorize.compression import search as searching
 from mediatorize.compression.costs import COSTS, CallCosts, Unit, flops_costs
-from mediatorize.compression.paths import WINDOW
 from mediatorize.compression.search import (
     FEWER,
     OUTPUTS,
@@ -37,7 +36,6 @@ from mediatorize.compression.search import (
 from mediatorize.compression.sensitivity import (
     Effects,
     ErrorTable,
-    Probes,
     Products,
     Surrogates,
     adjoint_products,
@@ -714,26 +712,6 @@ def test_a_killed_calibration_goes_on_and_ends_the_same(bundle: Callable[..., Pa
     assert before.items() <= without_times(broken).items()
     calibrate(broken, budget=0.9, **quick)
     assert without_times(broken) == without_times(whole)
-
-
-def test_the_table_takes_fewer_trajectories_at_a_time_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of()
-    sampler = Sampler.resolve(model.arch, steps=4)
-    whole = searching.measured_tables(model, sampler, 5, 32, InMemory())
-    counts: list[int] = []
-    measure = searching.adjoint_products
-
-    def counted(model: DiffusionTransformer, sampler: Sampler, probes: Probes, rows: torch.Tensor, *arguments: Any) -> Products:
-        counts.append(len(rows))
-        return measure(model, sampler, probes, rows, *arguments)
-
-    one = 4 * 16 * 48 * 3 * (2 + 2) * (WINDOW + 1)  # bytes of a number, tokens, width, layers, outputs with two counts, calls
-    monkeypatch.setattr(searching, "KEPT_BYTES", 2 * one + 1)
-    monkeypatch.setattr(searching, "adjoint_products", counted)
-    parts = searching.measured_tables(model, sampler, 5, 32, InMemory())
-    assert counts == [2, 2, 1]
-    np.testing.assert_allclose(parts.errors.products, whole.errors.products, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(parts.calls.products, whole.calls.products, rtol=1e-3, atol=1e-6)
 
 
 def test_finished_trajectories_are_not_measured_again_after_a_kill(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,16 @@ def test_levels_are_ranked_from_the_fewest_mediators_to_softmax() -> None:
     assert [is_pretrained(level) for level in (1, 256, "softmax")] == [False, False, True]
     assert most_mediators((1, 64, "softmax")) == 64
     assert [title(level) for level in (4, "softmax")] == ["m=4", "softmax"]
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2", "3", "4"])
+def test_levels_of_equal_rank_stand_in_the_same_order_in_every_process(hash_seed: str) -> None:
+    """A table of errors is kept on disk in this order, and read by another process."""
+    levels = ["softmax|1/8", "1|1/4", "softmax|1/4", "1|1/8"]
+    code = f"from mediatorize.model.levels import in_order; print(in_order({levels}))"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "['1|1/4', '1|1/8', 'softmax|1/4', 'softmax|1/8']"
 
 
 @pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",), ("linear", 1), ("4|1/8",)])

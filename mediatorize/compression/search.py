@@ -73,9 +73,6 @@ Per = Literal["cell", "step"]
 DIRECTIONS = 4
 """Random directions per trajectory along which the change of a sample is followed."""
 
-KEPT_BYTES = 2**31
-"""What the error table may keep of earlier calls at a time, unless one trajectory takes more (XL/2 at 256 pixels, guided: 6 GiB)."""
-
 PAIRS = 3
 """Batches by the schedule and by softmax that a latency is the median of."""
 
@@ -401,7 +398,7 @@ def measured_tables(
     settings, noise_levels = model.added(), sampler.noise_levels(model.arch)
     options = bare_levels(settings, KINDS_OF_SAVING)
     added = [level for level in options if not is_pretrained(level)]
-    parts = torch.arange(trajectories).split(trajectories_at_a_time(model.arch, settings, sampler, batch))
+    parts = torch.arange(trajectories).split(max(1, batch // sampler.rows))
 
     def make() -> Kept:
         measured = []
@@ -428,13 +425,6 @@ def measured_tables(
         norms=norms,
         changes=changes_of_cells(probes, noise_levels),
     )
-
-
-def trajectories_at_a_time(arch: Architecture, settings: MediatorSettings, sampler: Sampler, batch: int) -> int:
-    """As many as a batch has, or as `KEPT_BYTES` of the last calls' outputs hold; at least one."""
-    outputs = arch.depth * (2 + surrogates_of(settings, KINDS_OF_SAVING).count) * (WINDOW + 1)
-    bytes_of_one = 4 * arch.tokens * arch.width * outputs * sampler.rows
-    return max(1, min(batch // sampler.rows, KEPT_BYTES // bytes_of_one))
 
 
 def changes_of_cells(probes: Probes, noise_levels: Sequence[float]) -> list[float]:

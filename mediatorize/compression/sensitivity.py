@@ -188,6 +188,20 @@ class Products:
     """(calls, back, n, k): of the conditional less the unconditional output, where the latter stands; zero without guidance."""
 
     @classmethod
+    def zeros(
+        cls, calls: int, window: int, layers: int, levels: int, surrogates: int, halves: int, samples: int, directions: int
+    ) -> Products:
+        """Where nothing was measured yet, on the CPU."""
+        back, ends = window + 1, (samples, directions)
+        return cls(
+            levels=torch.zeros(calls, layers, levels, *ends),
+            outputs=torch.zeros(calls, back, layers, 2, halves, *ends),
+            surrogates=torch.zeros(calls, back, layers, surrogates, halves, *ends),
+            model_outputs=torch.zeros(calls, back, halves, *ends),
+            differences=torch.zeros(calls, back, *ends),
+        )
+
+    @classmethod
     def joined(cls, parts: Sequence[Products]) -> Products:
         return cls(*(torch.cat([getattr(part, field) for part in parts], dim=-2) for field in vars(parts[0])))
 
@@ -202,10 +216,11 @@ def adjoint_products(
     window: int,
     on_call: Callable[[], object] | None = None,
 ) -> Products:
-    """The products of some trajectories, by one pass back through each call.
+    """The products of some trajectories, by one pass back through each call, from the last call to the first.
 
     Backward from the gradient by the call's output, every block's output has its own gradient g; <g, d> is then the effect of any change d
-    there, with no further model calls. In memory: one call's activations and gradients, and the outputs of `window` calls' sub-layers.
+    there, with no further model calls. In memory: one call's activations and gradients; and of the `window` calls after it their gradients
+    by the last block's output and their gates, which meet what this call's sub-layers gave.
 
     Args:
         rows: (n,) indices into the probes.
@@ -215,80 +230,87 @@ def adjoint_products(
     device = next(model.parameters()).device
     guided = GuidedModel(model, probes.labels[rows].to(device), replace(sampler, cfg_interval=EVERYWHERE))
     both_halves = [own == sampler.rows for own in sampler.rows_of_calls(model.arch)]
-    watched = [(surrogates.attention, surrogates.mlp)] * model.arch.depth
-    kept: list[_Outputs] = []
-    found: list[tuple[Tensor, ...]] = []
-    for call, t in enumerate(sampler.times()):
-        memory = Memory(model.arch.depth, order=0)
-        memory.begin(0.0, watched if window else None)
+    depth, watched = model.arch.depth, [(surrogates.attention, surrogates.mlp)] * model.arch.depth
+    sides = [0, 1, *[0] * len(surrogates.attention), *[1] * len(surrogates.mlp)]
+    found = Products.zeros(
+        len(both_halves), window, depth, len(levels), surrogates.count, sampler.rows, len(rows), probes.gradients.shape[1]
+    )
+    after: list[_Gradients] = []
+    for call, t in reversed(list(enumerate(sampler.times()))):
+        memory = Memory(depth, order=0)
+        memory.begin(0.0, watched)
         batch, times, labels = guided.inputs(probes.states[call, rows].to(device), t)
         conditioning = model.condition(times, labels)
         with torch.enable_grad():
             embedded = model.embed(batch).detach().requires_grad_()
-            first, *after = model.walk(embedded, conditioning, SOFTMAX, memory=memory)
-            output = model.finish(after[-1], conditioning)
+            first, *tokens = model.walk(embedded, conditioning, SOFTMAX, memory=memory)
+            output = model.finish(tokens[-1], conditioning)
             told = guided.output(output if both_halves[call] else output[: len(rows)])  # both are run, so that all calls have one shape
             toward = probes.gradients[call][:, rows].to(device)
-            grads = [torch.autograd.grad(told, [output, *after], v, retain_graph=index + 1 < len(toward)) for index, v in enumerate(toward)]
+            grads = [
+                torch.autograd.grad(told, [output, *tokens], v, retain_graph=index + 1 < len(toward)) for index, v in enumerate(toward)
+            ]
         by_output, *by_block = (torch.stack(parts) for parts in zip(*grads, strict=True))  # (k, rows, ...) each
-        halves = len(batch) // len(rows)
         with torch.no_grad():
-            tokens = [first, *after]
-            changes = torch.zeros(model.arch.depth, len(levels), len(rows), len(toward))
+            inputs = [first, *tokens]
             for layer, block in enumerate(model.layers()):
                 for place, level in enumerate(levels):
-                    change = block(tokens[layer], conditioning, level) - tokens[layer + 1]
-                    changes[layer, place] = _products(change, by_block[layer], halves).sum(0)
-            now = _Outputs.of(memory, output, surrogates)
-            kept = [now, *kept][: window + 1]
-            gates = torch.stack([torch.stack(block.gates(conditioning)) for block in model.layers()])  # (layers, 2, rows, c)
-            sides = [0] * len(surrogates.attention) + [1] * len(surrogates.mlp)
-            backs = [part.products(by_output, by_block[-1], gates, sides, halves) for part in kept]
-            missing = [tuple(torch.zeros_like(part) for part in backs[0])] * (window + 1 - len(backs))
-            found.append((changes, *(torch.stack(parts) for parts in zip(*backs, *missing, strict=True))))
+                    change = block(inputs[layer], conditioning, level) - inputs[layer + 1]
+                    found.levels[call, layer, place] = _products(change, by_block[layer], sampler.rows).sum(0)
+            gates = torch.stack([torch.stack(block.gates(conditioning)) for block in model.layers()])
+            after = [_Gradients(by_output, by_block[-1], gates), *after][: window + 1]
+            for back, gradients in enumerate(after):
+                found.model_outputs[call + back, back] = _products(output, gradients.by_output, sampler.rows)
+                if sampler.rows == 2:
+                    conditional, unconditional = output.chunk(2)
+                    of_unconditional = gradients.by_output.chunk(2, dim=1)[1]
+                    found.differences[call + back, back] = _products(conditional - unconditional, of_unconditional, 1)[0]
+            for back, products in enumerate(_gated_products(_outputs(memory, surrogates), sides, after, sampler.rows)):
+                found.outputs[call + back, back], found.surrogates[call + back, back] = products[:, :2], products[:, 2:]
         if on_call is not None:
             on_call()
-    return Products(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+    return found
 
 
 @dataclass(frozen=True)
-class _Outputs:
-    """What one call's sub-layers (layers, 2, rows, n, c), their surrogates (layers, surrogates, rows, n, c) and the model gave."""
+class _Gradients:
+    """What moves the sample at one call, and the gates behind which its sub-layers' outputs are added to the tokens."""
 
-    sub_layers: Tensor
-    surrogates: Tensor
-    model: Tensor
+    by_output: Tensor
+    """(k, rows, output channels, h, w): by the model's output."""
+    by_tokens: Tensor
+    """(k, rows, n, c): by the output of the last block."""
+    gates: Tensor
+    """(layers, 2, rows, c)"""
 
-    @classmethod
-    def of(cls, memory: Memory, output: Tensor, surrogates: Surrogates) -> _Outputs:
-        both = [(block.attention, block.mlp) for block in memory.blocks]
-        sub_layers = torch.stack([torch.stack([part.outputs.values[-1] for part in parts]) for parts in both])
-        stand_ins = sub_layers.new_zeros(len(both), surrogates.count, *sub_layers.shape[2:])
-        for layer, parts in enumerate(both):
-            wanted = [(0, level) for level in surrogates.attention] + [(1, level) for level in surrogates.mlp]
-            for place, (side, level) in enumerate(wanted):
-                if level in parts[side].surrogates:
-                    stand_ins[layer, place] = sub_layers[layer, side] - parts[side].surrogates[level].values[-1]
-        return cls(sub_layers.detach(), stand_ins.detach(), output.detach())
 
-    def products(self, by_output: Tensor, by_last: Tensor, gates: Tensor, sides: list[int], halves: int) -> tuple[Tensor, ...]:
-        """(layers, 2, halves, n, k), (layers, surrogates, halves, n, k), (halves, n, k), (n, k), on the CPU; behind a call's gates."""
+def _outputs(memory: Memory, surrogates: Surrogates) -> Tensor:
+    """What one call's sub-layers gave, and the surrogates on the same inputs: (layers, 2 + surrogates, rows, n, c)."""
+    layers = []
+    for block in memory.blocks:
+        attention, mlp = block.attention.outputs.values[-1], block.mlp.outputs.values[-1]
+        stand_ins = [attention - block.attention.surrogates[level].values[-1] for level in surrogates.attention]
+        stand_ins += [mlp - block.mlp.surrogates[level].values[-1] for level in surrogates.mlp]
+        layers.append(torch.stack([attention, mlp, *stand_ins]))
+    return torch.stack(layers).detach()
 
-        def gated(values: Tensor, sides: list[int]) -> Tensor:
-            parts = [
-                torch.stack([_products(value * gate[side].unsqueeze(1), by_last, halves) for value, side in zip(layer, sides, strict=True)])
-                if sides
-                else by_last.new_zeros(0, halves, by_last.shape[1] // halves, len(by_last))
-                for layer, gate in zip(values, gates, strict=True)
-            ]
-            return torch.stack(parts).cpu()
 
-        of_model = _products(self.model, by_output, halves).cpu()
-        of_difference = torch.zeros_like(of_model[0])
-        if halves == 2:
-            conditional, unconditional = self.model.chunk(2)
-            of_difference = _products(conditional - unconditional, by_output.chunk(2, dim=1)[1], 1)[0].cpu()
-        return gated(self.sub_layers, [0, 1]), gated(self.surrogates, sides), of_model, of_difference
+def _gated_products(values: Tensor, sides: Sequence[int], after: Sequence[_Gradients], halves: int) -> Tensor:
+    """<gradient, gate * value> of sub-layers' outputs of one call with every call's gradients and gates.
+
+    (layers, parts, rows, n, c) -> (calls, layers, parts, halves, n, k). Per row and channel it is one product of matrices over tokens.
+
+    Args:
+        sides: which of the two gates each part passes.
+    """
+    found = []
+    for row in range(values.shape[2]):
+        own = values[:, :, row].permute(3, 0, 1, 2)  # (c, layers, parts, n)
+        toward = torch.stack([gradients.by_tokens[:, row] for gradients in after]).permute(3, 2, 0, 1)  # (c, n, calls, k)
+        gates = torch.stack([gradients.gates[:, list(sides), row] for gradients in after])  # (calls, layers, parts, c)
+        products = own.flatten(1, 2) @ toward.flatten(2)
+        found.append(torch.einsum("clpak,alpc->alpk", products.view(*own.shape[:3], *toward.shape[2:]), gates))
+    return torch.stack(found, dim=3).unflatten(3, (halves, -1))
 
 
 def _products(change: Tensor, gradients: Tensor, halves: int) -> Tensor:

@@ -359,8 +359,8 @@ def is_pretrained(level: Level) -> bool:
 
 
 def in_order(levels: Iterable[Level]) -> list[Level]:
-    """Distinct levels in the order of their rank."""
-    return sorted(set(levels), key=lambda level: kind_of(level).rank(level))
+    """Distinct levels in the order of their rank, and of their names where ranks are equal."""
+    return sorted(set(levels), key=lambda level: (kind_of(level).rank(level), str(level)))
 
 
 def title(level: Level) -> str:
