@@ -22,6 +22,7 @@ from mediatorize.diffusion import sampling
 from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.process import BETAS, process_of
 from mediatorize.diffusion.sampling import Sampler
+from mediatorize.diffusion.switching import Switcher
 from mediatorize.export import safetensors
 from mediatorize.export.contract import Choices, Export, Probe, Subject
 from mediatorize.export.standalone import standalone
@@ -29,7 +30,7 @@ from mediatorize.export.targets import EXPORTS
 from mediatorize.formats import bundle
 from mediatorize.formats.tensors import read_safetensors
 from mediatorize.model.levels import LINEAR, SOFTMAX, MediatorSettings
-from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule
+from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report import exporting
 from mediatorize.report.card import model_card
@@ -63,6 +64,12 @@ def forecasting(solver: str = "euler", steps: int = len(CALLS), calls: tuple[Cal
     model = small_model(None, NARROW, **changes)
     model.schedule = CallSchedule(tuple(Sampler(solver=solver, steps=steps).noise_levels(model.arch)), calls)
     return model
+
+
+def by_rule(per: Any, ratios: tuple[float, float], **changes: Any) -> DiffusionTransformer:
+    """A model whose schedule is a step-wise rule."""
+    rule = SwitchRule(levels=(1, 4, SOFTMAX), ratios=ratios, first=2, per=per)
+    return small_model(RuleSchedule(rule, Schedule((0.5,), ((SOFTMAX,) * 2, (1,) * 2))), **changes)
 
 
 DIFFUSERS_CONVENTIONS = {"frequency_shift": 1, "mlp_norm_eps": 1e-5}
@@ -599,6 +606,62 @@ def test_a_dit_forecasts_in_diffusers_as_here_with_a_vae_too(tmp_path: Path) -> 
             output = sampling.guide(call(torch.cat([x, x]), torch.full((4,), float(t)), labels), 1.5, 4)
         x = scheduler.step(output[:2, :4], t, x).prev_sample
     assert_close(found["ddim"], x)
+
+
+RULE_SCRIPT = """
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+made, original = [], pipe.transformer.driver
+def driver(*arguments):
+    made.append(original(*arguments))
+    return made[-1]
+pipe.transformer.driver = driver
+assert type(pipe).__name__ == "MediatorPipeline"
+if "betas" in given:
+    betas = given["betas"].double().numpy()
+    pipe.scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1000, trained_betas=betas, timestep_spacing="linspace")
+how = dict(num_inference_steps=16, guidance_scale=1.5, latents=given["noise"], output_type="latent", guided_channels=None)
+for name in ("sampled", "again"):
+    results[name] = pipe([1, 7, 3], **how).images
+    results[f"{name}, switches"] = made[-1].switches
+"""
+
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
+@pytest.mark.parametrize(("family", "solver", "ratios"), [("sit", "euler", (0.999, 0.99)), ("dit", "dpm-solver++", (3.0, 1.92))])
+def test_the_step_wise_rule_switches_in_diffusers_as_here(family: str, solver: str, ratios: Any, per: Any, tmp_path: Path) -> None:
+    """The pipeline that travels has the rule with a VAE too; a second run begins anew."""
+    tiny_vae(tmp_path / "vae")
+    source = make_bundle(tmp_path / "bundle", by_rule(per, ratios, family=family))
+    export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "step-wise rule of arXiv 2408.05710: m=1, then m=4, then softmax; first 2" in card
+    assert "as loaded it follows the step-wise rule" in card
+    model, (noise, _, _) = load_model(source), model_inputs(small_model(None), batch=3)
+    betas = {"betas": torch.from_numpy(BETAS)} if family == "dit" else {}
+    found = elsewhere(tmp_path / "out", RULE_SCRIPT, tmp_path, noise=noise, **betas)
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=16, cfg_scale=1.5, cfg_channels="all")
+    drive = sampling.driver_of(model, sampler, model.schedule, 3)
+    assert isinstance(drive, Switcher)
+    assert_close(found["sampled"], sampling.sample_batch(model, [1, 7, 3], sampler, noise=noise, drive=drive))
+    assert found["sampled, switches"].tolist() == drive.switches.tolist()
+    assert (drive.switches >= 4).any()  # after two first changes
+    assert (len(set(map(tuple, drive.switches.tolist()))) > 1) == (per == "sample")
+    assert torch.equal(found["again"], found["sampled"])
+    assert torch.equal(found["again, switches"], found["sampled, switches"])
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_step_wise_rule_comes_back_from_safetensors_and_no_program_has_it(adapter: bool, tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", by_rule("sample", (0.9, 0.5)))
+    export(source, tmp_path / "out", to="safetensors", adapter=adapter)
+    base = tmp_path / "base.pt"
+    torch.save(official_state(load_model(source)), base)
+    told: dict[str, Any] = {"family": "sit", "num_heads": 2, "adapter": tmp_path / "out"} if adapter else {}
+    back = load_model(base if adapter else tmp_path / "out", **told)
+    assert back.schedule == load_model(source).schedule
+    with pytest.raises(UserError, match="which no program does"):
+        export(source, tmp_path / "programs", to="torch-export")
+    assert not (tmp_path / "programs").exists()
 
 
 TRANSFORMER_SCRIPT = """

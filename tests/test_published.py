@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mediatorize
-from mediatorize.diffusion.sampling import Sampler, sample_batch
+from mediatorize.diffusion.sampling import Sampler, flops_by_rule, sample_batch, switcher_of
 from mediatorize.diffusion.solvers import SOLVERS
-from mediatorize.diffusion.switching import Stage, Switcher, SwitchRule
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle
 from mediatorize.formats.checkpoint import open_checkpoint
 from mediatorize.model.cost import count_parameters, forward_flops
 from mediatorize.model.levels import SOFTMAX, MediatorSettings
+from mediatorize.model.schedule import SwitchRule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report import conversion, inspection, resizing, sampling
 from mediatorize.stages.calibrate import calibrate
@@ -212,14 +212,13 @@ def golden_case(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "measure"), [("mae", "mean-absolute"), ("mse", "mean-square")])
-def test_the_rule_switches_where_the_original_does(name: str, measure: str, tmp_path: Path) -> None:
+def test_the_rule_switches_where_the_original_does(name: str, measure: Any, tmp_path: Path) -> None:
     case, given = golden_case(name), stored(f"{name}.")
     counts = (4, 16, 64)
     models = [mediatorize.load_model(original_file(tmp_path / f"{count}.pt", count)) for count in counts]
-    stages = tuple(Stage(model, SOFTMAX) for model in models)
-    rule = SwitchRule(stages=stages, ratios=tuple(case["ratios"]), first=case["first"], measure=measure)
+    rule = SwitchRule(levels=(SOFTMAX,) * 3, ratios=tuple(case["ratios"]), first=case["first"], measure=measure)
     sampler = Sampler.resolve(models[0].arch, solver="sde", steps=case["steps"])
-    switcher, used = Switcher(rule, sampler, 2), []
+    switcher, used = switcher_of(rule, models, sampler, 2), []
 
     def predict(x: Tensor, t: float) -> Tensor:
         switcher.look(x)
@@ -234,7 +233,7 @@ def test_the_rule_switches_where_the_original_does(name: str, measure: str, tmp_
     assert relative_error(found, given["sample"]) < 1e-5
     assert switcher.switches.tolist() == [[used.index(16), used.index(64)]] * 2
     flops = {count: forward_flops(model.arch) for count, model in zip(counts, models, strict=True)}
-    assert switcher.flops == 2 * sum(flops[count] for count in used)
+    assert flops_by_rule(rule, models, sampler, switcher.switches) == 2 * sum(flops[count] for count in used)
 
 
 class Moving(DiffusionTransformer):
@@ -256,10 +255,10 @@ def moving() -> Moving:
 def test_the_rule_counts_steps_whatever_calls_they_take(solver: str, calls: int) -> None:
     """Euler's change of step i is 1 - i / 20, of a base (of steps 1 to 3) of 1 - 2 / 20: below half of it from step 12 on."""
     model = moving()
-    rule = SwitchRule(stages=(Stage(model, 1), Stage(model, SOFTMAX)), ratios=(0.5,))
+    rule = SwitchRule(levels=(1, SOFTMAX), ratios=(0.5,))
     sampler = Sampler.resolve(model.arch, solver=solver, steps=20)
-    switcher = Switcher(rule, sampler, 2)
-    sample_batch(model, [1, 1], sampler, drive=switcher, before=switcher.look)
+    switcher = switcher_of(rule, [model] * 2, sampler, 2)
+    sample_batch(model, [1, 1], sampler, drive=switcher)
     began = switcher.switches.tolist()
     assert began[0] == began[1]
     assert len(model.calls) == 20 * calls
@@ -272,10 +271,10 @@ def test_the_rule_looks_at_the_solvers_own_state_in_any_precision() -> None:
     steps = []
     for dtype in (torch.float32, torch.bfloat16):
         model = moving().to(dtype)
-        rule = SwitchRule(stages=(Stage(model, 1), Stage(model, SOFTMAX)), ratios=(0.5,), measure="mean-square")
+        rule = SwitchRule(levels=(1, SOFTMAX), ratios=(0.5,), measure="mean-square")
         sampler = Sampler.resolve(model.arch, solver="euler", steps=400)
-        switcher = Switcher(rule, sampler, 1)
-        sample_batch(model, [1], sampler, drive=switcher, before=switcher.look)
+        switcher = switcher_of(rule, [model] * 2, sampler, 1)
+        sample_batch(model, [1], sampler, drive=switcher)
         steps.append(int(switcher.switches))
     assert abs(steps[0] - steps[1]) <= 4  # the model's own rounding is left
 
@@ -285,9 +284,9 @@ def test_samples_that_switch_for_themselves_do_not_depend_on_their_batch() -> No
     sampler = Sampler.resolve(model.arch, solver="euler", steps=20, cfg_scale=2.0)
 
     def began(labels: list[int], per: Any) -> list[list[int]]:
-        rule = SwitchRule(stages=(Stage(model, 1), Stage(model, 4), Stage(model, SOFTMAX)), ratios=(0.5, 0.1), per=per)
-        switcher = Switcher(rule, sampler, len(labels))
-        sample_batch(model, labels, sampler, drive=switcher, before=switcher.look)
+        rule = SwitchRule(levels=(1, 4, SOFTMAX), ratios=(0.5, 0.1), per=per)
+        switcher = switcher_of(rule, [model] * 3, sampler, len(labels))
+        sample_batch(model, labels, sampler, drive=switcher)
         return switcher.switches.tolist()
 
     alone = began([1], "sample") + began([2], "sample")
@@ -299,22 +298,24 @@ def test_samples_that_switch_for_themselves_do_not_depend_on_their_batch() -> No
 
 
 def test_rules_that_cannot_be_are_refused() -> None:
-    model, other = moving(), tiny_model(grid=(6, 6))
-    stages = (Stage(model, 1), Stage(model, 4), Stage(model, SOFTMAX))
+    model = moving()
     for changes, match in (
         ({"ratios": (0.3, 0.6)}, "Ratios 0.3,0.6 do not descend"),
         ({"ratios": (0.3,)}, "1 ratios do not switch between 3 stages"),
+        ({"levels": (1,), "ratios": ()}, "fewer than two stages"),
+        ({"levels": (1, 4, "many")}, "many"),
         ({"first": 0}, "of 0 changes"),
+        ({"measure": "median"}, "by median per batch"),
         ({"ratios": (float("nan"), 0.3)}, "do not descend above 0"),
-        ({"stages": (*stages[:2], Stage(other, SOFTMAX))}, "not for the same latents"),
-        ({"stages": (*stages[:2], Stage(tiny_model(reversed_time=True), SOFTMAX))}, "not for the same latents"),
-        ({"stages": (*stages[:2], Stage(tiny_model(null_class=False), SOFTMAX))}, "not for the same latents"),
-        ({"stages": (*stages[:2], Stage(tiny_model(family="dit"), SOFTMAX))}, "not for the same latents"),
     ):
         with pytest.raises(UserError, match=match):
-            SwitchRule(**({"stages": stages, "ratios": (0.6, 0.3)} | changes))  # type: ignore[arg-type]
+            SwitchRule(**({"levels": (1, 4, SOFTMAX), "ratios": (0.6, 0.3)} | changes))  # type: ignore[arg-type]
+    rule, euler = SwitchRule(levels=(1, SOFTMAX), ratios=(0.6,)), Sampler.resolve(model.arch, solver="euler", steps=5)
+    for other in ({"grid": (6, 6)}, {"reversed_time": True}, {"null_class": False}, {"family": "dit"}):
+        with pytest.raises(UserError, match="not for the same latents"):
+            switcher_of(rule, [model, tiny_model(**other)], euler, 1)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="dopri5 takes as many steps"):
-        Switcher(SwitchRule(stages=stages, ratios=(0.6, 0.3)), Sampler.resolve(model.arch, solver="dopri5"), 1)
+        switcher_of(rule, [model] * 2, Sampler.resolve(model.arch, solver="dopri5"), 1)
 
 
 def test_sample_switches_between_levels_and_says_when(official_file: Callable[..., Path], tmp_path: Path) -> None:

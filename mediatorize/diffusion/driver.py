@@ -40,6 +40,9 @@ class Driver:
         self.apart = any(call.unconditional is not None for call in calls) or (forecast and len(set(rows)) > 1)
         self.streams = [_Stream(levels, depth, self.places) for levels in (halves if self.apart else halves[:1])]
 
+    def look(self, x: Tensor) -> None:
+        """Is shown the solver's state before every call. A schedule does not go by it."""
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output at the trajectory's next call: x (b, c, h, w), t (b,), y (b,), each conditional first where guided."""
         if self.index == len(self.places):

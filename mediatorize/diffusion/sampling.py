@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +14,25 @@ from torch import Tensor
 from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.solvers import SOLVERS, Solver, find_solver, refuse_steps
+from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
-from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule, calls_at
+from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule, calls_at
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
-Drive = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x, t, labels) -> the model's output."""
+
+class Drive(Protocol):
+    """Makes the model calls of one trajectory of a batch."""
+
+    def look(self, x: Tensor) -> None:
+        """Is shown the solver's state (b, c, h, w), in float32, before every model call."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """(x, t, labels) of a call, the guided batch in full -> the model's output."""
+
 
 Channels = int | Literal["all"]
 Interval = tuple[float, float]
@@ -240,13 +250,11 @@ def sample_batch(
     first_index: int = 0,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
     drive: Drive | None = None,
-    before: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """`sample` with a resolved sampler.
 
     Args:
         drive: makes the model calls of this one trajectory, in place of a schedule.
-        before: called before every model call with the solver's state, in float32.
     """
     arch = model.arch
     parameter = next(model.parameters())
@@ -262,8 +270,7 @@ def sample_batch(
     call = driver_of(model, sampler, schedule, len(labels)) if drive is None else drive
 
     def predict(x: Tensor, t: float) -> Tensor:
-        if before is not None:
-            before(x)
+        call.look(x)
         batch, times, batch_labels = guided_model.inputs(x, t)
         if observe is not None:
             observe(batch, times, batch_labels)
@@ -276,6 +283,8 @@ def sample_batch(
 
 def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None, batch: int) -> Drive:
     """What a solver's calls of the model go through, for one trajectory of a batch."""
+    if isinstance(schedule, RuleSchedule):
+        return switcher_of(schedule.rule, [model] * len(schedule.rule.levels), sampler, batch)
     if not sampler.how.adaptive:
         arch = model.arch
         rows = sampler.rows_of_calls(arch)
@@ -285,13 +294,56 @@ def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedu
             f"{sampler.solver} takes as many steps as it needs; a schedule with forecasts is for fixed ones.",
             hint="Pass --solver euler, or --level softmax.",
         )
-    process = process_of(model.arch)
+    return AtOnce(model, schedule)
 
-    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        levels = schedule.at(float(process.noise_level(t[0]))) if isinstance(schedule, Schedule) else schedule
-        return model(x, t, y, levels=SOFTMAX if levels is None else levels)
 
-    return call
+@dataclass(frozen=True)
+class AtOnce:
+    """Calls a model at the levels of a call's noise level, however many calls there are."""
+
+    model: DiffusionTransformer
+    schedule: Schedule | Level | None
+
+    def look(self, x: Tensor) -> None:
+        """A schedule does not go by the state."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        noise_level = float(process_of(self.model.arch).noise_level(t[0]))
+        levels = self.schedule.at(noise_level) if isinstance(self.schedule, Schedule) else self.schedule
+        return self.model(x, t, y, levels=SOFTMAX if levels is None else levels)
+
+
+def switcher_of(rule: SwitchRule, models: Sequence[DiffusionTransformer], sampler: Sampler, batch: int) -> Switcher:
+    """The step-wise rule along one trajectory of a batch.
+
+    Args:
+        models: of the stages, at their levels.
+
+    Raises:
+        UserError: the solver's steps are not fixed, or the models are not for the same latents.
+    """
+    if sampler.how.adaptive:
+        raise UserError(f"{sampler.solver} takes as many steps as it needs; the rule needs fixed ones.", hint="Pass --solver sde.")
+    same = {replace(model.arch, depth=1, width=1, heads=1, patch=1, grid=(1, 1), mlp_width=1, mediators=0) for model in models}
+    if len(same) > 1 or len({model.arch.input_size for model in models}) > 1:
+        raise UserError("The checkpoints are not for the same latents, classes and process.", hint="Pass checkpoints of one kind.")
+    return Switcher(rule, models, batch, sampler.how.calls_per_step)
+
+
+def flops_by_rule(rule: SwitchRule, models: Sequence[DiffusionTransformer], sampler: Sampler, switches: Tensor) -> int:
+    """FLOPs of all samples that switched so.
+
+    Args:
+        models: of the stages.
+        switches: as `Switcher` gives them (n, stages - 1).
+    """
+    one = [cost.forward_flops(model.arch, level, model.settings) for model, level in zip(models, rule.levels, strict=True)]
+    rows = sampler.rows_of_calls(models[0].arch)
+    total = 0
+    for begins, count in Counter(map(tuple, switches.tolist())).items():
+        stages = rule.stages_of_calls(begins, len(rows), sampler.how.calls_per_step)
+        total += count * sum(own * one[stage] for own, stage in zip(rows, stages, strict=True))
+    return total
 
 
 def sample_part(
@@ -302,10 +354,9 @@ def sample_part(
     first_index: int,
     observe: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
     drive: Drive | None = None,
-    before: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """One batch, whose samples have indices from `first_index`, on the CPU in float32; refuses what is not finite."""
-    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive, before=before)
+    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive)
     if not latents.isfinite().all():
         raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
     return latents.float().cpu()
@@ -318,16 +369,19 @@ def sample_many(
     schedule: AnySchedule | Level | None,
     batch: int,
     on_samples: Callable[[int], object] | None = None,
+    drive_of: Callable[[int], Drive] | None = None,
 ) -> Tensor:
     """Any number of samples, `batch` at a time, on the CPU in float32: (n, c, h, w).
 
     Args:
         on_samples: called with the number of samples after each batch.
+        drive_of: makes what makes the model calls of a batch of so many samples, in place of a schedule.
     """
     parts = []
     for first in range(0, len(labels), batch):
         part = labels[first : first + batch]
-        parts.append(sample_part(model, part, sampler, schedule, first))
+        drive = None if drive_of is None else drive_of(len(part))
+        parts.append(sample_part(model, part, sampler, schedule, first, drive=drive))
         if on_samples is not None:
             on_samples(len(part))
     return torch.cat(parts)

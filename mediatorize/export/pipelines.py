@@ -23,7 +23,7 @@ from mediatorize.formats.bundle import save_tensors, write_json, write_text
 from mediatorize.formats.images import load_vae
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.schedule import AnySchedule, CallSchedule
+from mediatorize.model.schedule import AnySchedule, CallSchedule, RuleSchedule
 from mediatorize.version import VERSION
 
 TRANSFORMER_FILE, TRANSFORMER_CLASS = "mediator_transformer", "MediatorTransformer2DModel"
@@ -62,8 +62,8 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {"ddpm": _ddpm_scheduler, "flow": _fl
 
 def suits_stock_pipeline(arch: Architecture, vae: Path | None, schedule: AnySchedule | None = None) -> bool:
     """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents."""
-    if isinstance(schedule, CallSchedule):
-        return False  # its forecasts need a driver for each run
+    if isinstance(schedule, CallSchedule | RuleSchedule):
+        return False  # forecasts, and the rule, need a driver for each run
     fits = arch.null_class and arch.classes <= STOCK_NULL_CLASS and arch.input_size[0] == arch.input_size[1]
     return process_of(arch).name == STOCK_PROCESS and vae is not None and fits
 
@@ -177,7 +177,8 @@ def usage(subject: Subject, choices: Choices) -> str:
     if choices.level is not None:
         ready = f"is at level {choices.level}"
     else:
-        ready = "is at softmax" if subject.model.schedule is None else "follows the schedule"
+        rule = isinstance(subject.model.schedule, RuleSchedule)
+        ready = "is at softmax" if subject.model.schedule is None else "follows the step-wise rule" if rule else "follows the schedule"
     beside = "" if choices.vae is None else f"\n\n`vae` is a copy of `{choices.vae.name}`, under its own licence."
     return f"""```python
 from diffusers import DiffusionPipeline

@@ -17,7 +17,7 @@ from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.formats.bundle import write_json
 from mediatorize.model.levels import Level, forecasts, levels_per_layer, parts_of
 from mediatorize.model.memory import Memory, Series, SubLayerMemory
-from mediatorize.model.schedule import CallSchedule, highest_order, is_computed, places_of
+from mediatorize.model.schedule import CallSchedule, RuleSchedule, highest_order, is_computed, places_of
 from mediatorize.model.transformer import DiffusionTransformer
 
 INDEX_FILE = "index.json"
@@ -97,6 +97,8 @@ def keys_of(schedule: CallSchedule) -> list[Key]:
 def write(folder: Path, subject: Subject, choices: Choices) -> None:
     """A program per distinct pattern of the schedule, or per level where there is none, and an index of noise levels to programs."""
     model, schedule = subject.model, subject.model.schedule
+    if isinstance(schedule, RuleSchedule):
+        raise UserError("A step-wise rule looks at the samples, which no program does.", hint="Export to safetensors or diffusers.")
     arch, process = subject.arch, process_of(subject.arch)
     index: dict[str, Any] = {
         "format": INDEX_FORMAT,

@@ -12,7 +12,7 @@ from torch import Tensor
 from mediatorize.diffusion.process import process_of
 from mediatorize.errors import UserError
 from mediatorize.export.contract import Case, Choices, Export, Probe, Subject
-from mediatorize.model.schedule import CallSchedule
+from mediatorize.model.schedule import CallSchedule, Schedule
 
 TOLERANCE = 1e-4
 """Of an output's largest value: how far a loaded export may be from the model."""
@@ -33,7 +33,10 @@ class Verification:
 
 
 def probe_of(subject: Subject, seed: int = 0, batch: int = 2) -> Probe:
-    """A case for every level, at a time of its own, and one for every piece of the schedule, in its middle."""
+    """A case for every level, at a time of its own, and one for every piece of the schedule, in its middle.
+
+    A step-wise rule switches between the levels.
+    """
     arch, schedule = subject.arch, subject.model.schedule
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,7 +50,7 @@ def probe_of(subject: Subject, seed: int = 0, batch: int = 2) -> Probe:
         resting = next((index for index, call in enumerate(schedule.of_calls) if not call.computed), 0)
         names = [f"call {index + 1} of the schedule" if index <= resting else "" for index in range(len(schedule.of_calls))]
         walk = tuple((time_at(noise), name) for noise, name in zip(schedule.noise_levels, names, strict=True))
-    elif schedule is not None:
+    elif isinstance(schedule, Schedule):
         for low, high in zip((0.0, *schedule.edges), (*schedule.edges, 1.0), strict=True):
             middle = (low + high) / 2
             name = f"schedule at noise level {middle:.4g}"

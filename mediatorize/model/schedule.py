@@ -1,7 +1,8 @@
 """Schedules: what runs in every layer of every model call. No torch here.
 
 A `Schedule` has a level for every noise level and layer, whatever a sampler's steps are. A `CallSchedule` says for each model call of one
-sampler what is computed and what is forecast; a sampler of other steps takes the nearest calls.
+sampler what is computed and what is forecast; a sampler of other steps takes the nearest calls. A `RuleSchedule` leaves the choice of the
+level to the step-wise rule, which looks at the samples.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mediatorize.errors import UserError
 from mediatorize.model.levels import LINEAR, SOFTMAX, Level, forecasts, kind_of, parts_of, read_level
 
 CALLS_FORMAT = 2
 """Version of a schedule file with single calls. Files of pieces have none."""
+
+RULE_FORMAT = 3
+"""Version of a schedule file with a step-wise rule."""
+
+Measure = Literal["mean-absolute", "mean-square"]
+"""What is averaged of the change of the latents. The paper's choice is mean-absolute."""
+
+SwitchPer = Literal["batch", "sample"]
+"""Whether all samples of a batch switch together, by their mean change, as in the original; or each by its own."""
 
 Watched = tuple[tuple[Level, ...], tuple[Level, ...]]
 """Surrogates of a block's attention and of its MLP that a computed call runs beside them, for later forecasts."""
@@ -264,11 +274,102 @@ def forecast_from_the_first(noise_levels: Sequence[float], depth: int) -> CallSc
 SAME_NOISE_LEVEL = 1e-5
 """Noise levels that are nearer than this are the same call."""
 
-AnySchedule = Schedule | CallSchedule
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchRule:
+    """The step-wise rule of arXiv 2408.05710, section 3.3: stages of the sampling, each at a level, and when the next one begins.
+
+    With x_i the latents after step i = 0, 1, ... and d_i the mean change from x_(i-1) to x_i, the base is the mean of d_1 .. d_first. From
+    i = first + 1 on, the next stage begins after the first step with d_i < ratio * base, and no stage comes back. One check may end two
+    stages.
+    """
+
+    levels: tuple[Level, ...]
+    """Of the stages, in order: each for all layers."""
+    ratios: tuple[float, ...]
+    """Of every stage but the first: the change, as a share of the base, below which it begins."""
+    first: int = 3
+    """Changes that the base is the mean of."""
+    measure: Measure = "mean-absolute"
+    per: SwitchPer = "batch"
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2:
+            raise UserError("A rule with fewer than two stages has nothing to switch to.", hint="Name at least two levels.")
+        if len(self.levels) != len(self.ratios) + 1:
+            raise UserError(f"{len(self.ratios)} ratios do not switch between {len(self.levels)} stages.", hint="Pass one ratio fewer.")
+        if any(before < after for before, after in pairwise(self.ratios)) or not all(ratio > 0 for ratio in self.ratios):
+            listed = ",".join(f"{ratio:g}" for ratio in self.ratios)
+            raise UserError(f"Ratios {listed} do not descend above 0.", hint="Pass for instance --ratios 0.6,0.3.")
+        if self.first < 1:
+            raise UserError(f"The base cannot be of {self.first} changes.", hint="Pass --first 3.")
+        if self.measure not in get_args(Measure) or self.per not in get_args(SwitchPer):
+            known = ", ".join((*get_args(Measure), *get_args(SwitchPer)))
+            raise UserError(f"A rule cannot be by {self.measure} per {self.per}.", hint=f"Choose among {known}.")
+        for level in self.levels:
+            kind_of(level)  # refuses what is none
+
+    @property
+    def earliest(self) -> int:
+        """The first step, from 0, that a later stage can begin with."""
+        return self.first + 2
+
+    def stages_of_calls(self, begins: Sequence[int], calls: int, calls_per_step: int) -> list[int]:
+        """The stage that makes each model call of a sample.
+
+        Args:
+            begins: the step, from 0, that each stage but the first began with; -1: it never did.
+        """
+        return [sum(0 <= begin <= call // calls_per_step for begin in begins) for call in range(calls)]
+
+
+@dataclass(frozen=True)
+class RuleSchedule:
+    """A step-wise rule between levels of one model, as a schedule. What a call runs is known only when samples are made."""
+
+    rule: SwitchRule
+    usual: Schedule
+    """The levels of the median of the samples that the rule was calibrated on: for pictures, and to estimate costs before sampling."""
+
+    @property
+    def depth(self) -> int:
+        """How many layers it is for."""
+        return self.usual.depth
+
+    @property
+    def used(self) -> set[Level]:
+        """Every level that some layer runs at somewhere."""
+        return {*self.rule.levels, *self.usual.used}
+
+    def calls(self, noise_levels: Sequence[float]) -> list[Call]:
+        """What a sampler's calls usually run, at the noise levels of its calls in their order."""
+        return self.usual.calls(noise_levels)
+
+    def to_json(self) -> dict[str, Any]:
+        rule = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self.rule).items()}
+        return {"format": RULE_FORMAT, "rule": rule, "usual": self.usual.to_json()["pieces"]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RuleSchedule:
+        try:
+            if content.get("format") != RULE_FORMAT:
+                raise UserError(f"A rule of format {content.get('format')} is not known.", hint="Update mediatorize.")
+            fields = dict(content["rule"])
+            levels, ratios = tuple(map(read_level, fields.pop("levels"))), tuple(map(float, fields.pop("ratios")))
+            rule = SwitchRule(levels=levels, ratios=ratios, first=int(fields.pop("first")), **fields)
+            return cls(rule, Schedule.from_json({"pieces": content["usual"]}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            text = "Not a rule: it needs levels, ratios, first, measure and per, and the usual pieces."
+            raise UserError(text, hint="Check schedule.json.") from error
+
+
+AnySchedule = Schedule | CallSchedule | RuleSchedule
 
 
 def schedule_from_json(content: Mapping[str, Any]) -> AnySchedule:
-    """A schedule from a file of either form."""
+    """A schedule from a file of any form."""
+    if isinstance(content, Mapping) and "rule" in content:
+        return RuleSchedule.from_json(content)
     return CallSchedule.from_json(content) if isinstance(content, Mapping) and "calls" in content else Schedule.from_json(content)
 
 

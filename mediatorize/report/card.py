@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, Level, title
-from mediatorize.model.schedule import CallSchedule, is_computed
+from mediatorize.model.schedule import CallSchedule, RuleSchedule, is_computed
+from mediatorize.report.sampling import rule_in_words
 
 if TYPE_CHECKING:
     from mediatorize.formats.bundle import BundleConfig
@@ -143,11 +144,15 @@ def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
             f"Its schedule is for {calls} model calls{guided}: {computed} are computed{apart} the others forecast from those before, for "
             f"{spent / softmax / calls / rows:.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
         )
+    rule = ""
+    if isinstance(schedule, RuleSchedule):
+        rule, schedule = f"It follows the step-wise rule of arXiv 2408.05710: {rule_in_words(schedule.rule)}. ", schedule.usual
     widths = [high - low for low, high in pairwise((0.0, *schedule.edges, 1.0))]
     shares = [cost.forward_flops(config.arch, levels, config.settings) / softmax for levels in schedule.levels]
     mean = sum(width * share for width, share in zip(widths, shares, strict=True))
+    chooses = "The median sample is at one level for every layer" if rule else "Its schedule chooses a level for every layer by noise level"
     return (
-        f"Its schedule chooses a level for every layer by noise level, in {len(shares)} piece{'s' * (len(shares) > 1)}: "
+        f"{rule}{chooses}, in {len(shares)} piece{'s' * (len(shares) > 1)}: "
         f"{min(shares):.1%} to {max(shares):.1%} of softmax's FLOPs per forward, {mean:.1%} on steps even in noise level."
     )
 

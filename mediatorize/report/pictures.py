@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.evaluation.results import RowResult
 from mediatorize.model.levels import Level, forecasts, in_order, is_pretrained, read_level
 from mediatorize.model.levels import title as title_of
-from mediatorize.model.schedule import AnySchedule, CallSchedule, Schedule
+from mediatorize.model.schedule import AnySchedule, CallSchedule, RuleSchedule, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,12 +153,14 @@ NO_CALL = "no model call"
 def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> None:
     """A PNG: the level of every layer (up) at every noise level, or at every model call (noise to the left); darker is dearer.
 
-    Where the halves of guided calls differ, a second panel shows the unconditional half.
+    Where the halves of guided calls differ, a second panel shows the unconditional half. Of a step-wise rule it shows the median sample.
     """
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
+    if isinstance(schedule, RuleSchedule):
+        schedule = schedule.usual
     depth = schedule.depth
     panels: list[tuple[str, list[tuple[Level, ...]]]] = [("layer", list(schedule.levels) if isinstance(schedule, Schedule) else [])]
     if isinstance(schedule, CallSchedule):

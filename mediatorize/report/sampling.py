@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.model.levels import title
 
 if TYPE_CHECKING:
+    from mediatorize.model.schedule import SwitchRule
     from mediatorize.stages.sample import Sampled
 
 
@@ -25,6 +26,13 @@ def _switched(found: Sampled, stage: int) -> str:
     steps = [row[stage - 1] + 1 for row in found.switches if row[stage - 1] >= 0]
     began = f"from step {min(steps)}" + (f" to {max(steps)}" if max(steps) > min(steps) else "") if steps else "never"
     return f"  {found.stages[stage]}: began {began}, in {len(steps)} of {found.count} samples"
+
+
+def rule_in_words(rule: SwitchRule) -> str:
+    """A step-wise rule as `sample` would be told it."""
+    ratios = ",".join(f"{ratio:g}" for ratio in rule.ratios)
+    together = "each sample alone" if rule.per == "sample" else "a batch together"
+    return f"{', then '.join(map(title, rule.levels))}; first {rule.first}, ratios {ratios}, {rule.measure} changes, {together}"
 
 
 def facts(found: Sampled) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.levels import SOFTMAX, Level, read_level, title
+from mediatorize.model.schedule import Measure, RuleSchedule, SwitchPer, SwitchRule
 from mediatorize.signatures import listed, number, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import OUTPUT, SWITCHING, WHAT, option
@@ -49,8 +50,9 @@ def sample(
     ] = None,
     per_class: Annotated[int, option("samples of each class", WHAT, min=1)] = 1,
     level: options.Level = None,
+    schedule: Annotated[Path | None, option("a schedule file (JSON), in place of the bundle's own", WHAT)] = None,
     switch: Annotated[
-        Literal["mean-absolute", "mean-square"] | None,
+        Measure | None,
         option("begin with few mediators, and switch to more when the latents change less; how the change is measured", SWITCHING),
     ] = None,
     switch_levels: Annotated[
@@ -67,7 +69,7 @@ def sample(
     ] = (0.6, 0.3),
     first: Annotated[int, option("how many first changes are averaged", SWITCHING)] = 3,
     switch_per: Annotated[
-        Literal["batch", "sample"],
+        SwitchPer,
         option("batch: samples of a batch switch together, as in the paper; sample: each alone", SWITCHING),
     ] = "batch",
     solver: options.Solver = None,
@@ -94,8 +96,16 @@ def sample(
     import torch
 
     from mediatorize.devices import DTYPES, pick_device
-    from mediatorize.diffusion.sampling import Sampler, refuse_unknown_classes, refuse_unknown_level, sample_many, sample_part
-    from mediatorize.diffusion.switching import Switcher, SwitchRule, stages_of
+    from mediatorize.diffusion.sampling import (
+        Sampler,
+        flops_by_rule,
+        refuse_unknown_classes,
+        refuse_unknown_level,
+        sample_many,
+        switcher_of,
+    )
+    from mediatorize.diffusion.switching import Switcher
+    from mediatorize.formats.bundle import read_schedules
     from mediatorize.formats.images import load_vae, to_pixels, write_arrays, write_grid
     from mediatorize.formats.loading import load_model
     from mediatorize.formats.samples import DECODED_AT_A_TIME, decoder_of
@@ -104,11 +114,14 @@ def sample(
     others = checkpoints[1:] if checkpoints[:1] == (model,) else checkpoints
     if checkpoints and not others:
         raise UserError(f"{model} is the only one of --checkpoints.", hint="Name the next ones too.")
-    refuse_idle_options(switch, level, switch_levels, others)
+    refuse_idle_options(switch, level, schedule, switch_levels, others)
     refuse_below({"per-class": per_class, "batch": batch}, 1)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
-    refuse_unknown_level(loaded, level)
+    for named in (level, *switch_levels):
+        refuse_unknown_level(loaded, named)
+    if schedule is not None:
+        (loaded.schedule,) = read_schedules((schedule,), loaded).values()
     guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, **guidance)
     as_pixels = vae is not None or arch.channels in (1, 3)
@@ -120,27 +133,27 @@ def sample(
     decoded = decoder_of(load_vae(vae, where), where) if vae else to_pixels
     loaded = loaded.to(device=where, dtype=DTYPES[dtype])
 
-    rule = None
+    own = loaded.schedule if level is None else level
+    rule, models = (own.rule, [loaded] * len(own.rule.levels)) if isinstance(own, RuleSchedule) else (None, [])
     if switch is not None:
         later = [load_model(file, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights) for file in others]
-        stages = stages_of(loaded, switch_levels, [other.to(device=where, dtype=DTYPES[dtype]) for other in later])
-        rule = SwitchRule(stages=stages, ratios=ratios, first=first, measure=switch, per=switch_per)
+        levels = (SOFTMAX,) * (1 + len(others)) if others else switch_levels or loaded.all_levels
+        rule = SwitchRule(levels=levels, ratios=ratios, first=first, measure=switch, per=switch_per)
+        models = [loaded, *(other.to(device=where, dtype=DTYPES[dtype]) for other in later)] if others else [loaded] * len(levels)
 
     wanted = classes or tuple(range(min(arch.classes, 10)))
     refuse_unknown_classes(arch, wanted)
     labels = torch.tensor(wanted).repeat_interleave(per_class)
     start = time.monotonic()
-    switchers = []
+    switchers: list[Switcher] = []
+
+    def switcher(count: int) -> Switcher:
+        assert rule is not None, "switchers follow a rule"
+        switchers.append(switcher_of(rule, models, sampler, count))
+        return switchers[-1]
+
     with progress_bar(len(labels), "sampling", "sample") as bar:
-        if rule is None:
-            latents = sample_many(loaded, labels, sampler, level, batch, on_samples=bar.update)
-        else:
-            switchers = [Switcher(rule, sampler, len(part)) for part in labels.split(batch)]
-            drawn = []
-            for switcher, part, index in zip(switchers, labels.split(batch), range(0, len(labels), batch), strict=True):
-                drawn.append(sample_part(loaded, part, sampler, None, index, drive=switcher, before=switcher.look))
-                bar.update(len(part))
-            latents = torch.cat(drawn)
+        latents = sample_many(loaded, labels, sampler, level, batch, bar.update, None if rule is None else switcher)
     seconds = time.monotonic() - start
     if as_pixels:
         parts = []
@@ -156,28 +169,37 @@ def sample(
     else:
         write_grid(out, pixels, grid_columns(len(pixels), per_class), scale=max(1, 64 // pixels.shape[1]))
 
-    spent = sampler.flops(arch, loaded.schedule if level is None else level, loaded.settings)
-    total = None if spent is None else spent * len(labels)
-    softmax = sampler.flops(arch if rule is None else rule.stages[-1].model.arch, SOFTMAX, None)
+    total: float | None
+    if rule is None:
+        switches, spent = torch.zeros(len(labels), 0), sampler.flops(arch, own, loaded.settings)
+        total = None if spent is None else spent * len(labels)
+    else:
+        switches = torch.cat([switcher.switches for switcher in switchers])
+        total = flops_by_rule(rule, models, sampler, switches)
+    softmax = sampler.flops(models[-1].arch if others else arch, SOFTMAX, None)
     return Sampled(
         out=out,
         count=len(labels),
         name=arch.name,
         level=SOFTMAX if level is None and loaded.schedule is None else level,
         seconds=seconds,
-        flops=total if rule is None else sum(switcher.flops for switcher in switchers),
+        flops=total,
         softmax_flops=None if softmax is None else softmax * len(labels),
-        switches=tuple(tuple(row) for switcher in switchers for row in switcher.switches.tolist()),
-        stages=() if rule is None else tuple((model, *others) if others else (title(stage.level) for stage in rule.stages)),
+        switches=() if rule is None else tuple(map(tuple, switches.tolist())),
+        stages=() if rule is None else tuple((model, *others) if others else map(title, rule.levels)),
     )
 
 
-def refuse_idle_options(switch: str | None, level: Level | None, switch_levels: tuple[Level, ...], others: tuple[str, ...]) -> None:
+def refuse_idle_options(
+    switch: str | None, level: Level | None, schedule: Path | None, switch_levels: tuple[Level, ...], others: tuple[str, ...]
+) -> None:
     """Stages say nothing without the rule, and the rule has its own levels."""
     if switch is None and (switch_levels or others):
         raise UserError("Stages need the rule that switches between them.", hint="Pass --switch mean-absolute.")
     if switch is not None and level is not None:
         raise UserError("--level is for all model calls, and --switch changes it.", hint="Pass one of them.")
+    if schedule is not None and (switch is not None or level is not None):
+        raise UserError("--schedule says what runs, and so does --level or --switch.", hint="Pass one of them.")
     if switch_levels and others:
         raise UserError("Stages are levels of one model, or checkpoints.", hint="Pass --switch-levels or --checkpoints.")
 

@@ -117,8 +117,9 @@ class MediatorPipeline(DiffusionPipeline):
         own_times = times[: len(self.scheduler.timesteps)].tolist()
         low, high = guidance_interval
         rows = [2 if guided and low - SLACK <= float(process.noise_level(torch.tensor(t))) <= high + SLACK else 1 for t in own_times]
-        call = self.transformer.driver(own_times, rows, count)  # its memory is of this run alone
+        call = self.transformer.driver(own_times, rows, count, getattr(self.scheduler, "order", 1))  # its memory is of this run alone
         for own_time, doubled, t in self.progress_bar(list(zip(own_times, rows, self.scheduler.timesteps, strict=True))):
+            call.look(x)
             scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             batch = torch.cat([scaled] * doubled).to(dtype)
             output = call(batch, torch.full((len(batch),), own_time, device=device), both[: len(batch)]).float()

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.process import Process, process_of
+from mediatorize.diffusion.switching import Switcher
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.memory import Memory
-from mediatorize.model.schedule import Schedule, calls_at, schedule_from_json
+from mediatorize.model.schedule import RuleSchedule, Schedule, calls_at, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer
 
 Levels = Level | Sequence[Level]
@@ -32,8 +33,9 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
         architecture: sizes and conventions of the model.
         mediators: what was added to its blocks.
         schedule: pieces of noise level (0 data, 1 noise), each with a level per layer; or what each of a sampler's model calls computes and
-            forecasts. The second needs `driver`, which keeps what forecasts rest on; this folder's pipeline has one for every run. Without,
-            everything is computed.
+            forecasts; or a step-wise rule, which begins with few mediators and switches to more when the latents change less. The second
+            and the third need `driver`, which keeps what forecasts rest on, or when the rule switched; this folder's pipeline has one for
+            every run. Without, everything is computed.
         level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or one that was added.
             Without a schedule, `None` is softmax. It can be set at any time: `pipe.transformer.level = 4`.
         sample_size, in_channels, out_channels: as diffusers' pipelines read them; they follow from the architecture.
@@ -75,13 +77,16 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
             raise ValueError("One call cannot mix timesteps at which the schedule differs: call once for each, or set `level`.")
         return chosen.pop()
 
-    def driver(self, timesteps: Sequence[float], rows: Sequence[int], batch: int) -> Driver:
+    def driver(self, timesteps: Sequence[float], rows: Sequence[int], batch: int, calls_per_step: int = 1) -> Driver | Switcher:
         """Calls the model along one trajectory: (hidden_states, timestep, class_labels) -> output.
+
+        Before every call, `look` must be shown the latents of the scheduler, in float32: a step-wise rule goes by their changes.
 
         Args:
             timesteps: of all calls to come, in order, in the model's own time.
             rows: of the same calls per sample: 2 where they are guided, conditional half first, else 1.
             batch: samples.
+            calls_per_step: of the scheduler; the first call of a step gets the latents that the step begins with.
         """
 
         def call(x: Tensor, t: Tensor, y: Tensor, levels: Levels, memory: Memory | None = None) -> Tensor:
@@ -89,6 +94,8 @@ class MediatorTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc,
 
         depth, noise_levels = self.model.arch.depth, [float(self.process.noise_level(torch.tensor(t))) for t in timesteps]
         schedule = self.level if self.level is not None else SOFTMAX if self.schedule is None else self.schedule
+        if isinstance(schedule, RuleSchedule):
+            return Switcher(schedule.rule, [call] * len(schedule.rule.levels), batch, calls_per_step)
         return Driver(call, depth, calls_at(schedule, noise_levels, depth), noise_levels, rows, batch)
 
     def forward(
