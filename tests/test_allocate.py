@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mediatorize.compression.allocate import allocate, descend, joint_error, latent_change_rule, total
+from mediatorize.compression.allocate import allocate, descend, joint_error, total
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import preset
 from mediatorize.model.cost import attention_flops
@@ -160,34 +160,3 @@ def test_descent_uses_changes_that_cancel() -> None:
     choice = descend(vectors, costs, 4, start, apart=False)
     assert choice.ravel().tolist() == [0, 0, 1]
     assert joint_error(vectors, choice) == 0
-
-
-def test_the_latent_change_rule_only_grows_and_only_where_changes_reach_a_new_low() -> None:
-    changes = [5.0, 4.0, 4.5, 3.0, 3.5, 2.0]
-    random = np.random.default_rng(2)
-    errors = np.sort(random.random((6, 2, 3)), axis=2)[:, :, ::-1]
-    costs = np.tile(np.array([1, 3, 6]), (6, 2, 1))
-    seen = set()
-    for budget in range(12, 73):
-        choice = latent_change_rule(changes, errors, costs, budget)
-        assert choice is not None
-        assert total(costs, choice) <= budget
-        assert (choice == choice[:, :1]).all()
-        steps = choice[:, 0]
-        assert (np.diff(steps) >= 0).all()
-        assert {step + 1 for step in np.flatnonzero(np.diff(steps))} <= {1, 3, 5}
-        seen.add(tuple(steps.tolist()))
-    assert (0,) * 6 in seen
-    assert (2,) * 6 in seen
-    assert len(seen) > 4
-    allowed = [
-        np.repeat(np.searchsorted([i, j], range(6), side="right")[:, None], 2, axis=1)
-        for i in (0, 1, 3, 5, 6)
-        for j in (0, 1, 3, 5, 6)
-        if i <= j
-    ]
-    best = min(float(total(errors, choice)) for choice in allowed if total(costs, choice) <= 40)
-    found = latent_change_rule(changes, errors, costs, 40)
-    assert found is not None
-    assert total(errors, found) == pytest.approx(best)
-    assert latent_change_rule(changes, errors, costs, 11) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,6 @@ LEAST_GAIN = 1e-4
 """`descend` goes on while a step takes this share off the error."""
 
 MOST_DAMPING = 256.0
-
-MOST_SWITCHES = 32
-"""Steps at which `latent_change_rule` tries to switch; of more, so many evenly spread."""
 
 
 def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bool = False) -> Choice:
@@ -152,33 +148,3 @@ def joint_error(products: NDArray[np.float64], choice: Choice, *, apart: bool = 
     """|sum of a choice's vectors|^2; `apart` sums each layer's alone and adds the squares."""
     vectors = chosen_vectors(products, choice).sum(0)
     return float(np.square(vectors if apart else vectors.sum(0)).sum())
-
-
-def latent_change_rule(changes: ArrayLike, errors: ArrayLike, costs: ArrayLike, budget: float) -> Choice | None:
-    """The paper's rule (arXiv 2408.05710): whole-model levels, the next larger each time the latents' change falls below a threshold.
-
-    Thresholds are free: each can fall on any step whose change is below all before it. Among the choices that thresholds allow within the
-    budget, this takes the one of least error, which favours the rule. Returns None if no choice fits the budget.
-
-    Args:
-        changes: (steps,) of the latents, in the sampler's order.
-        errors, costs: (steps, layers, options), options in the order of their rank.
-    """
-    error_table, cost_table = (np.asarray(table).sum(1) for table in (errors, costs))  # (steps, options)
-    steps, options = error_table.shape
-    change = np.asarray(changes)
-    falls = [step for step in range(1, steps) if change[step] < change[:step].min()]
-    falls = [falls[place] for place in sorted({round(place) for place in np.linspace(0, len(falls) - 1, MOST_SWITCHES)})] if falls else []
-    switches = np.array(list(combinations_with_replacement([0, *falls, steps], options - 1)))  # (choices, options - 1)
-    bounds = np.concatenate([np.zeros((len(switches), 1), dtype=np.int64), switches, np.full((len(switches), 1), steps)], axis=1)
-
-    def sums(table: NDArray[Any]) -> NDArray[Any]:
-        upto = np.concatenate([np.zeros((1, options), dtype=table.dtype), table.cumsum(0)])
-        return np.diff(np.stack([upto[bounds, option] for option in range(options)], axis=2), axis=1).diagonal(axis1=1, axis2=2).sum(1)
-
-    allowed = np.flatnonzero(sums(cost_table) <= budget)
-    if not allowed.size:
-        return None
-    best = switches[allowed[sums(error_table)[allowed].argmin()]]
-    whole = np.searchsorted(best, np.arange(steps), side="right")
-    return np.repeat(whole[:, None], np.asarray(errors).shape[1], axis=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,7 +17,7 @@ from mediatorize.compression.paths import WINDOW
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.levels import FULL, LINEAR, OWN, SOFTMAX, Level, MediatorSettings, is_pretrained, kind_of, parts_of, title
-from mediatorize.model.schedule import AnySchedule, Call, Watched, calls_at, places_of, streams_of, watched_surrogates
+from mediatorize.model.schedule import AnySchedule, Call, SwitchRule, Watched, calls_at, places_of, streams_of, watched_surrogates
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,18 @@ class Costs:
                 if own:
                     total += self.call.rest + sum(self.call.block(level) for level in own) + sum(map(self.call.surrogates, watched))
         return total
+
+    def by_rule(self, rule: SwitchRule, switches: Sequence[Sequence[int]], calls_per_step: int) -> float:
+        """Of one sample, on average, by a step-wise rule.
+
+        Args:
+            switches: of every sample, as `Switcher` gives them.
+        """
+        total: Any = 0
+        for begins, count in Counter(map(tuple, switches)).items():
+            stages = rule.stages_of_calls(begins, len(self.rows), calls_per_step)
+            total += count * self.of_calls([Call((rule.levels[stage],) * self.depth) for stage in stages])
+        return float(total / len(switches))
 
     def share(self, schedule: AnySchedule | Level) -> float:
         """Of softmax's cost."""

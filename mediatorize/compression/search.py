@@ -28,9 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mediatorize.compression.allocate import Choice, allocate, descend, joint_error, latent_change_rule
+from mediatorize.compression.allocate import Choice, allocate, descend, joint_error
 from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, median_seconds
 from mediatorize.compression.paths import MEASURES, WINDOW, ForecastTable, bases, best_path, mean_square, neighbours, refined, uniform_path
+from mediatorize.compression.rules import Rules
 from mediatorize.compression.sensitivity import (
     ErrorTable,
     Probes,
@@ -46,7 +47,8 @@ from mediatorize.compression.sensitivity import (
     spread_labels,
 )
 from mediatorize.compression.store import InMemory, Kept, Store
-from mediatorize.diffusion.sampling import Sampler, sample_batch, sample_many
+from mediatorize.diffusion.sampling import Drive, Sampler, driver_of, sample_batch, sample_many
+from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.model import cost as closed_form
 from mediatorize.model.architecture import Architecture
@@ -63,7 +65,7 @@ from mediatorize.model.levels import (
     parts_of,
     title,
 )
-from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, Schedule, polynomial_weights
+from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule, polynomial_weights
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian, seed_for
 
@@ -84,6 +86,12 @@ AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 4
 
 MOST_PATHS = {"computed and forecast calls": 6, "forecasts of the model's output": 2}
 """How many paths of a kind are judged for a budget, before the best is improved."""
+
+MOST_RULES, MOST_TRIED = 3, 6
+"""How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
+
+RULES_ALONE = 4
+"""So many times as many where a rule is what was asked for."""
 
 FLIPPED = 0.5
 """A sample whose relative error is above this has flipped to another one."""
@@ -137,9 +145,11 @@ class Errors:
     """The geometric mean: what candidates are compared by. Samples that flip to another mode do not rule it."""
     flipped: float
     """The share of samples whose error is above `FLIPPED`."""
+    share: float | None = None
+    """Of a step-wise rule: what these samples cost, as a share of the softmax sampler's."""
 
     @classmethod
-    def of(cls, samples: Tensor, expected: Tensor) -> Errors:
+    def of(cls, samples: Tensor, expected: Tensor, share: float | None = None) -> Errors:
         """Of samples (n, c, h, w)."""
         errors = (samples - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-12)
         return cls(
@@ -148,6 +158,7 @@ class Errors:
             mean=float(errors.mean()),
             geometric=float(errors.clamp(min=1e-9).log().mean().exp()),
             flipped=float((errors > FLIPPED).float().mean()),
+            share=share,
         )
 
 
@@ -165,6 +176,9 @@ class Proposal:
     """The computed calls, where others are forecast."""
     predicted: Mapping[str, float] = field(default_factory=dict)
     """Predicted sample error, by ways of adding up the errors of single changes; "vectors" adds them as they point."""
+    switches: tuple[tuple[int, ...], ...] = ()
+    """Of a step-wise rule: by sample of the trajectories that it was tuned on, the step, from 0, that each later stage began with; -1: it
+    never did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +186,7 @@ class Candidate(Proposal):
     """A judged proposal, with its cost and its error."""
 
     share: float
-    """Its cost, as a share of the softmax sampler's."""
+    """Its cost, as a share of the softmax sampler's; a rule's is what it spent on the trajectories that it was tuned on."""
     measured: Errors | None = None
     """On the noise that the search judges by."""
 
@@ -233,6 +247,7 @@ def search(
     *,
     kinds: Collection[str] = tuple(KINDS_OF_SAVING),
     per: Per = "cell",
+    by_rule: bool = False,
     trajectories: int = 16,
     verify: int = 32,
     evaluations: int = EVALUATIONS,
@@ -253,6 +268,7 @@ def search(
         costs: of this model and sampler (`costs_of`).
         kinds: what may be spent less by: names in `KINDS_OF_SAVING`.
         per: "step" gives all layers of a noise level one level of mediators.
+        by_rule: choose the best step-wise rule; the other candidates are for comparison.
         trajectories: of the teacher, that the error table is measured on.
         verify: samples that candidates are judged by; 0 trusts predictions.
         evaluations: for each budget, how many changes of the best candidate are measured.
@@ -264,7 +280,7 @@ def search(
         facts: kept with the error table.
 
     Raises:
-        UserError: not even the cheapest schedule keeps a budget.
+        UserError: not even the cheapest schedule, or rule, keeps a budget.
     """
     begun = time.monotonic()
     store = InMemory() if store is None else store
@@ -273,6 +289,7 @@ def search(
     table_seconds = None if was_there else time.monotonic() - begun
 
     judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, progress)
+    tuner = Tuner(model, costs, samplers(sampler)[0], trajectories, batch, store, progress)
     proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
     for level in model.added().levels:
         whole = proposer.whole(level)
@@ -283,13 +300,17 @@ def search(
         proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
         judge.consider(proposals)
+        if "mediators" in kinds:
+            judge.consider(tuner.rules(proposer, budget, RULES_ALONE if by_rule else 1))
+        if by_rule:
+            refuse_without_rule(judge, proposer, budget)
         if verify and "forecasts" in kinds:
             judge.improve(proposer, budget, evaluations, seconds)
 
     reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, progress)
     outcomes = []
     for budget in budgets:
-        best = judge.best(budget, per, kinds)
+        best = judge.best(budget, per, kinds, by_rule)
         baselines = judge.baselines(budget)
         reported = {candidate.name: reporter.errors(candidate) for candidate in (best, *baselines)} if verify else {}
         latency = latency_of(model, sampler, best, float(best.share * costs.softmax) * batch, batch) if timed else None
@@ -343,10 +364,10 @@ def flops_of_search(
     budgets: Sequence[float],
     evaluations: int,
 ) -> float:
-    """Roughly: probes (a backward counts as two forwards and runs the call again), the table, and whole samples of candidates."""
+    """Roughly: probes (a backward counts as two forwards and runs the call again), the table, rules, and whole samples of candidates."""
     rows = sum(sampler.rows_of_calls(arch))
     table = 1 + 2 * DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2
-    forwards = trajectories * (1 + 3 * DIRECTIONS + table)
+    forwards = trajectories * (1 + 3 * DIRECTIONS + table + MOST_TRIED * sum(budgets))
     samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
 
@@ -367,8 +388,8 @@ class Tables:
     products: Products
     norms: Tensor
     """(n,) of the teacher's samples."""
-    changes: list[float]
-    """Mean absolute change of the latents from each noise level's first call to the next level's."""
+    changes: Tensor
+    """Of each sample's latents, from the beginning of each step to that of the next: (steps - 1, n)."""
 
 
 def teacher_probes(
@@ -423,14 +444,8 @@ def measured_tables(
         outputs=forecast_table(products.model_outputs.sum(2), norms, noise_levels),
         products=replace(products, levels=levels),
         norms=norms,
-        changes=changes_of_cells(probes, noise_levels),
+        changes=latent_changes(probes.states[:: sampler.how.calls_per_step]),
     )
-
-
-def changes_of_cells(probes: Probes, noise_levels: Sequence[float]) -> list[float]:
-    """Mean absolute change of the latents from each cell's first call to the next cell's."""
-    cells, place = cells_of(noise_levels)
-    return latent_changes(probes.states[[place.index(cell) for cell in range(len(cells))]])
 
 
 # --- candidates ----------------------------------------------------------------------------------------------------------------
@@ -491,7 +506,7 @@ class Proposer:
     # levels in computed calls alone
 
     def levels(self, room: Any) -> list[Proposal]:
-        """Levels by noise level and layer, and by step, and by the paper's rule.
+        """Levels by noise level and layer, and by step.
 
         Where forecasts may not be used, errors are added up in several more ways: those take long, and do not come near forecasts.
         """
@@ -520,13 +535,50 @@ class Proposer:
         chosen.append(("per step, sum of squares", PER_STEP, steps))
         if alone:
             chosen.append(("per step, sum of vectors", PER_STEP, descend(products, costs, left, steps, apart=True, per_step=True)))
-        rule = latent_change_rule(self.tables.changes, squares, costs, left) if self.kinds and "mediators" in self.kinds else None
-        chosen += [] if rule is None else [(RULE, RULE, rule)]
         how: dict[str, Any] = {"steps": self.sampler.steps}
         return [
             Proposal(name=name, kind=kind, schedule=readable.schedule(choice), predicted=readable.predicted(choice), **how)
             for name, kind, choice in chosen
         ]
+
+    # step-wise rules
+
+    @cached_property
+    def rules(self) -> Rules:
+        """Of levels of mediators and softmax, by what the tables predict. A noise level's error is shared evenly by its calls."""
+        table, levels = self.tables.errors, self.model.added().all_levels
+        _, place = cells_of(self.noise_levels)
+        options = [table.options.index(level) for level in levels]
+        errors = table.squares().sum(1)[:, options] / np.array(table.calls)[:, None]  # (cells, levels), of one call
+        one = np.array([self.costs.call.rest + self.depth * self.costs.call.block(level) for level in levels])
+        per_step = self.sampler.how.calls_per_step
+        of_steps = (len(place) // per_step, per_step, len(levels))
+        return Rules(
+            levels=levels,
+            changes=self.tables.changes.numpy(),
+            errors=errors[place].reshape(of_steps).sum(1),
+            costs=(np.array(self.costs.rows)[:, None] * one).reshape(of_steps).sum(1),
+        )
+
+    def by_rule(self, rule: SwitchRule, switches: Sequence[Sequence[int]]) -> Proposal:
+        """A rule as a proposal, from when it switched."""
+        table, per_step = self.tables.errors, self.sampler.how.calls_per_step
+        late = [[begin if begin >= 0 else self.calls for begin in begins] for begins in switches]
+        median = [int(statistics.median_low(column)) for column in zip(*late, strict=True)]
+        stages = rule.stages_of_calls(median, self.calls, per_step)
+        _, place = cells_of(self.noise_levels)
+        choice = np.zeros((len(table.noise_levels), self.depth), dtype=np.int64)
+        for cell, stage in zip(place, stages, strict=True):
+            choice[cell] = table.options.index(rule.levels[stage])
+        ratios = ",".join(f"{ratio:g}" for ratio in rule.ratios)
+        return Proposal(
+            name=f"first {rule.first}, ratios {ratios}: {', '.join(map(title, rule.levels))}",
+            kind=RULE,
+            schedule=RuleSchedule(rule, table.schedule(choice)),
+            steps=self.sampler.steps,
+            predicted=table.predicted(choice),
+            switches=tuple(map(tuple, switches)),
+        )
 
     # computed and forecast calls
 
@@ -748,6 +800,94 @@ def costs_with(costs: Costs, arch: Architecture, sampler: Sampler) -> Costs:
     return replace(costs, rows=tuple(sampler.rows_of_calls(arch)), noise_levels=tuple(sampler.noise_levels(arch)))
 
 
+class Tuner:
+    """Runs step-wise rules on the trajectories that tables are of, to see what they really spend there."""
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        costs: Costs,
+        sampler: Sampler,
+        samples: int,
+        batch: int,
+        store: Store,
+        progress: Progress = silent,
+    ) -> None:
+        self.model, self.costs, self.sampler, self.batch, self.store, self.progress = model, costs, sampler, batch, store, progress
+        self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
+
+    def rules(self, proposer: Proposer, budget: float, times: int = 1) -> list[Proposal]:
+        """The most promising rules that keep a budget.
+
+        By the teacher's trajectories one knows about when a rule switches. The student's differ: where all that were tried spend more, the
+        next ones are of less, by as much as those were over.
+
+        Args:
+            times: so many times as many are tried and found.
+        """
+        room, found, tried = self.costs.room(budget), list[Proposal](), set[SwitchRule]()
+        while len(found) < MOST_RULES * times and len(tried) < MOST_TRIED * times:
+            rules = [each for each in proposer.rules.within(room) if each.rule not in tried][: MOST_RULES * times]
+            if not rules:
+                break
+            over: list[float] = []
+            for each in rules[: MOST_TRIED * times - len(tried)]:
+                tried.add(each.rule)
+                switches = self.switches(each.rule)
+                spent = self.costs.by_rule(each.rule, switches, self.sampler.how.calls_per_step)
+                over.append(spent - each.cost)
+                if spent <= self.costs.room(budget):
+                    proposal = proposer.by_rule(each.rule, switches)
+                    found.append(replace(proposal, name=f"{proposal.name}, for {budget:.2%}"))
+            room = min(room, self.costs.room(budget) - max(0.0, min(over)))
+        return found[: MOST_RULES * times]
+
+    def switches(self, rule: SwitchRule) -> list[list[int]]:
+        """By sample, the step that each stage but the first began with; -1: it never did."""
+
+        def make() -> Kept:
+            schedule = RuleSchedule(rule, Schedule((), ((rule.levels[0],) * self.model.arch.depth,)))
+            with self.progress(len(self.labels), "tuning the rule", "sample") as bar:
+                switches = sample_by(self.model, self.labels, self.sampler, schedule, self.batch, bar.update)[1]
+            return Kept({"switches": torch.tensor(switches)})
+
+        key = hashlib.sha256(repr(rule).encode()).hexdigest()[:16]
+        return self.store.once(f"rule-{key}", make).tensors["switches"].tolist()
+
+
+def sample_by(
+    model: DiffusionTransformer,
+    labels: Tensor,
+    sampler: Sampler,
+    schedule: AnySchedule | Level,
+    batch: int,
+    on_samples: Callable[[int], object],
+) -> tuple[Tensor, list[list[int]]]:
+    """`sample_many`, and where the schedule is a rule, the step that each stage but the first began with, by sample."""
+    drives: list[Drive] = []
+
+    def drive_of(count: int) -> Drive:
+        drives.append(driver_of(model, sampler, schedule, count))
+        return drives[-1]
+
+    latents = sample_many(model, labels, sampler, schedule, batch, on_samples, drive_of)
+    return latents, [row for drive in drives if isinstance(drive, Switcher) for row in drive.switches.tolist()]
+
+
+def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None:
+    """An error where no rule keeps a budget: it says what rules can reach."""
+    if any(candidate.kind == RULE and candidate.share <= budget for candidate in judge.candidates):
+        return
+    reach = proposer.rules.range
+    if reach is None:
+        raise UserError(f"In {proposer.sampler.steps} steps there is no time for a rule to switch.", hint="Pass --steps 4 or more.")
+    least, most = (float(cost / proposer.costs.softmax) for cost in reach)
+    raise UserError(
+        f"No rule was found for a budget of {budget:.1%}: on these trajectories rules spend {least:.1%} to {most:.1%}.",
+        hint="Pass a larger --budget, or leave --rule out.",
+    )
+
+
 class Judge:
     """Measures the errors of candidates on one set of noise. What the store has for as many samples is not measured again.
 
@@ -787,7 +927,7 @@ class Judge:
         costs = costs_with(self.costs, self.model.arch, replace(self.sampler, steps=proposal.steps))
         judged = Candidate(
             **{each.name: getattr(proposal, each.name) for each in fields(Proposal)},
-            share=float(costs.of(proposal.schedule) / self.costs.softmax),
+            share=float(self._spent(proposal.schedule, proposal.switches, costs) / self.costs.softmax),
             measured=self.errors(proposal, samples) if samples else None,
         )
         self.candidates.append(judged)
@@ -803,15 +943,23 @@ class Judge:
 
         def measure() -> Errors:
             if not found:
-                teacher = self._teacher[:samples]
-                found.append(Errors.of(self._sample(proposal.name, proposal.schedule, proposal.steps, samples), teacher))
+                drawn, switches = self._sample(proposal.name, proposal.schedule, proposal.steps, samples)
+                share = self._spent(proposal.schedule, switches, self.costs) / self.costs.softmax if switches else None
+                found.append(Errors.of(drawn, self._teacher[:samples], share))
             return found[0]
 
+        names = ("median", "mean", "geometric", "flipped", *(["share"] if isinstance(proposal.schedule, RuleSchedule) else []))
         numbers = {
             name: self.store.number(group, f"{key} {name}", lambda name=name: getattr(measure(), name))  # type: ignore[misc]
-            for name in ("median", "mean", "geometric", "flipped")
+            for name in names
         }
         return Errors(samples=samples, **numbers)
+
+    def _spent(self, schedule: AnySchedule, switches: Sequence[Sequence[int]], costs: Costs) -> Any:
+        """What a schedule costs; a rule, where its samples switched so."""
+        if isinstance(schedule, RuleSchedule):
+            return costs.by_rule(schedule.rule, switches, self.sampler.how.calls_per_step)
+        return costs.of(schedule)
 
     def improve(self, proposer: Proposer, budget: float, evaluations: int, seconds: float | None) -> None:
         """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept."""
@@ -837,9 +985,9 @@ class Judge:
     def _keeps(self, candidate: Candidate, budget: float) -> bool:
         return candidate.share <= budget + 1e-12
 
-    def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING)) -> Candidate:
-        """The candidate of least error within a budget; of a smaller budget's too, should they be better."""
-        fitting = [c for c in self.candidates if self._keeps(c, budget) and self._whole(c)]
+    def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING), by_rule: bool = False) -> Candidate:
+        """The candidate of least error within a budget, or the rule; of a smaller budget's too, should they be better."""
+        fitting = [c for c in self.candidates if self._keeps(c, budget) and self._whole(c) and (c.kind == RULE or not by_rule)]
         if "mediators" not in kinds:
             fitting = [c for c in fitting if c.kind != WHOLE]
         if per == "step":
@@ -864,11 +1012,13 @@ class Judge:
 
     @cached_property
     def _teacher(self) -> Tensor:
-        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps, self.samples)
+        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps, self.samples)[0]
 
-    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, samples: int) -> Tensor:
+    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, samples: int) -> tuple[Tensor, list[list[int]]]:
+        """Samples (n, c, h, w), and when each switched, where the schedule is a rule."""
+        how, labels = replace(self.sampler, steps=steps), self.labels[:samples]
         with self.progress(samples, description, "sample") as bar:
-            return sample_many(self.model, self.labels[:samples], replace(self.sampler, steps=steps), schedule, self.batch, bar.update)
+            return sample_by(self.model, labels, how, schedule, self.batch, bar.update)
 
 
 def latency_of(model: DiffusionTransformer, sampler: Sampler, candidate: Candidate, predicted: float, batch: int) -> Latency:

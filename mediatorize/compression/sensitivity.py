@@ -389,7 +389,6 @@ def forecast_table(products: Tensor, sample_norms: Tensor, noise_levels: Sequenc
     return ForecastTable(tuple(places_of(noise_levels)), shares(products, sample_norms).numpy())
 
 
-def latent_changes(states: Tensor) -> list[float]:
-    """Mean absolute change of the latents (calls, n, c, h, w) from each call to the next; of the last as of the one before."""
-    changes = (states[1:] - states[:-1]).abs().flatten(1).mean(1).tolist()
-    return [*changes, changes[-1] if changes else 0.0]
+def latent_changes(states: Tensor) -> Tensor:
+    """Mean absolute change of each sample's latents (steps, n, c, h, w) from each step to the next: (steps - 1, n), double."""
+    return (states[1:] - states[:-1]).abs().flatten(2).mean(2).double()

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from mediatorize.devices import World
 from mediatorize.diffusion.process import process_of
-from mediatorize.diffusion.sampling import Sampler, refuse_unknown_level, sample_batch, sample_part
+from mediatorize.diffusion.sampling import Sampler, driver_of, flops_by_rule, refuse_unknown_level, sample_batch, sample_part
+from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.evaluation.features import Extractor, Pictures, Reference, as_bytes, as_images, judge
 from mediatorize.evaluation.metrics import Features, distance_of_halves, statistics_of
 from mediatorize.evaluation.results import OWN_SCHEDULE, Comparison, RowKind, RowResult, Timing
 from mediatorize.evaluation.timing import paired_time, peak_bytes
 from mediatorize.model.levels import SOFTMAX, Level, in_order, is_pretrained
-from mediatorize.model.schedule import AnySchedule
+from mediatorize.model.schedule import AnySchedule, RuleSchedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
@@ -157,10 +158,11 @@ class Samples:
     def has(self, row: Row, first: int) -> bool:
         return self.parts.has(self.name(row, first))
 
-    def write(self, row: Row, first: int, samples: Tensor, squares: Tensor) -> None:
-        """Keeps a part: samples (b, c, h, w) and squares (b, calls), on the CPU, and the decoded pictures."""
-        pictures = {} if self.decode is None else {"pixels": self.decode(samples)}
-        self.parts.write(self.name(row, first), {"samples": samples.numpy(), "squares": squares.numpy(), **pictures})
+    def write(self, row: Row, first: int, samples: Tensor, squares: Tensor, switches: Tensor | None) -> None:
+        """Keeps a part: samples (b, c, h, w), squares (b, calls) and switches (b, stages - 1), on the CPU, and the decoded pictures."""
+        more = {} if self.decode is None else {"pixels": self.decode(samples)}
+        more |= {} if switches is None else {"switches": switches.numpy()}
+        self.parts.write(self.name(row, first), {"samples": samples.numpy(), "squares": squares.numpy(), **more})
 
     def read(self, row: Row, array: str) -> Iterator[NDArray[Any]]:
         """An array of every part of a row, in order."""
@@ -200,12 +202,13 @@ def compare(
     Raises:
         UserError: the sampler has no fixed cost, samples are not finite, or the reference is of other features.
     """
-    flops = [_flops(model, row, sampler) for row in samples.rows]
+    refuse_adaptive(sampler)
     drawn = draw(model, samples, sampler, world, progress)
     if world is not None:
         world.barrier()
         if not world.is_first:
             return Comparison(drawn=drawn)
+    flops = [_flops(model, samples, row, sampler) for row in samples.rows]
     results = [_distance(samples, row, own, flops[0]) for row, own in zip(samples.rows, flops, strict=True)]
     found = Comparison(drawn=drawn, results=tuple(results))
     if extractor is not None:
@@ -215,10 +218,19 @@ def compare(
     return found
 
 
-def _flops(model: DiffusionTransformer, row: Row, sampler: Sampler) -> float:
-    flops = sampler.flops(model.arch, row.levels, model.settings)
-    if flops is None:
+def refuse_adaptive(sampler: Sampler) -> None:
+    """What costs are compared of has fixed steps."""
+    if sampler.how.adaptive:
         raise UserError(f"{sampler.solver} has no fixed cost to compare.", hint="Choose a solver with fixed steps.")
+
+
+def _flops(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sampler) -> float:
+    """FLOPs of one sample; by a rule, what its samples spent on average."""
+    if isinstance(row.levels, RuleSchedule):
+        rule, switches = row.levels.rule, torch.from_numpy(np.concatenate(list(samples.read(row, "switches"))))
+        return flops_by_rule(rule, [model] * len(rule.levels), sampler, switches) / len(switches)
+    flops = sampler.flops(model.arch, row.levels, model.settings)
+    assert flops is not None, "the solver's steps are fixed"
     return flops
 
 
@@ -227,7 +239,8 @@ def draw(
 ) -> int:
     """Draws this process's share of the parts that are not there yet.
 
-    Beside its samples, a part holds a square for every sample and model call: of the teacher |x|^2, of a student |x - teacher's x|^2.
+    Beside its samples, a part holds a square for every sample and model call: of the teacher |x|^2, of a student |x - teacher's x|^2. By a
+    step-wise rule it also holds when every sample switched.
 
     Returns:
         How many samples per row that share has.
@@ -242,27 +255,29 @@ def draw(
             if not missing:
                 continue
             labels = samples.labels_at(first)
-            latents, trajectory = _follow(model, labels, first, sampler, teacher, lambda x, call: x)
+            latents, trajectory, switches = _follow(model, labels, first, sampler, teacher, lambda x, call: x)
             for row in missing:
                 if row is teacher:
                     squares = [_squares(x) for x in trajectory]
                 else:
-                    latents, squares = _follow(model, labels, first, sampler, row, partial(_squares_apart, trajectory))
-                samples.write(row, first, latents, torch.stack(squares, 1).cpu())
+                    latents, squares, switches = _follow(model, labels, first, sampler, row, partial(_squares_apart, trajectory))
+                samples.write(row, first, latents, torch.stack(squares, 1).cpu(), switches)
                 bar.update(len(labels))
     return count
 
 
 def _follow(
     model: DiffusionTransformer, labels: Tensor, first: int, sampler: Sampler, row: Row, keep: Callable[[Tensor, int], Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """A batch of samples, and what `keep` makes of the state at every model call, on the model's device."""
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """A batch of samples, what `keep` makes of the state at every model call, on the model's device, and when a rule switched."""
     kept: list[Tensor] = []
 
     def observe(x: Tensor, t: Tensor, y: Tensor) -> None:
         kept.append(keep(x[: len(labels)], len(kept)))
 
-    return sample_part(model, labels, sampler, row.levels, first, observe), kept
+    drive = driver_of(model, sampler, row.levels, len(labels))
+    latents = sample_part(model, labels, sampler, row.levels, first, observe, drive)
+    return latents, kept, drive.switches if isinstance(drive, Switcher) else None
 
 
 def _squares_apart(trajectory: list[Tensor], x: Tensor, call: int) -> Tensor:
@@ -291,6 +306,9 @@ def _distance(samples: Samples, row: Row, flops: float, teacher_flops: float) ->
         trajectory_error=float(by_call.mean()),
         sample_error=_sample_error(samples, row),
         errors_by_call=tuple(by_call.tolist()),
+        began=row.levels.began(np.concatenate(list(samples.read(row, "switches"))).tolist())
+        if isinstance(row.levels, RuleSchedule)
+        else (),
     )
 
 
@@ -358,7 +376,11 @@ def _with_time(
         return lambda: model(x[: batch * rows], t[: batch * rows], y[: batch * rows], levels=levels)
 
     rows_of_calls = sampler.rows_of_calls(arch)  # unguided calls have half of them
-    apart = [any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels)) for row in rows]
+    apart = [
+        isinstance(row.levels, RuleSchedule)
+        or any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels))
+        for row in rows
+    ]
     wanted = [
         Counter() if whole else Counter(zip((call.levels for call in sampler.calls(arch, row.levels)), rows_of_calls, strict=True))
         for whole, row in zip(apart, rows, strict=True)
@@ -386,7 +408,7 @@ def _with_time(
     for row, counts, result in zip(rows, wanted, found.results, strict=True):
         if counts:
             ratio = sum(ratios[one] * times for one, times in counts.items()) / calls / teacher
-        else:  # calls that rest on others are timed with them
+        else:  # calls that rest on others are timed with them, and a rule with its looks at the samples
             ratio = paired_time(whole_sampler(row.levels), whole_sampler(SOFTMAX), max(3, -(-pairs // calls)), device).ratio
         latency = ratio * teacher * control.reference_seconds
         peaks = [peak for one in counts if (peak := memory[one]) is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediatorize.model.levels import read_level, title
+from mediatorize.model.schedule import Began
 
 if TYPE_CHECKING:
     from mediatorize.diffusion.sampling import Sampler
@@ -26,7 +27,7 @@ class RowResult:
     """A level as it is written, or the name of a schedule."""
     kind: RowKind
     flops: float
-    """FLOPs of one sample: all calls, guidance included. A multiply-add is two FLOPs."""
+    """FLOPs of one sample, mean: all calls, guidance included. A multiply-add is two FLOPs."""
     macs: float
     relative_flops: float
     """Share of the teacher's FLOPs, with the same sampler."""
@@ -35,6 +36,8 @@ class RowResult:
     sample_error: float
     """The same ratio for the final samples."""
     errors_by_call: tuple[float, ...]
+    began: tuple[Began, ...] = ()
+    """Of a step-wise rule: when its later stages began."""
     latency_ms: float | None = None
     """Time of one model call on `Timing.batch` samples: `relative_time` times softmax's median."""
     images_per_second: float | None = None
@@ -51,7 +54,9 @@ class RowResult:
     @property
     def title(self) -> str:
         """Its name in tables and pictures."""
-        return title(read_level(self.level)) if self.kind == "level" else self.level
+        if self.kind == "level":
+            return title(read_level(self.level))
+        return f"{self.level} (step-wise rule)" if self.began else self.level
 
 
 @dataclass(frozen=True, kw_only=True)

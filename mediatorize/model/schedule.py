@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from mediatorize.errors import UserError
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, forecasts, kind_of, parts_of, read_level
+from mediatorize.model.levels import LINEAR, SOFTMAX, Level, forecasts, kind_of, parts_of, read_level, title
 
 CALLS_FORMAT = 2
 """Version of a schedule file with single calls. Files of pieces have none."""
@@ -324,6 +324,35 @@ class SwitchRule:
 
 
 @dataclass(frozen=True)
+class Began:
+    """When a later stage of a step-wise rule began: steps count from 1, and are None where it never did."""
+
+    stage: str
+    first: int | None
+    median: int | None
+    last: int | None
+    samples: int
+    """In how many it began."""
+
+    @classmethod
+    def of(cls, stages: Sequence[str], switches: Sequence[Sequence[int]]) -> tuple[Began, ...]:
+        """Of every stage but the first.
+
+        Args:
+            stages: what each is called.
+            switches: by sample, the step, from 0, that each of them began with; -1: it never did.
+        """
+        found = []
+        for index, stage in enumerate(stages[1:]):
+            steps = sorted(row[index] + 1 for row in switches if row[index] >= 0)
+            if steps:
+                found.append(cls(stage, steps[0], steps[(len(steps) - 1) // 2], steps[-1], len(steps)))
+            else:
+                found.append(cls(stage, None, None, None, 0))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class RuleSchedule:
     """A step-wise rule between levels of one model, as a schedule. What a call runs is known only when samples are made."""
 
@@ -340,6 +369,10 @@ class RuleSchedule:
     def used(self) -> set[Level]:
         """Every level that some layer runs at somewhere."""
         return {*self.rule.levels, *self.usual.used}
+
+    def began(self, switches: Sequence[Sequence[int]]) -> tuple[Began, ...]:
+        """When its later stages began in samples that switched so."""
+        return Began.of([title(level) for level in self.rule.levels], switches)
 
     def calls(self, noise_levels: Sequence[float]) -> list[Call]:
         """What a sampler's calls usually run, at the noise levels of its calls in their order."""

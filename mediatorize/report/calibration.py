@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mediatorize.compression.costs import COSTS
 from mediatorize.model.levels import is_pretrained, title
+from mediatorize.model.schedule import RuleSchedule, Schedule
+from mediatorize.report.sampling import began_in_words
 from mediatorize.report.tables import seconds_in_words, text_table
 
 if TYPE_CHECKING:
@@ -106,14 +108,30 @@ def _about(result: Calibration, outcome: Outcome, unit: str) -> list[str]:
         lines.append(f"  fewer steps are best here: sample with --steps {best.steps}")
     if outcome.reported:
         own = outcome.reported[best.name]
-        told = f"  on other noise: median error {own.median:.4f}, mean {own.mean:.4f}, {own.flipped:.0%} flipped"
+        spent = "" if own.share is None else f", {own.share:.2%} of softmax's {unit}"
+        told = f"  on other noise: median error {own.median:.4f}, mean {own.mean:.4f}, {own.flipped:.0%} flipped{spent}"
         others = [f"{c.kind} {outcome.reported[c.name].median:.4f}" for c in outcome.baselines if c.name != best.name]
         lines.append(told + (f"; baselines' medians: {', '.join(others)}" if others else ""))
         better = [c for c in outcome.baselines if outcome.reported[c.name].geometric < own.geometric]
         if better:
             lines.append(f"  on this noise a baseline is better: {', '.join(c.name for c in better)}")
+    if isinstance(best.schedule, RuleSchedule):
+        lines.append("  the step-wise rule, each sample for itself; on the trajectories that it was tuned on:")
+        lines += [f"  {line}" for line in began_in_words(best.schedule.began(best.switches), len(best.switches))]
+        for other in _beside(result, outcome):
+            told = "" if other.measured is None else f", median error {other.measured.median:.4f}"
+            lines.append(f"  beside it, {other.kind}, {other.share:.2%} of softmax's {unit}{told}: {other.name}")
     lines += [] if outcome.latency is None else [_about_time(outcome.latency)]
     return lines
+
+
+def _beside(result: Calibration, outcome: Outcome) -> list[Candidate]:
+    """Of other candidates for the budget of a rule the best, and the best without forecasts; all were judged on the same noise."""
+    assert result.found is not None, "there is an outcome"
+    others = [c for c in result.found.candidates if not isinstance(c.schedule, RuleSchedule) and c.share <= outcome.budget + 1e-12]
+    bare = [c for c in others if isinstance(c.schedule, Schedule)]
+    best = [min(those, key=lambda candidate: candidate.error) for those in (others, bare) if those]
+    return best[:1] if len(best) == 2 and best[0] is best[1] else best
 
 
 def _about_time(took: Latency) -> str:
@@ -148,7 +166,11 @@ def facts(result: Calibration) -> dict[str, Any]:
 
 
 def _outcome_facts(result: Calibration, outcome: Outcome) -> dict[str, Any]:
+    schedule = outcome.schedule
+    rule = None if not isinstance(schedule, RuleSchedule) else schedule.to_json()["rule"]
     return {
+        "rule": rule,
+        "switched": _switched(outcome.chosen),
         "budget": outcome.budget,
         "file": result.files[outcome.budget].name,
         "candidate": outcome.chosen.name,
@@ -168,8 +190,15 @@ def _outcome_facts(result: Calibration, outcome: Outcome) -> dict[str, Any]:
 
 
 def _candidate_facts(candidate: Candidate) -> dict[str, Any]:
-    told = {key: value for key, value in vars(candidate).items() if key not in ("schedule", "measured")}
+    told = {key: value for key, value in vars(candidate).items() if key not in ("schedule", "measured", "switches")}
+    told["switched"] = _switched(candidate)
     return {**told, "path": list(candidate.path), "predicted": dict(candidate.predicted), "measured": _errors(candidate.measured)}
+
+
+def _switched(candidate: Candidate) -> list[dict[str, Any]]:
+    """When a rule switched on the trajectories that it was tuned on."""
+    schedule = candidate.schedule
+    return [vars(began) for began in schedule.began(candidate.switches)] if isinstance(schedule, RuleSchedule) else []
 
 
 def _errors(errors: Errors | None) -> dict[str, Any] | None:
@@ -177,7 +206,7 @@ def _errors(errors: Errors | None) -> dict[str, Any] | None:
 
 
 def schedule_text(result: Calibration, outcome: Outcome) -> str:
-    """The text of a schedule's file: JSON. First what it was made for, then one line per call or piece."""
+    """The text of a schedule's file: JSON. First what it was made for, and a rule, then one line per call or piece."""
     how, best = result.sampler, outcome.chosen
     predicted = best.predicted.get("vectors")
     made_for = {
@@ -190,9 +219,11 @@ def schedule_text(result: Calibration, outcome: Outcome) -> str:
         "calibrated_for": how.to_json() | {"steps": best.steps, "seed": None},
         "weights_sha256": result.weights,
     }
+    if isinstance(best.schedule, RuleSchedule):
+        made_for["switched"] = _switched(best)
     content = outcome.schedule.to_json()
-    lines = content.pop("calls" if "calls" in content else "pieces")
-    name = "calls" if "layers" in content else "pieces"
+    (name,) = {"calls", "pieces", "usual"} & content.keys()
+    lines = content.pop(name)
     head = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in (made_for | content).items()]
     return "{\n" + "\n".join(head) + f'\n  "{name}": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in lines) + "\n  ]\n}\n"
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation, RowResult
+from mediatorize.model.schedule import RuleSchedule
 from mediatorize.report.document import Block, Code, Document, Heading, Picture, Table, Text, markdown
 from mediatorize.report.html import html_page
 from mediatorize.report.pictures import write_comparison, write_error_cost, write_schedule_map, write_trajectory_errors
+from mediatorize.report.sampling import began_in_words
 from mediatorize.report.tables import gmacs, text_table
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def words(found: Evaluation | Contribution) -> str:
         return f"Process {found.rank} of {found.processes} drew {found.drawn} samples per level; process 0 reports."
     short = table(found, SHORT)
     files = ", ".join(["report.html", "report.md", RESULT_FILE, *found.pictures, *found.arrays])
-    blocks = [title(found), text_table(short.header, short.rows), lead(found), *notes(found)]
+    blocks = [title(found), text_table(short.header, short.rows), *rules(found), lead(found), *notes(found)]
     return "\n\n".join([*blocks, f"Wrote {files} in {found.out}."])
 
 
@@ -103,6 +105,12 @@ def table(found: Evaluation, columns: Sequence[Column], first: str = "level") ->
     kept = {name: values for name, values in cells.items() if any(value is not None for value in values)}
     rows = [(row.title, *(values[index] or "-" for values in kept.values())) for index, row in enumerate(found.results)]
     return Table((first, *kept), rows)
+
+
+def rules(found: Evaluation) -> list[str]:
+    """When step-wise rules switched, a paragraph each."""
+    told = [(row.title, began_in_words(row.began, found.samples)) for row in found.results if row.began]
+    return ["\n".join([f"{title}, each stage by the step that it began with:", *lines]) for title, lines in told]
 
 
 def title(found: Evaluation) -> str:
@@ -178,7 +186,8 @@ def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], no
     for index, (name, schedule) in enumerate(schedules):
         file = f"schedule-{index}.png" if index else "schedule.png"
         write_schedule_map(out / file, schedule, name)
-        written[file] = f"{name}: the level of every layer at every noise level"
+        sample = ", in the median of the samples that the rule was calibrated on" if isinstance(schedule, RuleSchedule) else ""
+        written[file] = f"{name}: the level of every layer at every noise level{sample}"
     return written
 
 
@@ -231,7 +240,7 @@ def document(found: Evaluation) -> Document:
     blocks += [table(found, QUALITY), Text(_about_quality(found)), *_pictures(found, "error-cost.png", "trajectory.png")]
     maps = [file for file in found.pictures if file.startswith("schedule")]
     if maps:
-        blocks += [Heading("Schedule"), *_pictures(found, *maps)]
+        blocks += [Heading("Schedule"), *_pictures(found, *maps), *map(Text, rules(found))]
     if notes(found):
         blocks += [Heading("Notes"), *(Text(note) for note in notes(found))]
     blocks += [Heading("Repeat it"), Code(found.command)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.model.levels import title
+from mediatorize.model.schedule import Began
 
 if TYPE_CHECKING:
     from mediatorize.model.schedule import SwitchRule
@@ -18,14 +20,17 @@ def words(found: Sampled) -> str:
     if found.flops is not None and found.softmax_flops is not None:
         cost = f"{found.flops / 1e9:.1f} GFLOPs ({found.flops / 2e9:.1f} GMACs), {found.flops / found.softmax_flops:.1%} of softmax's"
         text = f"{text}; {cost}"
-    return "\n".join([text, *(_switched(found, stage) for stage in range(1, len(found.stages)))])
+    return "\n".join([text, *began_in_words(Began.of(found.stages, found.switches), found.count)])
 
 
-def _switched(found: Sampled, stage: int) -> str:
-    """When a stage of the rule began: steps count from 1."""
-    steps = [row[stage - 1] + 1 for row in found.switches if row[stage - 1] >= 0]
-    began = f"from step {min(steps)}" + (f" to {max(steps)}" if max(steps) > min(steps) else "") if steps else "never"
-    return f"  {found.stages[stage]}: began {began}, in {len(steps)} of {found.count} samples"
+def began_in_words(began: Sequence[Began], samples: int) -> list[str]:
+    """When the later stages of a step-wise rule began, a line each."""
+    lines = []
+    for each in began:
+        when = "never" if each.first is None else f"from step {each.first}"
+        when += f" to {each.last}, median {each.median}" if each.first != each.last else ""
+        lines.append(f"  {each.stage}: began {when}, in {each.samples} of {samples} samples")
+    return lines
 
 
 def rule_in_words(rule: SwitchRule) -> str:

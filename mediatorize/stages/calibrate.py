@@ -84,6 +84,10 @@ def calibrate(
     per: Annotated[
         Literal["cell", "step"], option("cell: a level for every step and layer; step: one level per step, for all layers", WHAT)
     ] = "cell",
+    rule: Annotated[
+        Literal["latent-change"] | None,
+        option("find the paper's step-wise rule for the budget, in place of a fixed schedule: levels, --first and --ratios", WHAT),
+    ] = None,
     kinds: Annotated[
         tuple[str, ...],
         option(
@@ -137,6 +141,8 @@ def calibrate(
     arch, settings, unit = loaded.arch, loaded.added(), COSTS[cost]
     with about(model):
         saving = kinds_of(settings, kinds)
+        if rule is not None and "mediators" not in saving:
+            raise UserError(f"--rule switches between levels of mediators, which --kinds {','.join(saving)} leaves out.", hint="Add them.")
     how: dict[str, Any] = {
         "solver": solver,
         "steps": steps,
@@ -144,14 +150,14 @@ def calibrate(
         "cfg_channels": cfg_channels,
         "cfg_interval": cfg_interval,
     }
-    sampler = Sampler.resolve(arch, **how, seed=seed, fixed_for="a budget needs")
+    sampler = Sampler.resolve(arch, **how, seed=seed, fixed_for="a budget needs" if rule is None else "a rule needs")
     measuring = samplers(sampler)[0]
     where = pick_device(device)
     costs = costs_of(cost, loaded.to(where), sampler, batch)
     for share in shares:
         with about(model):
-            refuse_out_of_reach(share, costs, settings, unit, saving)
-    files = {share: model / SCHEDULES / unit.schedule_name(share) for share in shares}
+            refuse_out_of_reach(share, costs, settings, unit, saving if rule is None else ("mediators",))
+    files = {share: model / SCHEDULES / (("" if rule is None else "rule-") + unit.schedule_name(share)) for share in shares}
     log = bundles.read_log(model)
     finished = {item["file"] for line in log if line["command"] == "calibrate" for item in line["result"]["schedules"]}
     there = [file for file in files.values() if file.exists() and file.name in finished]  # others are of a run killed at the very end
@@ -191,9 +197,10 @@ def calibrate(
     work = Work.open(result.folder, plan, force=force, refusal=refusal)
     most = memory * 2**30 / (batch * next(loaded.parameters()).element_size()) if memory else None
     wanted: dict[str, Any] = {"per": per, "kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
-    wanted["most_memory"] = most
+    wanted |= {"most_memory": most, "by_rule": rule is not None}
     wanted |= {"evaluations": evaluations, "seconds": seconds}
-    found = searching.search(loaded, sampler, shares, costs, **wanted, timed=unit.timed, store=work, progress=progress_bar, facts=plan)
+    with about(model):
+        found = searching.search(loaded, sampler, shares, costs, **wanted, timed=unit.timed, store=work, progress=progress_bar, facts=plan)
     result = replace(result, found=found, weights=weights)
     report.write_pictures(result)
     (model / SCHEDULES).mkdir(exist_ok=True)
@@ -201,6 +208,6 @@ def calibrate(
         bundles.write_text(files[outcome.budget], report.schedule_text(result, outcome))
     bundles.write_text(model / "schedule.json", files[shares[0]].read_text())
     result = replace(result, seconds=time.monotonic() - start)
-    told, arguments = report.facts(result), {"budgets": shares, "cost": cost, "per": per, "kinds": list(saving), **plan}
+    told, arguments = report.facts(result), {"budgets": shares, "cost": cost, "per": per, "rule": rule, "kinds": list(saving), **plan}
     bundles.append_log(model, "calibrate", arguments, {"schedules": told["schedules"], "seconds": told["seconds"]})
     return result
