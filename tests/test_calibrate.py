@@ -23,6 +23,7 @@ from mediatorize.compression.search import (
     FEWER,
     OUTPUTS,
     PATH,
+    RULE,
     UNIFORM,
     WHOLE,
     Errors,
@@ -47,18 +48,23 @@ from mediatorize.compression.sensitivity import (
     spread_labels,
 )
 from mediatorize.compression.store import InMemory
-from mediatorize.diffusion.sampling import GuidedModel, Sampler, sample
+from mediatorize.diffusion.sampling import GuidedModel, Sampler, driver_of, flops_by_rule, sample, sample_batch, sample_many
+from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle as bundles
 from mediatorize.model import cost
 from mediatorize.model.block import SwitchableAttention
-from mediatorize.model.levels import KINDS, LINEAR, SOFTMAX, Level, MediatorSettings, parts_of
+from mediatorize.model.levels import KINDS, LINEAR, SOFTMAX, Level, MediatorSettings, parts_of, title
 from mediatorize.model.memory import Memory
-from mediatorize.model.schedule import Call, CallSchedule, Schedule
+from mediatorize.model.schedule import Call, CallSchedule, RuleSchedule, Schedule
 from mediatorize.model.transformer import DiffusionTransformer, LastLayer
-from mediatorize.randomness import gaussian
+from mediatorize.randomness import gaussian, seed_for
+from mediatorize.report import evaluation
 from mediatorize.report.calibration import facts, words
+from mediatorize.report.sampling import began_in_words
 from mediatorize.stages.calibrate import Calibration, calibrate
+from mediatorize.stages.evaluate import evaluate
+from mediatorize.stages.sample import sample as sample_stage
 
 SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2)
 OPTIONS: list[Level] = [1, 4, SOFTMAX]
@@ -843,3 +849,131 @@ def test_the_same_seed_gives_the_same_schedule_and_another_seed_other_trajectori
     assert without_times(first) == without_times(second)
     table = "calibration/sensitivity.safetensors"
     assert without_times(first)[table] != without_times(third)[table]
+
+
+# --- the step-wise rule --------------------------------------------------------------------------------------------------------
+
+BY_RULE: dict[str, Any] = QUICK | {"steps": 12, "solver": "sde", "rule": "latent-change"}
+
+
+def test_a_rule_keeps_its_budget_by_what_it_really_spends_where_it_was_tuned(bundle: Callable[..., Path]) -> None:
+    path = bundle()
+    report = calibrate(path, budget=0.85, **BY_RULE)
+    (outcome,) = found_by(report).outcomes
+    schedule, model = outcome.schedule, bundles.load_bundle(path)
+    assert isinstance(schedule, RuleSchedule)
+    assert model.schedule == schedule
+    assert [file.name for file in (path / "schedules").iterdir()] == ["rule-0.85.json"]
+
+    labels = spread_labels(model.arch.classes, 3, report.sampler.seed)
+    drive = driver_of(model, report.sampler, schedule, 3)
+    assert isinstance(drive, Switcher)
+    sample_batch(model, labels, report.sampler, drive=drive)  # together; it was tuned two at a time
+    assert tuple(map(tuple, drive.switches.tolist())) == outcome.chosen.switches
+    assert (drive.switches >= schedule.rule.earliest).any()
+    spent = flops_by_rule(schedule.rule, [model] * len(schedule.rule.levels), report.sampler, drive.switches)
+    whole = report.sampler.flops(model.arch, SOFTMAX, None)
+    assert whole is not None
+    assert outcome.chosen.share == pytest.approx(spent / whole / 3)
+    assert outcome.chosen.share <= 0.85
+
+    held_out = replace(report.sampler, seed=seed_for(0, "reported calibration"))
+    labels = spread_labels(model.arch.classes, 3, held_out.seed)
+    drawn = [sample_many(model, labels, held_out, levels, 2) for levels in (schedule, SOFTMAX)]
+    own = outcome.reported[outcome.chosen.name]
+    assert own.median == pytest.approx(Errors.of(*drawn).median)
+    told, found = words(report), facts(report)["schedules"][0]
+    assert "beside it, " in told
+    assert f"{own.share:.2%} of softmax's FLOPs" in told
+    assert all(line in told for line in began_in_words(schedule.began(outcome.chosen.switches), 3))
+    assert found["rule"] == schedule.to_json()["rule"]
+    assert [each["stage"] for each in found["switched"]] == [title(level) for level in schedule.rule.levels[1:]]
+    with pytest.raises(UserError, match=r"rule-0\.85\.json: exists"):
+        calibrate(path, budget=0.85, **BY_RULE)
+
+
+def test_what_a_rule_spends_is_told_wherever_it_samples(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    path = bundle()
+    calibrate(path, budget=0.85, **BY_RULE)
+    model = bundles.load_bundle(path)
+    assert isinstance(model.schedule, RuleSchedule)
+    how: dict[str, Any] = {"steps": 12, "solver": "sde", "device": "cpu", "batch": 4}
+    drawn = sample_stage(str(path), out=tmp_path / "a.npz", **how)
+    assert drawn.stages == tuple(map(title, model.schedule.rule.levels))
+    found = evaluate(str(path), tmp_path / "report", features="none", samples=10, pairs=2, timing_batch=2, **how)
+    row = found.comparison.results[1]
+    assert row.flops == drawn.flops / 10  # of the same samples
+    assert row.began == model.schedule.began(drawn.switches)
+    assert row.relative_time is not None
+    assert "schedule (step-wise rule)" in evaluation.words(found)
+    assert evaluation.rules(found)[0] in (tmp_path / "report" / "report.md").read_text()
+
+    fixed = tmp_path / "fixed.json"
+    fixed.write_text(json.dumps(Schedule((), ((4,) * 3,)).to_json()))
+    other = sample_stage(str(path), out=tmp_path / "b.npz", schedule=fixed, **how)
+    same = sample_stage(str(path), out=tmp_path / "c.npz", level=4, **how)
+    assert other.flops == same.flops != drawn.flops
+    assert (tmp_path / "b.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
+    again = sample_stage(str(path), out=tmp_path / "d.npz", schedule=path / "schedules" / "rule-0.85.json", **how)
+    assert again.switches == drawn.switches
+    for more in ({"level": 4}, {"switch": "mean-absolute"}):
+        with pytest.raises(UserError, match="--schedule says what runs"):
+            sample_stage(str(path), out=tmp_path / "e.npz", schedule=fixed, **how, **more)  # type: ignore[arg-type]
+
+
+def test_the_rule_competes_in_every_table_and_is_tried_once(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle()
+    report = calibrate(path, budget=0.9, **QUICK | {"steps": 8, "solver": "sde"})
+    rules = [candidate for candidate in found_by(report).candidates if candidate.kind == RULE]
+    assert 0 < len(rules) <= searching.MOST_RULES
+    assert all(isinstance(rule.schedule, RuleSchedule) and rule.share <= 0.9 for rule in rules)
+    (row,) = [line for line in words(report).splitlines() if line.startswith(RULE)]
+    assert "first " in row
+    assert all(candidate.kind == RULE for candidate in found_by(report).candidates if isinstance(candidate.schedule, RuleSchedule))
+    without = calibrate(bundle(name="other"), budget=0.6, kinds=("forecasts",), **QUICK)
+    assert RULE not in {candidate.kind for candidate in found_by(without).candidates}
+    monkeypatch.setattr(searching, "sample_by", None)
+    repeated = calibrate(path, budget=0.9, force=True, **QUICK | {"steps": 8, "solver": "sde"})
+    assert [c.measured for c in found_by(repeated).candidates] == [c.measured for c in found_by(report).candidates]
+
+
+def test_heun_switches_between_steps_and_a_guided_rule_counts_its_rows(bundle: Callable[..., Path]) -> None:
+    path = bundle()
+    how: dict[str, Any] = {"solver": "heun", "cfg_scale": 2.0, "cfg_interval": (0.2, 0.9), "steps": 7}
+    report = calibrate(path, budget=0.9, rule="latent-change", kinds=("mediators",), **QUICK | how)
+    (outcome,) = found_by(report).outcomes
+    assert isinstance(outcome.schedule, RuleSchedule)
+    model, switches = bundles.load_bundle(path), torch.tensor(outcome.chosen.switches)
+    spent = flops_by_rule(outcome.schedule.rule, [model] * len(outcome.schedule.rule.levels), report.sampler, switches)
+    whole = report.sampler.flops(model.arch, SOFTMAX, None)
+    assert whole is not None
+    assert outcome.chosen.share == pytest.approx(spent / whole / 3)
+    assert outcome.chosen.share <= 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kinds": ("forecasts",)}, r"switches between levels of mediators, which --kinds forecasts leaves out"),
+        ({"solver": "dopri5"}, "a rule needs a fixed number"),
+        ({"budget": 0.1}, r"can go down to .* with mediators"),
+        ({"steps": 3}, "In 3 steps there is no time for a rule to switch"),
+    ],
+)
+def test_rules_that_cannot_be_found_are_refused(bundle: Callable[..., Path], changes: dict[str, Any], message: str) -> None:
+    path = bundle()
+    with pytest.raises(UserError, match=message) as caught:
+        calibrate(path, **{"budget": 0.9} | BY_RULE | changes)
+    assert str(path) in caught.value.message or "dopri5" in caught.value.message
+    assert "\n" not in caught.value.message
+    assert not (path / "schedule.json").exists() and not (path / "schedules").exists()
+
+
+def test_a_budget_that_no_rule_reaches_says_what_rules_reach(bundle: Callable[..., Path]) -> None:
+    """Just above the cheapest level, which a rule leaves at some step."""
+    path = bundle()
+    least = cost.forward_flops(model_of().arch, 1, SETTINGS) / cost.forward_flops(model_of().arch)
+    with pytest.raises(UserError, match=r"No rule was found for a budget of .*: on these trajectories rules spend \d") as caught:
+        calibrate(path, budget=least + 1e-4, **BY_RULE)
+    assert str(path) in caught.value.message
+    assert not (path / "schedule.json").exists()
