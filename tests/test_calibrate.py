@@ -954,7 +954,7 @@ def test_heun_switches_between_steps_and_a_guided_rule_counts_its_rows(bundle: C
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": ("forecasts",)}, r"switches between levels of mediators, which --kinds forecasts leaves out"),
+        ({"kinds": ("forecasts",)}, "--kinds forecasts leaves only softmax"),
         ({"solver": "dopri5"}, "a rule needs a fixed number"),
         ({"budget": 0.1}, r"can go down to .* with mediators"),
         ({"steps": 3}, "In 3 steps there is no time for a rule to switch"),

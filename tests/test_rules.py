@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def test_the_rule_within_a_budget_is_the_one_that_trying_all_finds(seed: int) ->
         does(levels, ratios, first)
         for first in range(1, steps - 2)
         for levels in ((1, 4), (1, SOFTMAX), (4, SOFTMAX), LEVELS)
-        for ratios in combinations_with_replacement(ratios_of(changes, first), len(levels) - 1)
+        for ratios in combinations(ratios_of(changes, first), len(levels) - 1)
     ]
     seen = set()
     for budget in range(14, 64, 3):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from functools import cached_property
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,11 @@ from mediatorize.model.schedule import SwitchRule
 MOST_FIRST = 24
 """How many values of `first` are tried; of more, so many evenly spread."""
 
-MOST_RATIOS, MOST_COMBINATIONS = 24, 5000
-"""How many ratios a stage can have, and how many combinations of them are tried at most, for one value of `first`."""
+MOST_RATIOS = 24
+"""How many ratios a stage can have for one value of `first`."""
+
+MOST_STAGES = 3
+"""As in the paper."""
 
 ABOVE_ALL = 1.05
 """A ratio at which every sample switches at the first check: so many times the largest change there."""
@@ -40,7 +43,7 @@ class Rules:
     """Every rule that differs from others on the teacher's trajectories, or enough of them, evenly spread."""
 
     levels: Sequence[Level]
-    """In the order in which they may be used. A rule leaves some out."""
+    """In the order in which they may be used. A rule has two or three of them."""
     changes: NDArray[np.float64]
     """(steps - 1, n): of each sample's latents, from the beginning of each step to that of the next."""
     errors: NDArray[np.float64]
@@ -48,71 +51,69 @@ class Rules:
     costs: NDArray[Any]
     """(steps, levels)"""
 
-    @property
-    def steps(self) -> int:
-        return len(self.errors)
+    def within(self, room: Any) -> list[Predicted]:
+        """Rules that cost no more: the one of least predicted error for every value of `first` and for all levels that it can have.
+
+        The best comes first. Of rules that do the same on these trajectories there is one.
+        """
+        best: dict[Any, tuple[float, float, _Group, int]] = {}
+        for group in self._groups:
+            fitting = np.flatnonzero(group.costs <= room)
+            if not fitting.size:
+                continue
+            place = int(fitting[group.errors[fitting].argmin()])
+            found = float(group.errors[place]), float(group.costs[place]), group, place
+            for key in (group.first, group.places):
+                best[key] = min(best.get(key, found), found, key=lambda each: each[0])
+        rules: dict[Any, Predicted] = {}
+        for error, cost, group, place in best.values():
+            ratios, levels = group.ratios[place], tuple(self.levels[level] for level in group.places)
+            rule = SwitchRule(levels=levels, ratios=ratios, first=group.first, measure="mean-absolute", per="sample")
+            does = levels, begins(self.changes, group.first, ratios).tobytes()
+            rules.setdefault(does, Predicted(rule=rule, error=error, cost=cost))
+        return sorted(rules.values(), key=lambda each: each.error)
 
     @property
     def range(self) -> tuple[float, float] | None:
         """The least and the largest cost of a rule that switches somewhere; None if there is no time to."""
-        costs = [cost for _, _, _, cost in self._by_first()]
+        costs = [group.costs for group in self._groups]
         return (min(float(cost.min()) for cost in costs), max(float(cost.max()) for cost in costs)) if costs else None
 
-    def within(self, room: Any) -> list[Predicted]:
-        """For every value of `first` and every first level the rule of least predicted error that costs no more, the best first."""
-        found: dict[tuple[Any, ...], Predicted] = {}
-        for first, stages, error, cost in self._by_first():
-            fitting = np.flatnonzero(cost <= room)
-            if not fitting.size:
-                continue
-            best = fitting[error[fitting].argmin()]
-            levels, ratios = stages(int(best))
-            rule = SwitchRule(levels=levels, ratios=ratios, first=first, measure="mean-absolute", per="sample")
-            does = (levels, begins(self.changes, first, ratios).tobytes())
-            found.setdefault(does, Predicted(rule=rule, error=float(error[best]), cost=float(cost[best])))
-        return sorted(found.values(), key=lambda each: each.error)
-
-    def _by_first(self) -> Iterator[tuple[int, Any, NDArray[np.float64], NDArray[np.float64]]]:
-        """By `first` and first level: what gives a combination's levels and ratios, and all combinations' errors and costs."""
-        highest = self.steps - 3
-        firsts = sorted({round(place) for place in np.linspace(1, highest, min(highest, MOST_FIRST))}) if highest > 0 else []
-        tables = [np.concatenate([np.zeros((1, len(self.levels))), np.cumsum(table, 0)]) for table in (self.errors, self.costs)]
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        steps, count = len(self.errors), len(self.levels)
+        firsts = sorted({round(place) for place in np.linspace(1, steps - 3, min(steps - 3, MOST_FIRST))}) if steps > 3 else []
+        tables = [np.concatenate([np.zeros((1, count)), np.cumsum(table, 0)]) for table in (self.errors, self.costs)]
+        found = []
         for first in firsts:
             ratios = ratios_of(self.changes, first)
             at = begins(self.changes, first, ratios)  # (ratios, n)
-            for start in range(len(self.levels) - 1):
-                later = len(self.levels) - 1 - start
-                kept = _evenly(len(ratios), later)
-                chosen = np.array(list(combinations_with_replacement(range(len(kept) + 1), later)))  # the last place: never
-                chosen = chosen[chosen[:, 0] < len(kept)]  # a rule switches at least once
-                sums = []
-                for table in tables:
-                    upto = np.concatenate([table[at[kept]].mean(1), table[-1:]])  # (kept + 1, levels)
-                    total = np.full(len(chosen), table[-1, -1] - table[0, -1])
-                    for stage in range(later):  # level `stage` runs up to where the next begins, in place of the next
-                        level = start + stage
-                        total += upto[chosen[:, stage], level] - upto[chosen[:, stage], level + 1]
-                    sums.append(total)
+            upto = [table[at].mean(1) for table in tables]  # (ratios, levels): the mean sample's, up to where the ratio ends a stage
+            for later in range(1, MOST_STAGES):
+                chosen = np.array(list(combinations(range(len(ratios)), later)), dtype=np.int64).reshape(-1, later)
+                named = [tuple(ratios[place] for place in places) for places in chosen]
+                for places in combinations(range(count), later + 1) if named else ():
+                    sums = []
+                    for table, ended in zip(tables, upto, strict=True):
+                        total = np.full(len(chosen), table[-1, places[-1]])
+                        for stage, (level, after) in enumerate(pairwise(places)):
+                            total += ended[chosen[:, stage], level] - ended[chosen[:, stage], after]
+                        sums.append(total)
+                    found.append(_Group(first, places, named, *sums))
+        return found
 
-                def stages(
-                    row: int, start: int = start, kept: Sequence[int] = kept, chosen: Any = chosen, ratios: Any = ratios
-                ) -> tuple[tuple[Level, ...], tuple[float, ...]]:
-                    return self._stages(start, [None if place == len(kept) else float(ratios[kept[place]]) for place in chosen[row]])
 
-                yield first, stages, sums[0], sums[1]
+@dataclass(frozen=True)
+class _Group:
+    """Rules of the same levels and base."""
 
-    def _stages(self, start: int, ratios: Sequence[float | None]) -> tuple[tuple[Level, ...], tuple[float, ...]]:
-        """Levels and ratios without stages that never begin (None), or end as soon as they begin."""
-        levels, kept = [self.levels[start]], list[float]()
-        for level, ratio in zip(self.levels[start + 1 :], ratios, strict=True):
-            if ratio is None:
-                break
-            if kept and kept[-1] == ratio:
-                levels[-1] = level
-            else:
-                levels.append(level)
-                kept.append(ratio)
-        return tuple(levels), tuple(kept)
+    first: int
+    places: tuple[int, ...]
+    """Of its levels among all."""
+    ratios: Sequence[tuple[float, ...]]
+    """Of every rule."""
+    errors: NDArray[np.float64]
+    costs: NDArray[np.float64]
 
 
 def begins(changes: ArrayLike, first: int, ratios: Sequence[float]) -> NDArray[np.int64]:
@@ -140,11 +141,3 @@ def _lowest(changes: NDArray[np.float64], first: int) -> NDArray[np.float64]:
     """(checks, n): the lowest change so far, as a share of the base, at every check of the rule; the first step's is not looked at."""
     base = changes[1 : first + 1].mean(0)
     return np.minimum.accumulate(changes[first + 1 :] / np.maximum(base, 1e-30), axis=0)
-
-
-def _evenly(ratios: int, later: int) -> list[int]:
-    """Places of ratios, all or evenly spread, so that there are not too many combinations for so many stages."""
-    count = ratios
-    while count > 1 and math.comb(count + later, later) > MOST_COMBINATIONS:
-        count -= 1
-    return sorted({round(place) for place in np.linspace(0, ratios - 1, count)})

@@ -90,7 +90,7 @@ MOST_PATHS = {"computed and forecast calls": 6, "forecasts of the model's output
 MOST_RULES, MOST_TRIED = 3, 6
 """How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
 
-RULES_ALONE = 4
+RULES_ALONE = 2
 """So many times as many where a rule is what was asked for."""
 
 FLIPPED = 0.5
@@ -300,7 +300,7 @@ def search(
         proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
         judge.consider(proposals)
-        if "mediators" in kinds:
+        if set(kinds) - {"forecasts"}:
             judge.consider(tuner.rules(proposer, budget, RULES_ALONE if by_rule else 1))
         if by_rule:
             refuse_without_rule(judge, proposer, budget)
@@ -545,8 +545,8 @@ class Proposer:
 
     @cached_property
     def rules(self) -> Rules:
-        """Of levels of mediators and softmax, by what the tables predict. A noise level's error is shared evenly by its calls."""
-        table, levels = self.tables.errors, self.model.added().all_levels
+        """Of levels of whole blocks, by what the tables predict. A noise level's error is shared evenly by its calls."""
+        table, levels = self.tables.errors, bare_levels(self.model.added(), self.kinds)
         _, place = cells_of(self.noise_levels)
         options = [table.options.index(level) for level in levels]
         errors = table.squares().sum(1)[:, options] / np.array(table.calls)[:, None]  # (cells, levels), of one call

@@ -141,8 +141,9 @@ def calibrate(
     arch, settings, unit = loaded.arch, loaded.added(), COSTS[cost]
     with about(model):
         saving = kinds_of(settings, kinds)
-        if rule is not None and "mediators" not in saving:
-            raise UserError(f"--rule switches between levels of mediators, which --kinds {','.join(saving)} leaves out.", hint="Add them.")
+        bare = tuple(kind for kind in saving if kind != "forecasts")
+        if rule is not None and not bare:
+            raise UserError("A rule switches between levels, and --kinds forecasts leaves only softmax.", hint="Pass --kinds mediators.")
     how: dict[str, Any] = {
         "solver": solver,
         "steps": steps,
@@ -156,7 +157,7 @@ def calibrate(
     costs = costs_of(cost, loaded.to(where), sampler, batch)
     for share in shares:
         with about(model):
-            refuse_out_of_reach(share, costs, settings, unit, saving if rule is None else ("mediators",))
+            refuse_out_of_reach(share, costs, settings, unit, saving if rule is None else bare)
     files = {share: model / SCHEDULES / (("" if rule is None else "rule-") + unit.schedule_name(share)) for share in shares}
     log = bundles.read_log(model)
     finished = {item["file"] for line in log if line["command"] == "calibrate" for item in line["result"]["schedules"]}
