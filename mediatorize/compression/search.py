@@ -299,9 +299,9 @@ def search(
         begun = time.monotonic()
         proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
-        judge.consider(proposals)
+        judge.consider(proposals, budget)
         if set(kinds) - {"forecasts"}:
-            judge.consider(tuner.rules(proposer, budget, RULES_ALONE if by_rule else 1))
+            judge.consider(tuner.rules(proposer, budget, RULES_ALONE if by_rule else 1), budget)
         if by_rule:
             refuse_without_rule(judge, proposer, budget)
         if verify and "forecasts" in kinds:
@@ -876,7 +876,7 @@ def sample_by(
 
 def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None:
     """An error where no rule keeps a budget: it says what rules can reach."""
-    if any(candidate.kind == RULE and candidate.share <= budget for candidate in judge.candidates):
+    if any(candidate.kind == RULE and candidate.share <= budget + 1e-12 for candidate in judge.candidates):
         return
     reach = proposer.rules.range
     if reach is None:
@@ -910,10 +910,10 @@ class Judge:
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
         self.candidates: list[Candidate] = []
 
-    def consider(self, proposals: Sequence[Proposal]) -> None:
-        """Judges proposals at first sight, by few samples, and then the best of them by all."""
+    def consider(self, proposals: Sequence[Proposal], budget: float) -> None:
+        """Judges proposals for a budget at first sight, by few samples, and then the best of them by all."""
         seen = [self.add(proposal, self.few) for proposal in proposals]
-        for candidate in sorted(seen, key=lambda candidate: candidate.error)[:FINALISTS]:
+        for candidate in sorted(seen, key=lambda candidate: (not self._keeps(candidate, budget), candidate.error))[:FINALISTS]:
             self.add(candidate)
 
     def add(self, proposal: Proposal, samples: int | None = None) -> Candidate:
@@ -983,11 +983,16 @@ class Judge:
                 best = min(best, self.add(named), key=lambda candidate: candidate.error)
 
     def _keeps(self, candidate: Candidate, budget: float) -> bool:
-        return candidate.share <= budget + 1e-12
+        """A rule must keep the budget on the noise that judges too: a few trajectories alone can mislead."""
+        judged = candidate.measured.share if candidate.measured is not None else None
+        return max(candidate.share, judged or 0.0) <= budget + 1e-12
 
     def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING), by_rule: bool = False) -> Candidate:
         """The candidate of least error within a budget, or the rule; of a smaller budget's too, should they be better."""
-        fitting = [c for c in self.candidates if self._keeps(c, budget) and self._whole(c) and (c.kind == RULE or not by_rule)]
+        whole = [c for c in self.candidates if self._whole(c) and (c.kind == RULE or not by_rule)]
+        fitting = [c for c in whole if self._keeps(c, budget)]
+        if by_rule and not fitting:  # those that keep it where they were tuned
+            fitting = [c for c in whole if c.share <= budget + 1e-12]
         if "mediators" not in kinds:
             fitting = [c for c in fitting if c.kind != WHOLE]
         if per == "step":

@@ -228,7 +228,8 @@ def sample(
         cfg_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
         noise: the initial state (b, c, h, w); `None` draws it from `seed`.
         seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
-        schedule: a `Schedule`, `CallSchedule` or `RuleSchedule`, one level for everything, or `None`: the model's own where it has one, else softmax.
+        schedule: a `Schedule`, `CallSchedule` or `RuleSchedule`; one level for everything; or `None`: the model's own where it has one,
+            else softmax.
         observe: called before every model call with its x, t and labels, the guided batch in full.
 
     Returns:

@@ -109,6 +109,7 @@ def _about(result: Calibration, outcome: Outcome, unit: str) -> list[str]:
     if outcome.reported:
         own = outcome.reported[best.name]
         spent = "" if own.share is None else f", {own.share:.2%} of softmax's {unit}"
+        spent += ", which is above the budget" if own.share is not None and own.share > outcome.budget else ""
         told = f"  on other noise: median error {own.median:.4f}, mean {own.mean:.4f}, {own.flipped:.0%} flipped{spent}"
         others = [f"{c.kind} {outcome.reported[c.name].median:.4f}" for c in outcome.baselines if c.name != best.name]
         lines.append(told + (f"; baselines' medians: {', '.join(others)}" if others else ""))
