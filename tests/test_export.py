@@ -19,8 +19,7 @@ from torch import Tensor
 from mediatorize import UserError, load_model, sample
 from mediatorize.compression.records import LayerErrors
 from mediatorize.diffusion import sampling
-from mediatorize.diffusion.driver import Driver
-from mediatorize.diffusion.process import BETAS, process_of
+from mediatorize.diffusion.process import BETAS
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.export import safetensors
@@ -438,7 +437,7 @@ assert pipe([1, 7], num_inference_steps=4).images[0].size == (16, 16)
 
 
 DIT_SCRIPT = """
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 assert type(pipe) is diffusers.DiTPipeline
 decoded = []
 def decode(latents):
@@ -460,8 +459,6 @@ sampled("dpm at softmax", 6)
 
 @pytest.mark.parametrize("changes", [{}, DIFFUSERS_CONVENTIONS | {"learn_sigma": False}], ids=["official", "from diffusers"])
 def test_a_dit_with_a_vae_samples_in_the_stock_pipeline_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
-    from diffusers import DDIMScheduler
-
     vae = tiny_vae(tmp_path / "vae")
     source = make_bundle(tmp_path / "bundle", small_model(family="dit", **changes))
     export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
@@ -477,16 +474,7 @@ def test_a_dit_with_a_vae_samples_in_the_stock_pipeline_as_here(changes: dict[st
     with torch.no_grad():
         assert_close(found["dpm, pictures"], (vae.decode(found["dpm"] / 0.18215).sample / 2 + 0.5).clamp(0, 1))
 
-    scheduler: Any = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
-    scheduler.set_timesteps(5)
-    x = noise
-    for t in scheduler.timesteps:
-        times = torch.full((4,), float(t))
-        levels = SCHEDULE.at(float(process_of(model.arch).noise_level(times)[0]))
-        with torch.no_grad():
-            output = sampling.guide(model(torch.cat([x, x]), times, torch.tensor([1, 7, 10, 10]), levels=levels), 4.0, 4)
-        x = scheduler.step(output[:2, :4], t, x).prev_sample
-    assert_close(found["ddim"], x)
+    assert_close(found["ddim"], sample(model, [1, 7], **how | {"solver": "ddim", "steps": 5}))
 
 
 BARE_DIT_SCRIPT = """
@@ -569,7 +557,7 @@ def test_a_sit_forecasts_in_diffusers_as_here(changes: dict[str, Any], tmp_path:
 
 
 FORECAST_DIT_SCRIPT = """
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 assert type(pipe).__name__ == "MediatorPipeline"
 how = dict(class_labels=[1, 7], guidance_scale=1.5, latents=given["noise"], output_type="latent", guided_channels=None)
 results["ddim"] = pipe(**how, num_inference_steps=8).images
@@ -582,8 +570,6 @@ results["again"] = pipe(**how, num_inference_steps=8).images
 
 def test_a_dit_forecasts_in_diffusers_as_here_with_a_vae_too(tmp_path: Path) -> None:
     """The stock pipeline keeps no memory: with a VAE too the pipeline that travels is exported."""
-    from diffusers import DDIMScheduler
-
     tiny_vae(tmp_path / "vae")
     source = make_bundle(tmp_path / "bundle", forecasting("dpm-solver++", family="dit"))
     export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
@@ -595,17 +581,7 @@ def test_a_dit_forecasts_in_diffusers_as_here_with_a_vae_too(tmp_path: Path) -> 
     assert torch.equal(found["again"], found["dpm"])
     assert not torch.allclose(found["dpm"], sample(model, [1, 7], **how, schedule=SOFTMAX), atol=1e-2)
 
-    scheduler: Any = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
-    scheduler.set_timesteps(8)  # of other noise levels than the schedule's
-    assert isinstance(model.schedule, CallSchedule)
-    noise_levels = [float(t) / 999 for t in scheduler.timesteps]
-    call = Driver(model, 2, model.schedule.calls(noise_levels), noise_levels, [2] * 8, 2)
-    x, labels = noise, torch.tensor([1, 7, 10, 10])
-    for t in scheduler.timesteps:
-        with torch.no_grad():
-            output = sampling.guide(call(torch.cat([x, x]), torch.full((4,), float(t)), labels), 1.5, 4)
-        x = scheduler.step(output[:2, :4], t, x).prev_sample
-    assert_close(found["ddim"], x)
+    assert_close(found["ddim"], sample(model, [1, 7], **how | {"solver": "ddim"}))  # of other noise levels than the schedule's
 
 
 RULE_SCRIPT = """

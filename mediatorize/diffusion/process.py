@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,6 +28,25 @@ def alphas_cumprod() -> Tensor:
     import torch  # here, so that tables of solvers are read without it
 
     return torch.from_numpy(np.cumprod(1 - BETAS))
+
+
+def respaced_timesteps(steps: int) -> list[int]:
+    """`steps` timesteps of DiT's 1000, even from 0 to 999, ascending; summed up as DiT's respace.py does, or halves round otherwise."""
+    if steps == 1:
+        return [0]
+    stride = (TRAIN_STEPS - 1) / (steps - 1)
+    return [round(place) for place in accumulate([stride] * (steps - 1), initial=0.0)]
+
+
+def ddim_step(x: Tensor, noise: Tensor, kept: float, kept_after: float) -> Tensor:
+    """A state of a DDPM at its next time, by DDIM (arXiv 2010.02502, eq. 12 with sigma 0).
+
+    Args:
+        x, noise: the state and the noise predicted in it (b, c, h, w).
+        kept, kept_after: the share of the data's variance (`alphas_cumprod`) at the state's time and at the next; 1 is data.
+    """
+    data = (x - (1 - kept) ** 0.5 * noise) / kept**0.5
+    return kept_after**0.5 * data + (1 - kept_after) ** 0.5 * noise
 
 
 class Process(Protocol):

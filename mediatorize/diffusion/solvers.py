@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, Process, alphas_cumprod
+from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, Process, alphas_cumprod, ddim_step, respaced_timesteps
 from mediatorize.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ SDE_LAST_STEP = 0.04
 
 
 # --- DiT -----------------------------------------------------------------------------------------------------------------------
-
-
-def respaced_timesteps(steps: int) -> list[int]:
-    """`steps` timesteps of DiT's 1000, even from 0 to 999, ascending; summed up as DiT's respace.py does, or halves round otherwise."""
-    if steps == 1:
-        return [0]
-    stride = (TRAIN_STEPS - 1) / (steps - 1)
-    return [round(place) for place in accumulate([stride] * (steps - 1), initial=0.0)]
 
 
 def ddpm(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
@@ -74,9 +66,7 @@ def ddim(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
     channels = x.shape[1]
     for index in reversed(range(steps)):
         noise = predict(x, times[index])[:, :channels]
-        before = kept[index - 1] if index else 1.0
-        data = (x - (1 - kept[index]) ** 0.5 * noise) / kept[index] ** 0.5
-        x = before**0.5 * data + (1 - before) ** 0.5 * noise
+        x = ddim_step(x, noise, kept[index], kept[index - 1] if index else 1.0)
     return x
 
 

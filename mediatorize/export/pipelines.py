@@ -39,14 +39,15 @@ STOCK_PROCESS = "ddpm"
 
 
 def _ddpm_scheduler() -> Any:
-    import diffusers
+    from mediatorize.export.travelling.scheduler import RespacedDDIMScheduler
 
-    return diffusers.DDIMScheduler(
+    return RespacedDDIMScheduler(
         num_train_timesteps=TRAIN_STEPS,
         beta_start=float(BETAS[0]),
         beta_end=float(BETAS[-1]),
         beta_schedule="linear",
         clip_sample=False,
+        timestep_spacing="linspace",
     )
 
 
@@ -85,23 +86,27 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
         "mediators": subject.config.settings.to_json(),
         "schedule": None if model.schedule is None else model.schedule.to_json(),
         "level": choices.level,
+        "version": VERSION,
         "sample_size": size[0] if size[0] == size[1] else list(size),
         "in_channels": arch.channels,
         "out_channels": arch.output_channels,
     }
     write_json(transformer / "config.json", config)
-    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
     file = transformer / "diffusion_pytorch_model.safetensors"
     write_beside(file, lambda path: save_tensors(state, path, {"format": "pt"}))
 
     scheduler = SCHEDULERS[process_of(arch).name]()
     scheduler.save_pretrained(folder / "scheduler")
+    library = type(scheduler).__module__.partition(".")[0]
+    if library != "diffusers":
+        write_text(folder / "scheduler" / f"{library}.py", standalone(f"{TRAVELLING}.scheduler", _title("DDIM on the steps of DiT")))
 
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     if not suits_stock_pipeline(arch, choices.vae, model.schedule):
         index["_class_name"] = [PIPELINE_FILE, PIPELINE_CLASS]
         write_text(folder / f"{PIPELINE_FILE}.py", standalone(f"{TRAVELLING}.pipeline", _title("A pipeline for DiT and SiT")))
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["scheduler"] = [library, type(scheduler).__name__]
     index["transformer"] = [TRANSFORMER_FILE, TRANSFORMER_CLASS]
     index["vae"] = ["diffusers", vae] if vae else [None, None]
     write_json(folder / "model_index.json", index)

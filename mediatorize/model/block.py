@@ -190,8 +190,12 @@ class Block(nn.Module):
         shift, scale, mlp_gate = self.modulation(conditioning, SOFTMAX)[3:]
         return modulate(self.norm2(x + gate * self.attn(inputs, SOFTMAX)), shift, scale), mlp_gate.unsqueeze(1)
 
-    def forward(self, x: Tensor, conditioning: Tensor, level: Level, memory: BlockMemory | None = None) -> Tensor:
-        """(b, n, c), (b, c) -> (b, n, c). Without a memory nothing is forecast: the pretrained sub-layer runs in its place."""
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, level: Level, memory: BlockMemory | None = None) -> Tensor:
+        """(b, n, c), (b, c) -> (b, n, c). Without a memory nothing is forecast: the pretrained sub-layer runs in its place.
+
+        diffusers' hooks and cache-dit find blocks by the name `hidden_states`.
+        """
+        x = hidden_states
         parts = parts_of(level)
         attention, mlp = parts.attention, parts.mlp
         if memory is None:

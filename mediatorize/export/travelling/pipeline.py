@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,26 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from mediatorize.diffusion.process import alphas_cumprod
+from mediatorize.export.travelling.code import SavedWithCode
+
+SLACK = 1e-6
+"""Noise levels are in an interval that they miss by no more."""
+
 PIXEL_CHANNELS = (1, 3)
 """Models of these many channels make pictures themselves; others make latents."""
 
 
 def ddpm_steps(process: Any, scheduler: Any, steps: int, device: torch.device) -> Tensor:
     """Sets the steps of a scheduler of noise prediction; the model's own time at each of them, float32."""
+    name, kept, own = type(scheduler).__name__, getattr(scheduler, "alphas_cumprod", None), alphas_cumprod().float()
+    if kept is None or kept.shape != own.shape or not torch.allclose(kept.cpu().float(), own, rtol=1e-2):
+        raise ValueError(
+            f"{name} does not have the noise levels of this model, 1000 steps of linear betas from 0.0001 to 0.02: make it with "
+            "from_config(pipe.scheduler.config)."
+        )
+    if (predicts := getattr(scheduler.config, "prediction_type", "epsilon")) != "epsilon":
+        raise ValueError(f"{name} takes predictions of {predicts!r}, and this model predicts noise: pass prediction_type='epsilon'.")
     scheduler.set_timesteps(steps, device=device)
     return scheduler.timesteps.float()
 
@@ -30,6 +45,10 @@ def ddpm_output(process: Any, scheduler: Any, output: Tensor, channels: int) -> 
 
 def flow_steps(process: Any, scheduler: Any, steps: int, device: torch.device) -> Tensor:
     """Sets the steps of a scheduler of flow matching; the model's own time at each of them, float32."""
+    settings, name = scheduler.config, type(scheduler).__name__
+    by_setting = getattr(settings, "use_flow_sigmas", False) and settings.prediction_type == "flow_prediction"
+    if not hasattr(scheduler, "sigmas") or (hasattr(scheduler, "alphas_cumprod") and not by_setting):
+        raise ValueError(f"{name} is none of flow matching, which this model needs: use one such as FlowMatchEulerDiscreteScheduler.")
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:  # an even grid from noise to data, as SiT's own sampler takes
         even = (1 - torch.linspace(0, 1, steps + 1))[:-1].numpy()
         scheduler.set_timesteps(sigmas=np.asarray(even), device=device)
@@ -47,11 +66,7 @@ SCHEDULING = {"ddpm": (ddpm_steps, ddpm_output), "flow": (flow_steps, flow_outpu
 """How a scheduler's steps are set, and what it is told of the model's output, by the name of the model's process."""
 
 
-SLACK = 1e-6
-"""Noise levels are in an interval that they miss by no more."""
-
-
-class MediatorPipeline(DiffusionPipeline):
+class MediatorPipeline(SavedWithCode, DiffusionPipeline):
     """Samples pictures or latents.
 
     Args:
@@ -60,12 +75,25 @@ class MediatorPipeline(DiffusionPipeline):
         vae: an `AutoencoderKL`, for a model of latents; without one its latents are the result.
     """
 
+    __module__ = "mediator_pipeline"
     _optional_components = ["vae"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment, unused-ignore]
 
     def __init__(self, transformer: Any, scheduler: Any, vae: Any = None) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._interrupt = False
+
+    def to_json_string(self) -> str:
+        """What `save_pretrained` writes as `model_index.json`: the class is named with its file, as for all code that is not diffusers'."""
+        index = json.loads(super().to_json_string()) | {"_class_name": [type(self).__module__, type(self).__name__]}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run at hand ends before its next step; a callback may set `pipe._interrupt`, as in diffusers' pipelines."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -79,6 +107,8 @@ class MediatorPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str | None = None,
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples a batch.
 
@@ -92,8 +122,13 @@ class MediatorPipeline(DiffusionPipeline):
             guidance_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
             output_type: "pil", "np" (b, height, width, channels), "pt" (b, channels, height, width), each in [0, 1], or "latent": the
                 model's own values. Default: pil where pictures can be made, else latent.
+            callback_on_step_end: called after every step as (pipeline, step, timestep, tensors); may return tensors in their place.
+            callback_on_step_end_tensor_inputs: which tensors it is given: "latents".
+
+        Raises:
+            ValueError: the model, the scheduler or the arguments do not fit together.
         """
-        arch = self.transformer.model.arch
+        arch = self.transformer.arch
         device, dtype = self._execution_device, self.transformer.dtype
         pictures = self.vae is not None or arch.channels in PIXEL_CHANNELS
         output_type = output_type or ("pil" if pictures else "latent")
@@ -101,6 +136,8 @@ class MediatorPipeline(DiffusionPipeline):
             raise ValueError(
                 f"This model makes latents of {arch.channels} channels and has no VAE: pass output_type='latent', or load a vae."
             )
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}: only {self._callback_tensor_inputs} can be given.")
         labels = torch.tensor([class_labels] if isinstance(class_labels, int) else list(class_labels), device=device)
         count, guided = len(labels), guidance_scale != 1
         if guided and not arch.null_class:
@@ -117,8 +154,13 @@ class MediatorPipeline(DiffusionPipeline):
         own_times = times[: len(self.scheduler.timesteps)].tolist()
         low, high = guidance_interval
         rows = [2 if guided and low - SLACK <= float(process.noise_level(torch.tensor(t))) <= high + SLACK else 1 for t in own_times]
-        call = self.transformer.driver(own_times, rows, count, getattr(self.scheduler, "order", 1))  # its memory is of this run alone
-        for own_time, doubled, t in self.progress_bar(list(zip(own_times, rows, self.scheduler.timesteps, strict=True))):
+        order = getattr(self.scheduler, "order", 1)
+        call = self.transformer.driver(own_times, rows, count, order, self.transformer)  # its memory is of this run alone
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self._interrupt = False
+        for step, (own_time, doubled, t) in enumerate(self.progress_bar(list(zip(own_times, rows, self.scheduler.timesteps, strict=True)))):
+            if self.interrupt:
+                break
             call.look(x)
             scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             batch = torch.cat([scaled] * doubled).to(dtype)
@@ -129,6 +171,9 @@ class MediatorPipeline(DiffusionPipeline):
                 change = guidance_scale * (conditional[:, :channels] - unconditional[:, :channels])
                 output = torch.cat([unconditional[:, :channels] + change, conditional[:, channels:]], dim=1)
             x = self.scheduler.step(for_scheduler(process, self.scheduler, output, arch.channels), t, x, **extra, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                given = {"latents": x} if callback_on_step_end_tensor_inputs else {}
+                x = (callback_on_step_end(self, step, t, given) or {}).get("latents", x)
 
         images = self._pictures(x, output_type)
         self.maybe_free_model_hooks()
