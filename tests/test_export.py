@@ -32,7 +32,7 @@ from mediatorize.model.levels import LINEAR, SOFTMAX, MediatorSettings
 from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report import exporting
-from mediatorize.report.card import model_card
+from mediatorize.report.card import hub_header, model_card
 from mediatorize.signatures import typed_signature
 from mediatorize.stages.export import export
 
@@ -313,7 +313,7 @@ def test_an_export_that_is_not_the_model_is_refused_and_leaves_nothing(sit: Path
 @pytest.mark.parametrize(
     ("target", "option", "fitting"),
     [
-        ("official", {"dtype": "bfloat16"}, "safetensors"),
+        ("official", {"dtype": "bfloat16"}, "diffusers or safetensors"),
         ("diffusers", {"adapter": True}, "safetensors"),
         ("torch-export", {"vae": Path("vae")}, "diffusers"),
         ("safetensors", {"level": 4}, "diffusers"),
@@ -673,6 +673,61 @@ def test_the_transformer_takes_its_level_from_the_timestep(tmp_path: Path) -> No
     half = model(x, y=y, **at_700)
     assert (found["half"] - half).norm() < 0.05 * half.norm()
     assert found["latents"].isfinite().all()
+
+
+AGAIN_SCRIPT = """
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+def sampled(pipe):
+    return pipe([1, 7], num_inference_steps=4, generator=torch.Generator().manual_seed(5), output_type="np").images
+first = sampled(pipe)
+pipe.save_pretrained("again")
+again = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
+again.set_progress_bar_config(disable=True)
+assert type(again) is not type(pipe) or type(pipe) is diffusers.DiTPipeline
+assert (sampled(again) == first).all()
+again.save_pretrained("once more")
+assert (sampled(DiffusionPipeline.from_pretrained("once more", trust_remote_code=True)) == first).all()
+backends, used, math = _AttentionBackendRegistry._backends, [], AttentionBackendName._NATIVE_MATH
+own = backends[math]
+backends[math] = lambda **given: (used.append(1), own(**given))[1]
+again.transformer.set_attention_backend("_native_math")
+again.transformer.level = pipe.transformer.level = "softmax"
+results["math"], results["softmax"] = torch.from_numpy(sampled(again)), torch.from_numpy(sampled(pipe))
+assert len(used) == 4 * 2, used
+"""
+
+
+@pytest.mark.parametrize(("family", "vae"), [("sit", False), ("dit", True)], ids=["ours", "stock"])
+def test_pipelines_are_saved_again_with_their_code(family: str, vae: bool, tmp_path: Path) -> None:
+    """The copy and its copy load elsewhere and sample the same; attention at softmax runs by the backend that is chosen."""
+    if vae:
+        tiny_vae(tmp_path / "vae")
+    source = make_bundle(tmp_path / "bundle", small_model(family=family, channels=4 if vae else 3))
+    export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae" if vae else None)
+    found = elsewhere(tmp_path / "out", AGAIN_SCRIPT, tmp_path)
+    assert_close(found["math"], found["softmax"])
+
+
+def test_a_pipeline_in_bfloat16_has_weights_of_half_the_size(sit: Path, tmp_path: Path) -> None:
+    result = export(sit, tmp_path / "out", to="diffusers", dtype="bfloat16")
+    stored = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert result.verified.largest <= 1e-4 < result.verified.rounding
+    assert "torch_dtype=torch.bfloat16" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_begins_with_what_the_hub_reads(sit: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    export(sit, tmp_path / "named", to="safetensors", base_model="someone/SiT-XL-2", license="mit")
+    found = ModelCard((tmp_path / "named" / "README.md").read_text()).data
+    assert (found.license, found.base_model, found.library_name) == ("mit", "someone/SiT-XL-2", "mediatorize")
+    unnamed = ModelCard(hub_header("diffusers", None, None) + "# Title").data
+    assert (unnamed.license, unnamed.base_model, unnamed.library_name) == ("other", None, "diffusers")
+    for wrong, message in (({"license": "My Own"}, "no name of a licence"), ({"base_model": "SiT.pt"}, "no name on the Hub")):
+        with pytest.raises(UserError, match=message):
+            export(sit, tmp_path / "out", to="official", **wrong)
+    assert not (tmp_path / "out").exists()
 
 
 # --- the code that travels -----------------------------------------------------------------------------------------------------

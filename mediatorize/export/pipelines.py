@@ -18,6 +18,8 @@ from torch import Tensor
 from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
 from mediatorize.errors import UserError
 from mediatorize.export.contract import Choices, Probe, Subject
+from mediatorize.export.safetensors import reference as reference  # the weights are rounded the same way
+from mediatorize.export.safetensors import stored_weights
 from mediatorize.export.standalone import standalone
 from mediatorize.formats.bundle import save_tensors, write_json, write_text
 from mediatorize.formats.images import load_vae
@@ -92,7 +94,7 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
         "out_channels": arch.output_channels,
     }
     write_json(transformer / "config.json", config)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    state = stored_weights(subject, choices)
     file = transformer / "diffusion_pytorch_model.safetensors"
     write_beside(file, lambda path: save_tensors(state, path, {"format": "pt"}))
 
@@ -135,7 +137,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 folder, probe, found, cases, calls = sys.argv[1:]
-pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True, torch_dtype=torch.float32)
 pipeline.set_progress_bar_config(disable=True)
 inputs, outputs, transformer = load_file(probe), {{}}, pipeline.transformer
 assert type(transformer).__name__ == "{TRANSFORMER_CLASS}"
@@ -184,10 +186,11 @@ def usage(subject: Subject, choices: Choices) -> str:
     else:
         rule = isinstance(subject.model.schedule, RuleSchedule)
         ready = "is at softmax" if subject.model.schedule is None else "follows the step-wise rule" if rule else "follows the schedule"
+    torch_import, loaded_in = ("", "") if choices.dtype == "float32" else ("import torch\n", f", torch_dtype=torch.{choices.dtype}")
     beside = "" if choices.vae is None else f"\n\n`vae` is a copy of `{choices.vae.name}`, under its own licence."
     return f"""```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("DEST", trust_remote_code=True)
+{torch_import}from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("DEST", trust_remote_code=True{loaded_in})
 {result}
 pipe.transformer.level = {level}  # one level for all layers and times, or "softmax"; as loaded it {ready}
 ```

@@ -25,10 +25,7 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     """One file with everything, or with `adapter` with what was added; `config.json` and the schedule beside it."""
     if choices.adapter:
         refuse_changed_base(subject)
-    dtype = DTYPES[choices.dtype]
-    kept = {name: value.to(dtype).contiguous() for name, value in _stored(subject, choices).items()}
-    if overflown := [name for name, value in kept.items() if not value.isfinite().all()]:
-        raise UserError(f"{overflown[0]} does not fit {choices.dtype}.", hint="Pass --dtype bfloat16 or float32.")
+    kept = stored_weights(subject, choices)
     config = subject.config.to_json()
     if choices.adapter:
         config |= {"format": ADAPTER_FORMAT}
@@ -36,6 +33,18 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     write_json(folder / "config.json", config)
     if subject.model.schedule is not None:
         write_json(folder / "schedule.json", subject.model.schedule.to_json())
+
+
+def stored_weights(subject: Subject, choices: Choices) -> dict[str, Tensor]:
+    """The weights that are written, in the type that they are written in.
+
+    Raises:
+        UserError: one does not fit the type.
+    """
+    kept = {name: value.to(DTYPES[choices.dtype]).contiguous() for name, value in _stored(subject, choices).items()}
+    if overflown := [name for name, value in kept.items() if not value.isfinite().all()]:
+        raise UserError(f"{overflown[0]} does not fit {choices.dtype}.", hint="Pass --dtype bfloat16 or float32.")
+    return kept
 
 
 def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> Mapping[str, Tensor]:

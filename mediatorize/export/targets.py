@@ -11,7 +11,7 @@ EXPORTS: dict[str, Export] = {
     "diffusers": Export(
         module="mediatorize.export.pipelines",
         help="a folder for DiffusionPipeline.from_pretrained, its code with it",
-        heeds=frozenset({"vae", "level"}),
+        heeds=frozenset({"dtype", "vae", "level"}),
         level_later=True,
     ),
     "safetensors": Export(

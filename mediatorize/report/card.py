@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, Level, title
 from mediatorize.model.schedule import CallSchedule, RuleSchedule, is_computed
@@ -76,6 +78,27 @@ Made with `mediatorize` from {_origin(config)}
 
 {_licence(config)}
 """
+
+
+def hub_header(library: str, license: str | None, base_model: str | None) -> str:
+    """The YAML that the Hugging Face Hub reads at the beginning of a model card.
+
+    Args:
+        library: what loads the files.
+        license: as the Hub names it; None: that of the pretrained model, unnamed.
+        base_model: of the pretrained model on the Hub, `owner/name`; None: not said.
+
+    Raises:
+        UserError: the Hub would refuse one of them.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise UserError(f"--license {license!r} is no name of a licence on the Hub.", hint="Pass one such as mit or cc-by-nc-4.0.")
+    if base_model is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base_model):
+        raise UserError(f"--base-model {base_model!r} is no name on the Hub.", hint="Pass one such as facebook/DiT-XL-2-256.")
+    named = [f"license: {license}"] if license else ["license: other", "license_name: that-of-the-pretrained-model"]
+    base = [f"base_model: {base_model}"] if base_model else []
+    tags = ["tags:", *[f"- {tag}" for tag in ("mediatorize", "diffusion-transformer", "class-conditional")]]
+    return "\n".join(["---", f"library_name: {library}", *named, *base, *tags, "---", "", ""])
 
 
 def _origin(config: BundleConfig) -> str:

@@ -48,7 +48,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     *,
     to: Annotated[str, option(f"the tool that will load it. {TARGETS}", WHAT), OneOf(EXPORTS)],
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], option("safetensors: precision of the stored weights", WHAT)] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], option("diffusers, safetensors: precision of the stored weights", WHAT)
+    ] = "float32",
     adapter: Annotated[
         bool,
         option("safetensors: write only the weights added to the checkpoint, for load_model(..., adapter=)", WHAT, "--adapter"),
@@ -64,6 +66,10 @@ def export(
         ),
     ] = None,
     evaluation: Annotated[Path | None, option("folder that `mediatorize evaluate` wrote; its results go into the model card", DATA)] = None,
+    base_model: Annotated[
+        str | None, option("the pretrained model's name on the Hugging Face Hub, such as facebook/DiT-XL-2-256, for the model card", DATA)
+    ] = None,
+    license: Annotated[str | None, option("its licence as the Hub names it, such as cc-by-nc-4.0, for the model card", DATA)] = None,
     force: options.Force = False,
 ) -> Exported:
     """Writes a bundle as files that other tools load. Loads them back, compares outputs at every level, and adds a model card.
@@ -73,11 +79,12 @@ def export(
     from mediatorize.diffusion.sampling import refuse_unknown_level
     from mediatorize.export.verification import verify
     from mediatorize.formats import bundle
-    from mediatorize.report.card import export_card
+    from mediatorize.report.card import export_card, hub_header
     from mediatorize.report.exporting import checks, facts
 
     chosen, choices = EXPORTS[to], Choices(dtype=dtype, adapter=adapter, vae=vae, level=level)
     refuse_idle_choices(to, choices)
+    header = hub_header("diffusers" if to == "diffusers" else "mediatorize", license, base_model)
     if not bundle.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Make one with `mediatorize convert`.")
     refuse_foreign_folder(out, force)
@@ -116,7 +123,7 @@ def export(
                 history=bundle.read_log(model),
                 evaluation=judged,
             )
-            bundle.write_text(partial / "README.md", card)
+            bundle.write_text(partial / "README.md", header + card)
             bundle.write_json(partial / RECORD_FILE, {"version": VERSION, "bundle": model.name, **facts(result), "out": out.name})
             bundle.commit(partial, out)
             bar.update()

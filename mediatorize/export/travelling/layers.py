@@ -1,14 +1,25 @@
-"""timm's three layers as DiT and SiT use them: the same parameters and the same operations, in eval mode bit for bit."""
+"""timm's three layers as DiT and SiT use them: the same parameters and the same operations, in eval mode bit for bit.
+
+Softmax attention runs by the backend that diffusers' `set_attention_backend` chooses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
-class Attention(nn.Module):
+class AttentionBackend:
+    """Where diffusers puts the backend that was chosen for one attention layer; None is its default."""
+
+    _attention_backend: Any = None
+
+
+class Attention(nn.Module, AttentionModuleMixin):  # type: ignore[misc, unused-ignore]
     """Multi-head self-attention of a joint projection: `qkv`, then `proj`."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
@@ -16,11 +27,12 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        self.processor: Any = AttentionBackend()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, c)"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (b, n, h, d)
+        return self.proj(dispatch_attention_fn(q, k, v, backend=self.processor._attention_backend).flatten(2))
 
 
 class Mlp(nn.Module):

@@ -181,6 +181,20 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         self._refuse_beside_forecasts([name])
         super().enable_cache(config)
 
+    def enable_group_offload(self, onload_device: Any, *args: Any, **how: Any) -> None:
+        """diffusers' own, whole blocks at a time.
+
+        Raises:
+            ValueError: it is asked for layer by layer.
+        """
+        kind = how.get("offload_type", args[1] if len(args) > 1 else "block_level")
+        if kind != "block_level":
+            raise ValueError(
+                "Leaf by leaf this model cannot be offloaded: mediators and forecasts read weights of layers that they do not call. "
+                'Pass offload_type="block_level", num_blocks_per_group=1.'
+            )
+        super().enable_group_offload(onload_device, *args, **how)
+
     def _hooks_with_state(self) -> list[str]:
         """Names of diffusers' hooks on its modules that remember something from one call to the next."""
         registries: list[Any] = [module._diffusers_hook for module in self.modules() if hasattr(module, "_diffusers_hook")]
