@@ -79,7 +79,7 @@ def measure(arch: Architecture, batch: int, pairs: int, device: torch.device, dt
     def reference() -> None:
         for turn in range(TURNS):
             states = answers().to(device)
-            levels = levels_of_step(settings.levels, arch.depth, 0, turn)
+            levels = levels_of_step(settings, arch.depth, 0, turn)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 output = model(states.x, states.t, states.y, levels=levels)
                 loss = (output - states.output).square().mean()

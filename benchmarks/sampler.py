@@ -68,7 +68,7 @@ def measure(name: str, steps: int, budget: float, batch: int, pairs: int, device
         "relative_time": statistics.median(ratios),
         "lowest_and_highest": [ratios[0], ratios[-1]],
         "softmax_seconds": statistics.median(other for _, other in times),
-        "memory_mib_per_sample": sampler.memory_numbers(arch, schedule) * torch.finfo(dtype).bits / 8 / 2**20,
+        "memory_mib_per_sample": sampler.memory_numbers(arch, schedule, model.settings) * torch.finfo(dtype).bits / 8 / 2**20,
         "pairs": pairs,
     }
 

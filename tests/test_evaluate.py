@@ -190,7 +190,7 @@ def test_a_schedules_time_is_the_mean_over_its_calls(monkeypatch: pytest.MonkeyP
     def slow(self: DiffusionTransformer, x: torch.Tensor, t: Any, y: Any, levels: Any = SOFTMAX) -> torch.Tensor:
         if len(x) == 6:  # a timed call: three samples and their unconditional halves
             assert torch.equal(process_of(self.arch).noise_level(t), torch.full((6,), 0.5))
-        per_layer = levels_per_layer(levels, self.arch.depth)
+        per_layer = levels_per_layer(levels, self.arch.depth, self.settings)
         clock["now"] += len(x) * sum(9 if level == SOFTMAX else int(level) for level in per_layer)
         return real(self, x, t, y, levels)
 

@@ -135,7 +135,7 @@ def test_a_cost(register: Register, tmp_path: Path) -> None:
     calibrate(tmp_path / "bundle", budget=0.5, cost="layers", steps=4, trajectories=4, verify=4, device="cpu")
     assert (tmp_path / "bundle" / "schedules" / "layers-0.50.json").exists()
     model = load_model(tmp_path / "bundle")
-    calls = Sampler.resolve(model.arch, steps=4).calls(model.arch, model.schedule)
+    calls = Sampler.resolve(model.arch, steps=4).calls(model.arch, model.schedule, model.settings)
     assert sum(level == SOFTMAX for call in calls for level in call.levels) <= 4 * 6 // 2
 
 

@@ -188,14 +188,14 @@ def test_the_stages_defaults_are_the_plans() -> None:
 
 
 def test_levels_of_steps_hold_both_ends_and_mixtures() -> None:
-    drawn = [levels_of_step((1, 4, 16), 5, seed=0, step=step) for step in range(400)]
+    drawn = [levels_of_step(MediatorSettings((1, 4, 16)), 5, seed=0, step=step) for step in range(400)]
     assert drawn[0::4] == [[1] * 5] * 100
     assert drawn[1::4] == [[16] * 5] * 100
     assert all(len(set(levels)) == 1 for levels in drawn[2::4])
     assert {levels[0] for levels in drawn[2::4]} == {1, 4, 16}
     assert any(set(levels) == {1, 4, 16, SOFTMAX} for levels in drawn[3::4])
-    assert all(set(levels_of_step((2,), 1, seed=0, step=step)) == {2} for step in range(40))
-    assert drawn == [levels_of_step((1, 4, 16), 5, seed=0, step=step) for step in range(400)]
+    assert all(set(levels_of_step(MediatorSettings((2,)), 1, seed=0, step=step)) == {2} for step in range(40))
+    assert drawn == [levels_of_step(MediatorSettings((1, 4, 16)), 5, seed=0, step=step) for step in range(400)]
 
 
 def test_the_forward_with_features_is_the_models_own() -> None:

@@ -206,8 +206,8 @@ def test_the_stated_memory_is_the_most_that_a_sampler_keeps(calls: list[Call], c
 
     monkeypatch.setattr(Memory, "begin", begin_counted)
     sample(model, [1, 2, 3], steps=8, cfg_scale=cfg_scale, schedule=schedule)
-    assert most == 3 * sampler.memory_numbers(model.arch, schedule)
-    assert sampler.memory_numbers(model.arch, SOFTMAX) == 0
+    assert most == 3 * sampler.memory_numbers(model.arch, schedule, model.settings)
+    assert sampler.memory_numbers(model.arch, SOFTMAX, model.settings) == 0
 
 
 def test_a_split_batch_and_samplers_side_by_side_change_nothing() -> None:
@@ -219,7 +219,7 @@ def test_a_split_batch_and_samplers_side_by_side_change_nothing() -> None:
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
 
     x, t, y = model_inputs(model)
-    calls = calls_at(schedule, sampler.noise_levels(model.arch), 3)
+    calls = calls_at(schedule, sampler.noise_levels(model.arch), 3, model.settings)
 
     def driver() -> Driver:
         return Driver(model, 3, calls, sampler.noise_levels(model.arch), [1] * 6, len(x))
@@ -456,7 +456,7 @@ def test_levels_of_parts_need_what_the_model_has() -> None:
     model = model_of()
     with pytest.raises(UserError, match="no level 2"):
         sample(model, [1], steps=1, schedule="2|1/8")
-    with pytest.raises(UserError, match="no MLP of width 1/2"):
+    with pytest.raises(UserError, match="Layer 0 has no level 1/2"):
         sample(model, [1], steps=1, schedule="4|1/2")
     levels: list[Level] = ["softmax|full", "4|own"]
     assert torch.equal(sample(model, [1], steps=2, schedule="softmax|full"), sample(model, [1], steps=2, schedule=SOFTMAX))

@@ -72,12 +72,17 @@ class ConversionPlan:
         return json.loads(json.dumps(fields))
 
     def relative_flops(self) -> dict[Level, float]:
-        """FLOPs of the whole model with every layer at one level, of softmax's."""
+        """FLOPs of the whole model with every converted layer at one level, of softmax's."""
         softmax = cost.forward_flops(self.arch)
         return {level: cost.forward_flops(self.arch, level, self.settings) / softmax for level in self.settings.levels}
 
     def added_parameters(self) -> int:
         return cost.added_parameters(self.arch, self.settings)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are converted."""
+        return self.settings.converted(self.arch.depth)
 
     @property
     def steps_per_layer(self) -> int:
@@ -104,8 +109,9 @@ class ConversionPlan:
         arch, settings = self.arch, self.settings
         levels = sum(cost.attention_flops(arch, level, settings) for level in settings.levels)
         levels += sum(cost.surrogates_flops(arch, ((), (level,))) for level in settings.mlp_levels)
-        fitting = arch.depth * self.fit.steps * self.fit.batch * 3 * levels
-        return self.states_flops() + 2 * self.states * cost.forward_flops(arch) + fitting
+        fitting = len(self.layers) * self.fit.steps * self.fit.batch * 3 * levels
+        blocks = self.layers[-1] + 1 + len(self.layers)  # up to the last one that is fitted; those that are fitted run once more
+        return self.states_flops() + blocks * self.states * cost.forward_flops(arch) // arch.depth + fitting
 
     def peak_bytes(self) -> int:
         """The model with its mediators, all states at one layer, and one step of fitting."""
@@ -113,7 +119,7 @@ class ConversionPlan:
         tokens = 4 * self.states * arch.tokens * arch.width
         row = 6 * arch.width + 4 * arch.heads * most_mediators(self.settings.levels) + arch.mlp_width
         step = 4 * self.fit.batch * arch.tokens * row
-        return 4 * (cost.count_parameters(arch) + added) + 16 * added // arch.depth + 3 * tokens + step
+        return 4 * (cost.count_parameters(arch) + added) + 16 * added // len(self.layers) + 3 * tokens + step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +175,7 @@ def convert_model(
     store: Store | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> list[LayerErrors]:
-    """Gives every block of a pretrained model its added levels, in place, and fits them to the block's own attention.
+    """Gives the blocks of a pretrained model that `settings` name their added levels, in place, and fits them to the block's own attention.
 
     Args:
         states: what the layers are fitted and judged on: `teacher_states(model, ...)` or `data_states(...)`.
@@ -179,7 +185,7 @@ def convert_model(
         on_step: called after every step of fitting.
 
     Returns:
-        The errors of every layer, before and after fitting.
+        The errors of every converted layer, before and after fitting.
     """
     from mediatorize.compression.fit import fit_layers
 

@@ -16,7 +16,21 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.compression.paths import WINDOW
 from mediatorize.errors import UserError
 from mediatorize.model import cost
-from mediatorize.model.levels import FULL, LINEAR, OWN, SOFTMAX, Level, MediatorSettings, is_pretrained, kind_of, parts_of, title
+from mediatorize.model.levels import (
+    FULL,
+    LINEAR,
+    OWN,
+    SOFTMAX,
+    Level,
+    MediatorSettings,
+    Part,
+    Parts,
+    in_order,
+    kind_of,
+    layers_in_short,
+    parts_of,
+    title,
+)
 from mediatorize.model.schedule import AnySchedule, Call, SwitchRule, Watched, calls_at, places_of, streams_of, watched_surrogates
 
 if TYPE_CHECKING:
@@ -52,8 +66,8 @@ class Costs:
     noise_levels: tuple[float, ...]
     """Of every model call."""
     depth: int
-    options: tuple[Level, ...]
-    """Levels of whole blocks that a layer can run at, softmax among them."""
+    settings: MediatorSettings
+    """What was added to the model."""
 
     @property
     def softmax(self) -> Any:
@@ -62,7 +76,7 @@ class Costs:
 
     def of(self, schedule: AnySchedule | Level) -> Any:
         """Of the sampler by a schedule, or with one level throughout."""
-        return self.of_calls(calls_at(schedule, self.noise_levels, self.depth))
+        return self.of_calls(calls_at(schedule, self.noise_levels, self.depth, self.settings))
 
     def of_calls(self, calls: Sequence[Call]) -> Any:
         total: Any = 0
@@ -90,8 +104,9 @@ class Costs:
 
     def least(self, kinds: Collection[str]) -> float:
         """The smallest share of softmax's cost that these kinds of stand-ins reach."""
-        cheapest = min((level for level in self.options if saves_by(level) <= set(kinds)), key=self.call.block)
-        one = self.call.rest + self.depth * self.call.block(cheapest)
+        converted = len(self.settings.converted(self.depth))
+        cheapest = min(self.call.block(level) for level in bare_levels(self.settings, kinds))
+        one = self.call.rest + converted * cheapest + (self.depth - converted) * self.call.block(SOFTMAX)
         count = len(self.rows)
         if "forecasts" not in kinds:
             return float(sum(self.rows) * one / self.softmax)
@@ -128,15 +143,15 @@ def flops_costs(model: DiffusionTransformer, settings: MediatorSettings, rows: i
 def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, rows: int, batch: int) -> CallCosts:
     """Seconds of one row of a batch, on the model's device and in its precision, memory traffic included.
 
-    Every sub-layer is timed in every layer. Layers have one shape, so that their times differ by chance alone: the median over layers is
-    taken, lest the solver choose by chance. Forecast calls are timed as they run, with a memory.
+    Every sub-layer is timed in every converted layer. Layers have one shape, so that their times differ by chance alone: the median over
+    layers is taken, lest the solver choose by chance. Forecast calls are timed as they run, with a memory.
     """
     import torch
 
     from mediatorize.model.memory import Memory
 
     arch, parameter = model.arch, next(model.parameters())
-    count = rows * batch
+    count, converted = rows * batch, [model.layers()[layer] for layer in settings.converted(arch.depth)]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tokens = torch.randn(count, arch.tokens, arch.width, generator=generator).to(parameter)
@@ -144,7 +159,7 @@ def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, rows:
         t, y = torch.full((count,), 0.5, device=x.device), torch.zeros(count, dtype=torch.long, device=x.device)
 
         def of_layers(run: Callable[[Block, Tensor], object]) -> float:
-            return statistics.median(median_seconds(partial(run, block, tokens), tokens.device) for block in model.layers()) / count
+            return statistics.median(median_seconds(partial(run, block, tokens), tokens.device) for block in converted) / count
 
         def of_attention(level: Level) -> float:
             return of_layers(lambda block, tokens: block.attn(tokens, level))
@@ -226,12 +241,12 @@ KINDS_OF_SAVING = {
 """What a schedule may spend less by, by name."""
 
 
-def saves_by(level: Level) -> set[str]:
-    """The kinds of saving that a level of a computed block is of."""
-    parts = parts_of(level)
-    return ({"mediators"} if not is_pretrained(parts.attention.runs or SOFTMAX) else set()) | (
-        {"mlps"} if parts.mlp.runs not in (FULL, OWN) else set()
-    )
+def bare_levels(settings: MediatorSettings, kinds: Collection[str]) -> list[Level]:
+    """Levels of whole converted blocks in computed calls, in the order of their rank: softmax last."""
+    attention: tuple[Level, ...] = settings.all_levels if "mediators" in kinds else (SOFTMAX,)
+    mlps: tuple[Level, ...] = settings.mlp_levels if "mlps" in kinds else ()
+    narrow = [Parts(Part(level), Part(mlp)).level for level in attention for mlp in mlps]
+    return in_order([*narrow, *attention])
 
 
 def read_kind(text: str) -> str:
@@ -271,6 +286,7 @@ def refuse_out_of_reach(budget: float, costs: Costs, settings: MediatorSettings,
     if budget >= least:
         return
     levels = ", ".join(title(level) for level in settings.levels)
+    levels += "" if settings.layers is None else f" in layers {layers_in_short(settings.layers)}"
     wider = []
     if "forecasts" not in kinds:
         fewest = min(kind_of(level).mediators(level) for level in settings.levels)

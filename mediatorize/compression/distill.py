@@ -16,21 +16,28 @@ from mediatorize.compression.records import DistillSettings
 from mediatorize.compression.trajectories import Targets
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block, call
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Part, Parts, is_pretrained
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Part, Parts, is_pretrained, levels_per_layer
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import generator
 
 
-def levels_of_step(levels: Sequence[Level], depth: int, seed: int, step: int, mlps: Sequence[Level] = ()) -> list[Level]:
+def levels_of_step(settings: MediatorSettings, depth: int, seed: int, step: int) -> list[Level]:
     """The level of every layer in one step: all at the smallest, all at the largest, all at a drawn one, each at a drawn one, in turn.
 
     ("Sandwich", arXiv 1903.05134: the ends are always among the steps.) A mixture has softmax among its levels, as schedules do; one layer
-    at least is at a mediator level. Where there are narrow MLPs, about half of a mixture's layers run at one.
-
-    Args:
-        mlps: levels of narrow MLPs.
+    at least is at a mediator level. Where there are narrow MLPs, about half of a mixture's layers run at one. Layers that are not converted
+    are at softmax.
     """
-    turn = step % 4
+    layers = settings.converted(depth)
+    per_layer: list[Level] = [SOFTMAX] * depth
+    for layer, level in zip(layers, _drawn_levels(settings, len(layers), seed, step), strict=True):
+        per_layer[layer] = level
+    return per_layer
+
+
+def _drawn_levels(settings: MediatorSettings, depth: int, seed: int, step: int) -> list[Level]:
+    """The same for `depth` layers, all of which are converted."""
+    levels, mlps, turn = settings.levels, settings.mlp_levels, step % 4
     if turn < 2:
         return [levels[-turn]] * depth
     random = generator(seed, "levels", step)
@@ -102,7 +109,7 @@ def distillation_loss(
 
 @torch.no_grad()
 def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> dict[Level, float]:
-    """|student - teacher| / |teacher| of the prediction over all `states`, every layer at one level, by level."""
+    """|student - teacher| / |teacher| of the prediction over all `states`, the whole model at one level, by level."""
     channels = model.arch.channels
     device = next(model.parameters()).device
     errors: dict[Level, float] = {}
@@ -141,7 +148,8 @@ def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: Distill
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = distillation_loss(model, model, states, sizes, [settings.levels[-1]] * arch.depth, distill)
+        largest = levels_per_layer(settings.levels[-1], arch.depth, settings)
+        loss = distillation_loss(model, model, states, sizes, largest, distill)
     del loss
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -155,7 +163,6 @@ class Distiller:
 
     def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:
         self.model, self.teacher, self.settings = model, teacher, settings
-        self.levels, self.mlps = model.added().levels, model.added().mlp_levels
         trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
         trained.pop("pos_embed", None)  # fixed in the originals
         self.parameters = trained
@@ -186,7 +193,7 @@ class Distiller:
             sizes: `mean_squares` of the targets that the states were drawn from.
             reduce: adds up gradients over processes, in place.
         """
-        levels = levels_of_step(self.levels, self.model.arch.depth, self.settings.seed, self.step_count, self.mlps)
+        levels = levels_of_step(self.model.added(), self.model.arch.depth, self.settings.seed, self.step_count)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total = torch.zeros((), device=sizes.device)

@@ -39,7 +39,7 @@ def fit_layers(
     *,
     on_step: Callable[[], object] | None = None,
 ) -> Iterator[LayerErrors]:
-    """Fits the layers of a model that has mediators, in order, and yields each one's errors when it is done.
+    """Fits the layers of a model that have mediators, in order, and yields each one's errors when it is done.
 
     Streams: beside the model and the states' tokens only one layer's inputs and outputs are in memory. Fitting a layer depends on the
     teacher, the states and (seed, layer) alone.
@@ -66,8 +66,11 @@ def fit_layers(
         weights = {name: value.to("cpu", copy=True) for name, value in fitted_part(block).state_dict().items()}
         return Kept(weights, errors.to_json())
 
+    converted = model.added().converted(model.arch.depth)
     walk = model.walk(tokens, condition, SOFTMAX, run=in_batches)
-    for index, (block, tokens) in enumerate(zip(model.layers(), walk, strict=False)):
+    for index, (block, tokens) in enumerate(zip(model.layers()[: converted[-1] + 1], walk, strict=False)):
+        if index not in converted:
+            continue
         make = partial(fitted, index, block, tokens)
         kept = make() if store is None else store.once(layer_name(index), make)
         fitted_part(block).load_state_dict(kept.tensors)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mediatorize.compression.allocate import Choice, allocate, descend, joint_error
-from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, median_seconds
+from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, bare_levels, median_seconds
 from mediatorize.compression.paths import MEASURES, WINDOW, ForecastTable, bases, best_path, mean_square, neighbours, refined, uniform_path
 from mediatorize.compression.rules import Rules
 from mediatorize.compression.sensitivity import (
@@ -60,8 +60,8 @@ from mediatorize.model.levels import (
     MediatorSettings,
     Part,
     Parts,
-    in_order,
     is_pretrained,
+    levels_per_layer,
     parts_of,
     title,
 )
@@ -335,20 +335,12 @@ def costs_of(unit: str, model: DiffusionTransformer, sampler: Sampler, batch: in
         rows=tuple(sampler.rows_of_calls(model.arch)),
         noise_levels=tuple(sampler.noise_levels(model.arch)),
         depth=model.arch.depth,
-        options=tuple(bare_levels(settings, KINDS_OF_SAVING)),
+        settings=settings,
     )
 
 
-def bare_levels(settings: MediatorSettings, kinds: Collection[str]) -> list[Level]:
-    """Levels of whole blocks in computed calls, in the order of their rank: softmax last."""
-    attention: tuple[Level, ...] = settings.all_levels if "mediators" in kinds else (SOFTMAX,)
-    mlps: tuple[Level, ...] = settings.mlp_levels if "mlps" in kinds else ()
-    narrow = [Parts(Part(level), Part(mlp)).level for level in attention for mlp in mlps]
-    return in_order([*narrow, *attention])
-
-
 def surrogates_of(settings: MediatorSettings, kinds: Collection[str]) -> Surrogates:
-    """What may stand in for sub-layers in forecast calls."""
+    """What may stand in for sub-layers of converted layers in forecast calls."""
     if "forecasts" not in kinds:
         return Surrogates()
     return Surrogates(settings.levels if "mediators" in kinds else (), settings.mlp_levels if "mlps" in kinds else ())
@@ -366,7 +358,8 @@ def flops_of_search(
 ) -> float:
     """Roughly: probes (a backward counts as two forwards and runs the call again), the table, rules, and whole samples of candidates."""
     rows = sum(sampler.rows_of_calls(arch))
-    table = 1 + 2 * DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2
+    converted = len(settings.converted(arch.depth)) / arch.depth
+    table = 1 + 2 * DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2 * converted
     forwards = trajectories * (1 + 3 * DIRECTIONS + table + MOST_TRIED * sum(budgets))
     samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
@@ -467,7 +460,7 @@ class Proposer:
         self.model, self.sampler, self.costs, self.tables, self.kinds, self.per = model, sampler, costs, tables, kinds, per
         self.most_memory = most_memory
         self.noise_levels = tuple(sampler.noise_levels(model.arch))
-        self.depth = model.arch.depth
+        self.settings, self.depth = model.added(), model.arch.depth
         self.calls = len(self.noise_levels)
 
     def within(self, budget: float) -> Iterator[Proposal]:
@@ -482,13 +475,16 @@ class Proposer:
         if "forecasts" in self.kinds:
             found += self.paths(room)
         for proposal in found:
-            if self.most_memory is None or self.sampler.memory_numbers(self.model.arch, proposal.schedule) <= self.most_memory:
+            if (
+                self.most_memory is None
+                or self.sampler.memory_numbers(self.model.arch, proposal.schedule, self.settings) <= self.most_memory
+            ):
                 yield replace(proposal, name=proposal.name + named)
 
     def whole(self, level: Level) -> Proposal:
         """One level throughout."""
         choice = np.full((len(self.tables.errors.noise_levels), self.depth), self.tables.errors.options.index(level))
-        schedule = Schedule((), ((level,) * self.depth,))
+        schedule = Schedule((), (tuple(levels_per_layer(level, self.depth, self.settings)),))
         predicted = self.tables.errors.predicted(choice)
         return Proposal(name=title(level), kind=WHOLE, schedule=schedule, steps=self.sampler.steps, predicted=predicted)
 
@@ -513,18 +509,17 @@ class Proposer:
         alone = "forecasts" not in self.kinds
         table, squares = self.tables.errors, self.tables.errors.squares()
         cells, place = cells_of(self.noise_levels)
-        usable = set(bare_levels(self.model.added(), self.kinds))
-        one = np.array([self.costs.call.block(level if level in usable else SOFTMAX) for level in table.options])
+        usable = set(bare_levels(self.settings, self.kinds))
+        softmax = table.options.index(SOFTMAX)
+        offered = np.tile([level in usable for level in table.options], (self.depth, 1))  # (layers, options)
+        offered[[layer for layer in range(self.depth) if not self.settings.converts(layer)]] = False
+        one = np.array([self.costs.call.block(level) for level in table.options])
         rows = np.zeros(len(cells), dtype=np.int64)
         np.add.at(rows, place, self.costs.rows)
-        costs = np.tile(rows[:, None, None] * one, (1, self.depth, 1))
+        costs = rows[:, None, None] * np.where(offered, one, one[softmax])
         left = room - int(rows.sum()) * self.costs.call.rest
-        idle = [option for option, level in enumerate(table.options) if level not in usable]
-        products = table.products.copy()
-        products[:, :, idle] = 0.0  # as softmax, whose cost they have
+        products = np.where(offered[..., None], table.products, 0.0)  # what is not offered does as softmax, whose cost it has
         squares = np.square(products).sum(-1)
-        names = np.array([SOFTMAX if option in idle else level for option, level in enumerate(table.options)], dtype=object)
-        readable = replace(table, options=tuple(names.tolist()), products=products)
         chosen: list[tuple[str, str, Choice]] = []
         if self.per == "cell":
             start = allocate(squares, costs, left)
@@ -536,9 +531,11 @@ class Proposer:
         if alone:
             chosen.append(("per step, sum of vectors", PER_STEP, descend(products, costs, left, steps, apart=True, per_step=True)))
         how: dict[str, Any] = {"steps": self.sampler.steps}
+        layers = np.arange(self.depth)
+        kept = [(name, kind, np.where(offered[layers, choice], choice, softmax)) for name, kind, choice in chosen]
         return [
-            Proposal(name=name, kind=kind, schedule=readable.schedule(choice), predicted=readable.predicted(choice), **how)
-            for name, kind, choice in chosen
+            Proposal(name=name, kind=kind, schedule=table.schedule(choice), predicted=table.predicted(choice), **how)
+            for name, kind, choice in kept
         ]
 
     # step-wise rules
@@ -546,11 +543,12 @@ class Proposer:
     @cached_property
     def rules(self) -> Rules:
         """Of levels of whole blocks, by what the tables predict. A noise level's error is shared evenly by its calls."""
-        table, levels = self.tables.errors, bare_levels(self.model.added(), self.kinds)
+        table, levels = self.tables.errors, bare_levels(self.settings, self.kinds)
         _, place = cells_of(self.noise_levels)
         options = [table.options.index(level) for level in levels]
         errors = table.squares().sum(1)[:, options] / np.array(table.calls)[:, None]  # (cells, levels), of one call
-        one = np.array([self.costs.call.rest + self.depth * self.costs.call.block(level) for level in levels])
+        per_layer = [levels_per_layer(level, self.depth, self.settings) for level in levels]
+        one = np.array([self.costs.call.rest + sum(map(self.costs.call.block, each)) for each in per_layer])
         per_step = self.sampler.how.calls_per_step
         of_steps = (len(place) // per_step, per_step, len(levels))
         return Rules(
@@ -569,7 +567,7 @@ class Proposer:
         _, place = cells_of(self.noise_levels)
         choice = np.zeros((len(table.noise_levels), self.depth), dtype=np.int64)
         for cell, stage in zip(place, stages, strict=True):
-            choice[cell] = table.options.index(rule.levels[stage])
+            choice[cell] = [table.options.index(level) for level in levels_per_layer(rule.levels[stage], self.depth, self.settings)]
         ratios = ",".join(f"{ratio:g}" for ratio in rule.ratios)
         return Proposal(
             name=f"first {rule.first}, ratios {ratios}: {', '.join(map(title, rule.levels))}",
@@ -713,11 +711,12 @@ class Proposer:
         options, products = self._options(path)
         computed = set(path)
         plain = Proposal(name=name, schedule=self._plain(PATH, path), **how)
-        one: NDArray[Any] = (
-            np.array([[self.costs.call.block(level) for level in options[call in computed]] for call in range(self.calls)])
-            * np.array(self.costs.rows)[:, None]
-        )
-        costs = np.repeat(one[:, None, :], self.depth, axis=1)
+        resting, bare = (
+            [[self.costs.call.block(self.settings.level_of(layer, level)) for level in levels] for layer in range(self.depth)]
+            for levels in options
+        )  # (layers, options)
+        one: NDArray[Any] = np.array([bare if call in computed else resting for call in range(self.calls)])
+        costs = one * np.array(self.costs.rows)[:, None, None]
         left = room - sum(self.costs.rows) * self.costs.call.rest
         squares = np.square(products).sum(-1)
         for _ in range(8):
@@ -736,19 +735,22 @@ class Proposer:
         calls = []
         for call, row in enumerate(choice):
             names = options[call in computed]
-            calls.append(Call(tuple(names[option] for option in row)))
+            calls.append(Call(tuple(self.settings.level_of(layer, names[option]) for layer, option in enumerate(row))))
         return CallSchedule(self.noise_levels, tuple(calls))
 
     def _options(self, path: tuple[int, ...]) -> tuple[tuple[list[Level], list[Level]], NDArray[np.float64]]:
-        """Levels at forecast calls and at computed ones, as many of each, and what they do: (calls, layers, options, n * k)."""
+        """Levels at forecast calls and at computed ones, as many of each, and what they do: (calls, layers, options, n * k).
+
+        In a layer that is not converted they do what `MediatorSettings.level_of` makes of them.
+        """
         found, norms, places = self.tables.products, self.tables.norms, self.tables.calls.places
-        settings, all_surrogates = self.model.added(), surrogates_of(self.model.added(), KINDS_OF_SAVING)
-        surrogates = surrogates_of(settings, self.kinds)
+        all_surrogates, surrogates = (surrogates_of(self.settings, kinds) for kinds in (KINDS_OF_SAVING, self.kinds))
+        converted = list(self.settings.converted(self.depth))
         resting = [
             Parts(Part(attention, ORDERS[LINEAR]), Part(mlp, ORDERS[LINEAR])).level
             for attention, mlp in product((None, *surrogates.attention), (None, *surrogates.mlp))
         ]
-        bare = bare_levels(settings, self.kinds)
+        bare = bare_levels(self.settings, self.kinds)
         size = max(len(resting), len(bare))
         options = (resting + resting[:1] * (size - len(resting)), bare + [SOFTMAX] * (size - len(bare)))
         of_levels = {level: index for index, level in enumerate(self.tables.errors.options)}
@@ -770,7 +772,7 @@ class Proposer:
                     for side, runs in enumerate((parts.attention.runs, parts.mlp.runs)):
                         if runs in of_surrogates:
                             change = stand_ins[call, call - index, :, of_surrogates[runs]] - outputs[call, call - index, :, side]
-                            whole[index, :, place] += weight * change
+                            whole[index, converted, place] += weight * change[converted]
 
             def left_out(values: Tensor) -> Tensor:  # (back, layers, parts, n, k) -> (layers, parts, n, k)
                 return sum(weight * values[call - index] for weight, index in zip(weights, basis, strict=True)) - values[0]  # noqa: B023

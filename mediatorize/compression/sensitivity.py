@@ -224,13 +224,14 @@ def adjoint_products(
 
     Args:
         rows: (n,) indices into the probes.
-        levels: of whole blocks.
+        levels: of whole converted blocks. Others, which do not have them, are as at softmax: their products are 0.
         window: how many calls back outputs are compared; 0 compares none.
     """
     device = next(model.parameters()).device
     guided = GuidedModel(model, probes.labels[rows].to(device), replace(sampler, cfg_interval=EVERYWHERE))
     both_halves = [own == sampler.rows for own in sampler.rows_of_calls(model.arch)]
-    depth, watched = model.arch.depth, [(surrogates.attention, surrogates.mlp)] * model.arch.depth
+    depth, converts = model.arch.depth, model.added().converts
+    watched = [(surrogates.attention, surrogates.mlp) if converts(layer) else ((), ()) for layer in range(depth)]
     sides = [0, 1, *[0] * len(surrogates.attention), *[1] * len(surrogates.mlp)]
     found = Products.zeros(
         len(both_halves), window, depth, len(levels), surrogates.count, sampler.rows, len(rows), probes.gradients.shape[1]
@@ -254,7 +255,7 @@ def adjoint_products(
         with torch.no_grad():
             inputs = [first, *tokens]
             for layer, block in enumerate(model.layers()):
-                for place, level in enumerate(levels):
+                for place, level in enumerate(levels if converts(layer) else ()):
                     change = block(inputs[layer], conditioning, level) - inputs[layer + 1]
                     found.levels[call, layer, place] = _products(change, by_block[layer], sampler.rows).sum(0)
             gates = torch.stack([torch.stack(block.gates(conditioning)) for block in model.layers()])
@@ -285,13 +286,17 @@ class _Gradients:
 
 
 def _outputs(memory: Memory, surrogates: Surrogates) -> Tensor:
-    """What one call's sub-layers gave, and the surrogates on the same inputs: (layers, 2 + surrogates, rows, n, c)."""
+    """What one call's sub-layers gave, and the surrogates on the same inputs: (layers, 2 + surrogates, rows, n, c).
+
+    Layers that are not converted have no surrogates: zero.
+    """
     layers = []
     for block in memory.blocks:
-        attention, mlp = block.attention.outputs.values[-1], block.mlp.outputs.values[-1]
-        stand_ins = [attention - block.attention.surrogates[level].values[-1] for level in surrogates.attention]
-        stand_ins += [mlp - block.mlp.surrogates[level].values[-1] for level in surrogates.mlp]
-        layers.append(torch.stack([attention, mlp, *stand_ins]))
+        given = [part.outputs.values[-1] for part in (block.attention, block.mlp)]
+        for part, output, wanted in zip((block.attention, block.mlp), tuple(given), (surrogates.attention, surrogates.mlp), strict=True):
+            left_out = [part.surrogates[level].values[-1] if level in part.surrogates else output for level in wanted]
+            given += [output - rest for rest in left_out]
+        layers.append(torch.stack(given))
     return torch.stack(layers).detach()
 
 

@@ -132,25 +132,25 @@ class Sampler:
         process = process_of(arch)
         return [float(process.noise_level(torch.tensor(process.own_time(t)))) for t in self.times()]
 
-    def calls(self, arch: Architecture, schedule: AnySchedule | Level | None) -> list[Call]:
-        """What each model call runs; the solver's steps must be fixed."""
-        return calls_at(SOFTMAX if schedule is None else schedule, self.noise_levels(arch), arch.depth)
+    def calls(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> list[Call]:
+        """What each call of a model with these settings runs; the solver's steps must be fixed."""
+        return calls_at(SOFTMAX if schedule is None else schedule, self.noise_levels(arch), arch.depth, settings)
 
     def rows_of_calls(self, arch: Architecture) -> list[int]:
         """Rows of every model call that one sample takes."""
         return [self.rows_at(noise_level) for noise_level in self.noise_levels(arch)]
 
-    def memory_numbers(self, arch: Architecture, schedule: AnySchedule | Level | None) -> int:
+    def memory_numbers(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> int:
         """How many numbers per sample are kept between calls, for forecasts."""
         if self.how.adaptive:
             return 0
-        return cost.memory_numbers(arch, self.calls(arch, schedule), self.noise_levels(arch), self.rows_of_calls(arch))
+        return cost.memory_numbers(arch, self.calls(arch, schedule, settings), self.noise_levels(arch), self.rows_of_calls(arch))
 
     def flops(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> float | None:
         """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
         if self.how.adaptive:
             return None
-        calls = self.calls(arch, schedule)
+        calls = self.calls(arch, schedule, settings)
         return float(cost.calls_flops(arch, calls, self.noise_levels(arch), self.rows_of_calls(arch), settings))
 
 
@@ -289,7 +289,7 @@ def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedu
     if not sampler.how.adaptive:
         arch = model.arch
         rows = sampler.rows_of_calls(arch)
-        return Driver(model, arch.depth, sampler.calls(arch, schedule), sampler.noise_levels(arch), rows, batch)
+        return Driver(model, arch.depth, sampler.calls(arch, schedule, model.settings), sampler.noise_levels(arch), rows, batch)
     if isinstance(schedule, CallSchedule):
         raise UserError(
             f"{sampler.solver} takes as many steps as it needs; a schedule with forecasts is for fixed ones.",

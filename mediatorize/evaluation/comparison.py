@@ -378,11 +378,13 @@ def _with_time(
     rows_of_calls = sampler.rows_of_calls(arch)  # unguided calls have half of them
     apart = [
         isinstance(row.levels, RuleSchedule)
-        or any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels))
+        or any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels, model.settings))
         for row in rows
     ]
     wanted = [
-        Counter() if whole else Counter(zip((call.levels for call in sampler.calls(arch, row.levels)), rows_of_calls, strict=True))
+        Counter()
+        if whole
+        else Counter(zip((call.levels for call in sampler.calls(arch, row.levels, model.settings)), rows_of_calls, strict=True))
         for whole, row in zip(apart, rows, strict=True)
     ]
     calls = sum(wanted[0].values())

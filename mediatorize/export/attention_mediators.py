@@ -16,7 +16,7 @@ from mediatorize.formats.checkpoint import Hints, open_checkpoint, published_nam
 from mediatorize.formats.tensors import own_copies
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block
-from mediatorize.model.levels import SOFTMAX, Level, kind_of
+from mediatorize.model.levels import SOFTMAX, Level, kind_of, layers_in_short
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 
 FILE = "model.pt"
@@ -96,5 +96,10 @@ def _level(subject: Subject, choices: Choices) -> Level:
         raise UserError(
             "The bundle's mediators are not in the published form, the only one that Attention-Mediators' code runs.",
             hint="Convert with --form published.",
+        )
+    if level != SOFTMAX and settings.layers is not None:
+        raise UserError(
+            f"Level {level} is in layers {layers_in_short(settings.layers)} alone, and Attention-Mediators' code has mediators in all.",
+            hint="Convert without --layers, or export to diffusers or safetensors.",
         )
     return level

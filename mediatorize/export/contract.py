@@ -88,7 +88,7 @@ class Probe:
 
         assert model.schedule is not None, "the walk is of its schedule"
         noise_levels = [float(process_of(model.arch).noise_level(torch.tensor(t))) for t, _ in self.walk]
-        calls = calls_at(model.schedule, noise_levels, model.arch.depth)
+        calls = calls_at(model.schedule, noise_levels, model.arch.depth, model.settings)
         call = Driver(model, model.arch.depth, calls, noise_levels, [1] * len(calls), len(self.x))
         return {name: call(self.x, self.x.new_full((len(self.x),), t), self.y) for t, name in self.walk if name}
 

@@ -85,7 +85,7 @@ def _series(memory: Memory, key: Key) -> Series:
 def keys_of(schedule: CallSchedule) -> list[Key]:
     """What a schedule's computed calls must leave for its forecasts, in the order of the memory's first axis."""
     found: set[Key] = set()
-    for levels in (levels for call in schedule.of_calls for levels in call.streams):
+    for levels in schedule.patterns:
         for layer, level in enumerate(levels):
             parts = parts_of(level)
             found |= {
@@ -113,8 +113,8 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     if isinstance(schedule, CallSchedule):
         write_json(folder / INDEX_FILE, index | _write_calls(folder, model, schedule))
         return
-    uniform: list[tuple[Level, ...]] = [tuple(levels_per_layer(level, arch.depth)) for level in subject.levels]
-    patterns = uniform if schedule is None else list(dict.fromkeys(schedule.levels))
+    uniform: list[tuple[Level, ...]] = [tuple(levels_per_layer(level, arch.depth, model.settings)) for level in subject.levels]
+    patterns = uniform if schedule is None else schedule.patterns
     names = {pattern: f"program-{number:03d}.pt2" for number, pattern in enumerate(patterns)}
     for pattern, name in names.items():
         torch.export.save(_program(model, AtLevels, pattern), folder / name)
@@ -127,10 +127,10 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
 def _write_calls(folder: Path, model: DiffusionTransformer, schedule: CallSchedule) -> dict[str, Any]:
     """Programs of a schedule with forecasts, and what the index says of them."""
     keys = keys_of(schedule)
-    patterns = dict.fromkeys(levels for call in schedule.of_calls for levels in call.streams if levels)
+    patterns = schedule.patterns
     if any(len({forecasts(level) for level in pattern}) > 1 for pattern in patterns):
         raise UserError("A call of the schedule forecasts some layers alone.", hint="Export to safetensors or diffusers.")
-    if highest_order([*patterns]) > 1:
+    if highest_order(patterns) > 1:
         raise UserError("The schedule has forecasts of second order.", hint="Export to safetensors or diffusers.")
     names: dict[tuple[Level, ...], str] = {}
     for number, pattern in enumerate(patterns):
@@ -191,7 +191,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
             noise = float(process_of(subject.arch).noise_level(torch.tensor(case.t)))
             name = [piece["program"] for piece in index["pieces"] if piece["noise_from"] <= noise][-1] if case.scheduled else None
         else:
-            pattern = levels_per_layer(case.levels, subject.arch.depth)
+            pattern = levels_per_layer(case.levels, subject.arch.depth, subject.model.settings)
             name = next(name for name, levels in index["programs"].items() if levels == pattern)
         if name is not None:
             found[case.name] = torch.export.load(folder / name).module()(probe.x, probe.times(case), probe.y)

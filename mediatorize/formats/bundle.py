@@ -22,8 +22,8 @@ from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import KINDS, SOFTMAX, MediatorSettings, missing
-from mediatorize.model.schedule import AnySchedule, schedule_from_json
+from mediatorize.model.levels import KINDS, MediatorSettings, levels_per_layer, refuse_lacking
+from mediatorize.model.schedule import AnySchedule, RuleSchedule, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
 
@@ -175,10 +175,10 @@ def read_schedule_file(file: Path, arch: Architecture, settings: MediatorSetting
     if made_for is not None and made_for.process != (own := process_of(arch)).name:
         solver = content["calibrated_for"]["solver"]
         raise UserError(f"{file}: was calibrated for {solver}, which does not sample a {own.title}.", hint="Calibrate again.")
-    levels, mlps = (settings.all_levels, settings.mlp_levels) if settings else ((SOFTMAX,), ())
-    for level in sorted(schedule.used, key=str):
-        if (lacking := missing(level, levels, mlps)) is not None:
-            raise UserError(f"{file}: the model has no level {lacking}.", hint="Calibrate again.")
+    stages = schedule.rule.levels if isinstance(schedule, RuleSchedule) else ()
+    with about(file):
+        for pattern in (*schedule.patterns, *(levels_per_layer(level, arch.depth, settings) for level in stages)):
+            refuse_lacking(pattern, settings, hint="Calibrate again.")
     return schedule
 
 

@@ -70,7 +70,7 @@ def forward_flops_by_part(
 ) -> dict[str, int]:
     """FLOPs of one forward on one sample, by part."""
     tokens, width = arch.tokens, arch.width
-    per_layer = levels_per_layer(levels, arch.depth)
+    per_layer = levels_per_layer(levels, arch.depth, settings)
     return {
         "patch embedding": 2 * tokens * width * arch.channels * arch.patch**2,
         "timestep embedding": 2 * FREQUENCIES * width + 2 * width**2,
@@ -124,7 +124,7 @@ class Reachable:
     flops: int
     """With every layer at softmax."""
     relative: Mapping[Level, float]
-    """FLOPs with every layer at one level, as a share of softmax's. Levels that do not fit the resolution are left out."""
+    """FLOPs with every converted layer at one level, as a share of softmax's. Levels that do not fit the resolution are left out."""
 
 
 def reachable(arch: Architecture, settings: MediatorSettings) -> tuple[Reachable, ...]:
@@ -183,7 +183,7 @@ def added_parameters(arch: Architecture, settings: MediatorSettings) -> int:
     if settings.mlp_widths:
         hidden = arch.mlp_width // settings.mlp_widths[-1]
         block += _linear(width, hidden) + hidden * width + width * len(settings.mlp_widths)
-    return arch.depth * block
+    return len(settings.converted(arch.depth)) * block
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediatorize.errors import UserError
@@ -44,10 +45,10 @@ HOLD, LINEAR, QUADRATIC = ORDERS
 
 @dataclass(frozen=True)
 class MediatorSettings:
-    """What conversion adds to every block (design 2)."""
+    """What conversion adds to blocks, and to which of them (design 2)."""
 
     levels: tuple[Level, ...]
-    """Levels beside softmax that every layer can run at, in the order of their rank."""
+    """Levels beside softmax that converted layers can run at, in the order of their rank."""
     space: Space = "queries"
     """Which of the model's projections makes mediators out of pooled tokens."""
     local_rank: int = 0
@@ -61,6 +62,8 @@ class MediatorSettings:
     mlp_widths: tuple[int, ...] = ()
     """Narrow MLPs beside every block's: 8 is one of an eighth of the hidden width. In descending order; each is a part of the next."""
     form: Form = "learned"
+    layers: tuple[int, ...] | None = None
+    """The converted layers, counted from 0, in ascending order; None: all. The others have softmax alone, and nothing is added to them."""
 
     def __post_init__(self) -> None:
         added = self.levels and all(is_level(level) and kind_of(level).module is not None for level in self.levels)
@@ -79,6 +82,14 @@ class MediatorSettings:
             )
         if (rank := min(self.local_rank, self.modulation_rank, self.projection_rank or 0)) < 0:
             raise UserError(f"A rank of {rank} is negative.", hint="Pass 0 to leave a part out.")
+        if self.layers is not None and not self.layers:
+            raise UserError(
+                "The set of layers to convert is empty.", hint="Pass for instance --layers 0-3, or leave it out to convert all."
+            )
+        if self.layers is not None and (list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0):
+            raise UserError(
+                f"Layers {list(self.layers)} are not distinct, ascending numbers from 0.", hint="Pass for instance --layers 0-3."
+            )
         if self.form == "published":
             self._refuse_unpublished()
 
@@ -101,6 +112,27 @@ class MediatorSettings:
     def mlp_levels(self) -> tuple[Level, ...]:
         """Levels of the narrow MLPs, the narrowest first."""
         return tuple(f"1/{width}" for width in self.mlp_widths)
+
+    def of_model(self, depth: int) -> MediatorSettings:
+        """The same for a model of `depth` layers: a set of all of them is left out.
+
+        Raises:
+            UserError: the model does not have one of the layers.
+        """
+        if self.layers is not None and self.layers[-1] >= depth:
+            raise UserError(f"The model has no layer {self.layers[-1]}.", hint=f"Its layers are 0 to {depth - 1}.")
+        return replace(self, layers=None) if self.layers == tuple(range(depth)) else self
+
+    def converted(self, depth: int) -> tuple[int, ...]:
+        """The converted layers of a model of `depth` layers."""
+        return tuple(range(depth)) if self.layers is None else self.layers
+
+    def level_of(self, layer: int, level: Level) -> Level:
+        """How a layer runs where the whole model is asked for a level: so, or in a layer without added levels as the pretrained layer."""
+        return level if self.converts(layer) else without_added(level)
+
+    def converts(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -317,6 +349,17 @@ def missing(level: Level, attention: Collection[Level], mlps: Collection[Level])
     return None
 
 
+@lru_cache(maxsize=4096)
+def without_added(level: Level) -> Level:
+    """A level as a layer runs it to which nothing was added: the pretrained sub-layers, and forecasts without surrogates."""
+
+    def without(part: Part, pretrained: Level) -> Part:
+        return part if part.runs in (None, pretrained) else Part(pretrained) if part.order is None else Part(None, part.order)
+
+    parts = parts_of(level)
+    return Parts(without(parts.attention, SOFTMAX), without(parts.mlp, FULL)).level
+
+
 def mlp_share(level: Level) -> int:
     """The part of the hidden width that an MLP has at its level: 8 for 1/8, 1 for the whole."""
     return 1 if level in (FULL, OWN) else int(str(level).removeprefix("1/"))
@@ -373,10 +416,59 @@ def most_mediators(levels: Iterable[Level]) -> int:
     return max(kind_of(level).mediators(level) for level in levels)
 
 
-def levels_per_layer(levels: Level | Sequence[Level], depth: int) -> list[Level]:
-    """One level for each of `depth` layers, from one for all or one each."""
+def levels_per_layer(levels: Level | Sequence[Level], depth: int, settings: MediatorSettings | None) -> list[Level]:
+    """One level for each of `depth` layers, from one for the whole model or one each.
+
+    One for the whole model is softmax in layers that conversion left alone.
+
+    Args:
+        settings: what was added to the model.
+
+    Raises:
+        UserError: of one level each, the number is wrong, or a converted model's layer does not have its level.
+    """
     if isinstance(levels, int | str):
-        return [levels] * depth
+        return [levels if settings is None else settings.level_of(layer, levels) for layer in range(depth)]
     if len(levels) != depth:
         raise UserError(f"{len(levels)} levels were given for {depth} layers.", hint="Pass one level, or one per layer.")
+    if settings is not None:
+        refuse_lacking(levels, settings)
     return list(levels)
+
+
+def refuse_lacking(levels: Sequence[Level], settings: MediatorSettings | None, hint: str = "") -> None:
+    """Refuses levels, one per layer, of which a layer does not have one, or does not have a surrogate or a narrow MLP that it names.
+
+    Args:
+        settings: what was added to the model; None: nothing.
+        hint: what to do next; empty: the message says what the layer has.
+    """
+    for layer, level in enumerate(levels):
+        there = settings if settings is not None and settings.converts(layer) else None
+        attention, mlps = ((SOFTMAX,), ()) if there is None else (there.all_levels, there.mlp_levels)
+        if (lacking := missing(level, attention, mlps)) is not None:
+            has = f"It has {', '.join(map(str, (*attention, *mlps)))}."
+            raise UserError(f"Layer {layer} has no level {lacking}.", hint=hint or has)
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """A set of layers, ascending, from numbers and ranges: `0-3,8` is layers 0, 1, 2, 3 and 8.
+
+    Raises:
+        UserError: an item is neither a number nor an ascending range.
+    """
+    found: set[int] = set()
+    for item in text.split(",") if text.strip() else ():
+        first, dash, last = (part.strip() for part in item.partition("-"))
+        if not all(number.isascii() and number.isdigit() for number in ((first, last) if dash else (first,))):
+            raise UserError(f"{item.strip()!r} is neither a layer nor a range of layers.", hint="Pass for instance 0-3 or 0,2,5.")
+        if dash and int(last) < int(first):
+            raise UserError(f"The range of layers {item.strip()} descends.", hint=f"Pass {last}-{first}.")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+def layers_in_short(layers: Sequence[int]) -> str:
+    """Ascending layers as numbers and ranges, as `read_layers` reads them."""
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -14,7 +14,18 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from mediatorize.errors import UserError
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, forecasts, kind_of, parts_of, read_level, title
+from mediatorize.model.levels import (
+    LINEAR,
+    SOFTMAX,
+    Level,
+    MediatorSettings,
+    forecasts,
+    kind_of,
+    levels_per_layer,
+    parts_of,
+    read_level,
+    title,
+)
 
 CALLS_FORMAT = 2
 """Version of a schedule file with single calls. Files of pieces have none."""
@@ -147,9 +158,14 @@ class Schedule:
         return len(self.levels[0])
 
     @property
+    def patterns(self) -> list[tuple[Level, ...]]:
+        """What its pieces run, one level per layer; each once."""
+        return list(dict.fromkeys(self.levels))
+
+    @property
     def used(self) -> set[Level]:
         """Every level that some layer runs at somewhere."""
-        return {level for piece in self.levels for level in piece}
+        return {level for pattern in self.patterns for level in pattern}
 
     def at(self, noise_level: float) -> tuple[Level, ...]:
         """The level of every layer at a noise level in [0, 1]."""
@@ -209,9 +225,14 @@ class CallSchedule:
         return len(self.of_calls[0].levels)
 
     @property
+    def patterns(self) -> list[tuple[Level, ...]]:
+        """What halves of its calls run, one level per layer; each once."""
+        return list(dict.fromkeys(levels for call in self.of_calls for levels in call.streams if levels))
+
+    @property
     def used(self) -> set[Level]:
         """Every level that some layer runs at somewhere."""
-        return {level for call in self.of_calls for levels in call.streams for level in levels}
+        return {level for pattern in self.patterns for level in pattern}
 
     @property
     def guided(self) -> bool:
@@ -366,6 +387,11 @@ class RuleSchedule:
         return self.usual.depth
 
     @property
+    def patterns(self) -> list[tuple[Level, ...]]:
+        """What its pieces usually run, one level per layer; each once."""
+        return self.usual.patterns
+
+    @property
     def used(self) -> set[Level]:
         """Every level that some layer runs at somewhere."""
         return {*self.rule.levels, *self.usual.used}
@@ -406,10 +432,10 @@ def schedule_from_json(content: Mapping[str, Any]) -> AnySchedule:
     return CallSchedule.from_json(content) if isinstance(content, Mapping) and "calls" in content else Schedule.from_json(content)
 
 
-def calls_at(schedule: AnySchedule | Level, noise_levels: Sequence[float], depth: int) -> list[Call]:
-    """What calls at these noise levels run by a schedule, or by one level for everything."""
+def calls_at(schedule: AnySchedule | Level, noise_levels: Sequence[float], depth: int, settings: MediatorSettings | None) -> list[Call]:
+    """What calls at these noise levels run by a schedule, or by one level for the whole model, to which `settings` were added."""
     if isinstance(schedule, int | str):
-        return [Call((schedule,) * depth)] * len(noise_levels)
+        return [Call(tuple(levels_per_layer(schedule, depth, settings)))] * len(noise_levels)
     return schedule.calls(noise_levels)
 
 

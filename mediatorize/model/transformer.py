@@ -90,10 +90,16 @@ class DiffusionTransformer(nn.Module):
         return [block.attn for block in self.layers()]
 
     def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
-        """Gives every block a mediator path that starts from its own projections and MLP; all else depends on (seed, layer)."""
-        for index, block in enumerate(self.layers()):
-            block.add_mediators(self.arch, settings, partial(generator, seed, "layer", index))
-        self.settings = settings
+        """Gives the blocks of `settings.layers` mediator paths, which start from their own projections and MLPs.
+
+        All else in a path depends on (seed, layer).
+
+        Raises:
+            UserError: the model does not have one of the layers.
+        """
+        self.settings = settings.of_model(self.arch.depth)
+        for index in self.settings.converted(self.arch.depth):
+            self.layers()[index].add_mediators(self.arch, self.settings, partial(generator, seed, "layer", index))
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """(b,), (b,) -> (b, c): what every block is modulated by."""
@@ -110,7 +116,7 @@ class DiffusionTransformer(nn.Module):
             x: noisy latents (b, channels, height, width).
             t: (b,). DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
             y: class labels (b,); `arch.classes` is the null class.
-            levels: one level for all layers, or one per layer.
+            levels: one level for the whole model, which is softmax in layers that conversion left alone; or one per layer.
             memory: of the trajectory that this call is a part of: computed sub-layers are remembered in it, forecasts read it. Without one
                 everything is computed.
 
@@ -126,20 +132,16 @@ class DiffusionTransformer(nn.Module):
         tokens: Tensor,
         conditioning: Tensor,
         levels: Level | Sequence[Level],
-        first: int = 0,
         run: Run = call,
         memory: Memory | None = None,
     ) -> Iterator[Tensor]:
-        """The tokens (b, n, c) before every block from the `first` on, and after the last."""
-        blocks = self.layers()[first:]
-        memories = None if memory is None else memory.blocks[first:]
-        return walk(blocks, tokens, conditioning, levels_per_layer(levels, len(blocks)), run, memories)
+        """The tokens (b, n, c) before every block, and after the last. `levels` as in `forward`."""
+        per_layer = levels_per_layer(levels, self.arch.depth, self.settings)
+        return walk(self.layers(), tokens, conditioning, per_layer, run, None if memory is None else memory.blocks)
 
-    def run_blocks(
-        self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], first: int = 0, memory: Memory | None = None
-    ) -> Tensor:
-        """The tokens (b, n, c) after the last block, from those before the block `first`."""
-        for after in self.walk(tokens, conditioning, levels, first, memory=memory):
+    def run_blocks(self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], memory: Memory | None = None) -> Tensor:
+        """The tokens (b, n, c) after the last block, from those before the first."""
+        for after in self.walk(tokens, conditioning, levels, memory=memory):
             tokens = after
         return tokens
 
@@ -155,7 +157,7 @@ class DiffusionTransformer(nn.Module):
 
     @property
     def all_levels(self) -> tuple[Level, ...]:
-        """Every level that the layers can run at, in the order of their rank."""
+        """Every level that the model can be asked for, in the order of their rank."""
         return (SOFTMAX,) if self.settings is None else self.settings.all_levels
 
     def mediator_parameters(self) -> dict[str, nn.Parameter]:

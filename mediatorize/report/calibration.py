@@ -11,7 +11,7 @@ from mediatorize.compression.costs import COSTS
 from mediatorize.model.levels import is_pretrained, title
 from mediatorize.model.schedule import RuleSchedule, Schedule
 from mediatorize.report.sampling import began_in_words
-from mediatorize.report.tables import seconds_in_words, text_table
+from mediatorize.report.tables import layers_in_words, seconds_in_words, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +28,8 @@ def words(result: Calibration) -> str:
     levels = ", ".join(title(level) for level in (*result.settings.all_levels, *result.settings.mlp_levels))
     calls = len(result.costs.noise_levels)
     lines = [
-        f"{result.arch.name}: levels {levels} in {result.arch.depth} layers, {calls} model calls; {how.solver}, {how.steps} steps, "
-        f"guidance {how.cfg_scale}",
+        f"{result.arch.name}: levels {levels} in {layers_in_words(result.settings, result.arch.depth)}, {calls} model calls; "
+        f"{how.solver}, {how.steps} steps, guidance {how.cfg_scale}",
         f"  possible budgets: {result.costs.least(result.kinds):.1%} to 100% of softmax's {unit}, with {', '.join(result.kinds)}",
     ]
     if "forecasts" in result.kinds:
@@ -154,6 +154,7 @@ def facts(result: Calibration) -> dict[str, Any]:
         "memory_bytes_per_sample": result.memory_bytes,
         "layers": result.arch.depth,
         "levels": list(result.settings.levels),
+        "converted_layers": list(result.settings.converted(result.arch.depth)),
         "least_budget": result.costs.least(result.kinds),
         "trajectories": result.trajectories,
         "verified_samples": result.verify,
@@ -246,6 +247,7 @@ def write_pictures(result: Calibration) -> None:
     added = [option for option, level in enumerate(found.table.options) if not is_pretrained(level)]
     levels = [found.table.options[option] for option in added]
     errors = np.sqrt(found.table.squares()[:, :, added])
+    errors[:, [layer for layer in range(result.arch.depth) if not result.settings.converts(layer)]] = np.nan
     write_error_table(result.folder / "sensitivity.png", found.table.noise_levels, levels, errors)
     kept = {outcome.chosen.name for outcome in found.outcomes}
     shown = [candidate for candidate in found.candidates if math.isfinite(candidate.error)]

@@ -12,6 +12,7 @@ from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, Level, title
 from mediatorize.model.schedule import CallSchedule, RuleSchedule, is_computed
 from mediatorize.report.sampling import rule_in_words
+from mediatorize.report.tables import layers_in_words
 
 if TYPE_CHECKING:
     from mediatorize.formats.bundle import BundleConfig
@@ -126,13 +127,14 @@ def _levels(config: BundleConfig) -> str:
         )
         training = (
             f" Then distilled by `mediatorize finetune`, {how.steps} steps of {how.batch} states: relative error of the model's output on "
-            f"held-out trajectories of the teacher, all layers at one level, {errors}."
+            f"held-out trajectories of the teacher, the whole model at one level, {errors}."
         )
         if how.train == "all":
             kept = "All weights were trained: level `softmax` is no longer that model."
+    which = "each attention layer" if settings.layers is None else layers_in_words(settings, arch.depth)
     form = "in its published form" if settings.form == "published" else "with absorbed projections"
     own = {"own": ", and each block has an MLP of its own", "shared": ""}[config.settings.mlp]
-    return f"""{kept} Every other level runs each attention layer through a few mediator tokens
+    return f"""{kept} Every other level runs {which} through a few mediator tokens
 (arXiv 2408.05710, {form}){own}.
 
 | level | GMACs per forward | of softmax's FLOPs | mean layer error, initialised | mean layer error, fitted |
@@ -152,7 +154,7 @@ def _mean_error(config: BundleConfig, level: Level, when: str) -> str:
 
 def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
     if schedule is None:
-        return "It has no schedule: one level serves all layers and times, softmax where none is chosen."
+        return "It has no schedule: one level serves the whole model at all times, softmax where none is chosen."
     softmax = cost.forward_flops(config.arch)
     if isinstance(schedule, CallSchedule):
         computed = sum(call.computed for call in schedule.of_calls)

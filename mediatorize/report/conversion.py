@@ -9,7 +9,7 @@ from mediatorize.compression.conversion import Conversion, ConversionPlan
 from mediatorize.compression.records import Errors, LayerErrors
 from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, title
-from mediatorize.report.tables import gmacs, seconds_in_words, text_table
+from mediatorize.report.tables import gmacs, layers_in_words, seconds_in_words, text_table
 
 
 def fitted_on(plan: ConversionPlan) -> str:
@@ -31,12 +31,12 @@ def words(found: Conversion) -> str:
     narrow = f", narrow ones of {', '.join(map(str, settings.mlp_levels))}" if settings.mlp_levels else ""
     share = plan.added_parameters() / cost.count_parameters(arch)
     lines = [
-        f"{arch.name}: {arch.depth} attention layers get levels {', '.join(map(title, settings.levels))} beside {title(SOFTMAX)}",
+        f"{arch.name}: {layers_in_words(settings, arch.depth)} get levels {', '.join(map(title, settings.levels))} beside {title(SOFTMAX)}",
         f"  {made}, projections {projections}, {settings.mlp} MLPs"
         f"{narrow}; {plan.added_parameters() / 1e6:.1f}M parameters are added ({share:.0%} of the model's)",
         *(f"  {note}" for note in found.notes),
         "",
-        text_table(("all layers at", "GMACs per forward", "of softmax's"), rows),
+        text_table(("whole model at", "GMACs per forward", "of softmax's"), rows),
         "",
     ]
     return "\n".join([*lines, *(_done(found) if found.estimated_seconds is None else _planned(found, found.estimated_seconds))])
@@ -47,7 +47,9 @@ def _planned(found: Conversion, seconds: float) -> list[str]:
     how = f"guidance {sampler.cfg_scale}"
     if not plan.data:
         how = f"{sampler.solver}, {sampler.steps} steps, {how}"
-    fitting = f"fit every layer for {plan.fit.steps} steps of {plan.fit.batch} states" if plan.fit.steps else "fit nothing (--fit-steps 0)"
+    fitting = "fit nothing (--fit-steps 0)"
+    if plan.fit.steps:
+        fitting = f"fit {layers_in_words(plan.settings, plan.arch.depth)} for {plan.fit.steps} steps of {plan.fit.batch} states each"
     return [
         f"Would take {plan.states} states of {fitted_on(plan)} ({how})",
         f"and {fitting}:",

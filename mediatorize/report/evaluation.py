@@ -146,7 +146,7 @@ def lead(found: Evaluation) -> str:
 
 def _how(row: RowResult) -> str:
     if row.kind == "level":
-        return f"With every layer at {row.title}"
+        return f"With the whole model at {row.title}"
     return "At its calibrated schedule" if row.level == OWN_SCHEDULE else f"At schedule {row.title}"
 
 

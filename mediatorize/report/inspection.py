@@ -29,7 +29,7 @@ def words(found: Inspection) -> str:
         "One forward pass on one sample (the papers' Gflops are GMACs):",
         _parts(found),
         "",
-        f"Model FLOPs with every layer at one level, as a share of softmax's (local branch of rank {found.settings.local_rank}):",
+        f"Model FLOPs with the whole model at one level, as a share of softmax's (local branch of rank {found.settings.local_rank}):",
         _reachable(found),
         "",
         "FLOPs of a sampler that computes some model calls and forecasts the others from them, as a share of softmax's:",

@@ -266,7 +266,7 @@ def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequenc
     """A PNG of the error table: one panel per level beside softmax, layers by noise level, on one logarithmic scale.
 
     Args:
-        errors: (cells, layers, levels), relative errors of the samples.
+        errors: (cells, layers, levels), relative errors of the samples; NaN where a layer does not have the levels.
     """
     import numpy as np
     from matplotlib.colors import LogNorm

@@ -23,7 +23,7 @@ def words(found: Resized) -> str:
         f"{found.out}: {what} {found.after.name} for {_tokens(found.after)} tokens, before {_tokens(found.before)}",
         *([f"  its pretrained weights are those of {found.teacher}"] if found.teacher else []),
         "",
-        text_table(("all layers at", "GMACs before", "GMACs now", "ratio", "of softmax's now"), rows),
+        text_table(("whole model at", "GMACs before", "GMACs now", "ratio", "of softmax's now"), rows),
         "",
         "Fine-tune it before use, then calibrate: weights and schedules were made for the other resolution.",
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mediatorize.model.levels import MediatorSettings, layers_in_short
+
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned: the first to the left, the others to the right."""
@@ -25,3 +27,8 @@ def seconds_in_words(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def layers_in_words(settings: MediatorSettings, depth: int) -> str:
+    """The converted layers of a model of `depth` layers: `28 layers` where they are all, else such as `layers 0-3,8 of 28`."""
+    return f"{depth} layers" if settings.layers is None else f"layers {layers_in_short(settings.layers)} of {depth}"

@@ -54,7 +54,7 @@ def _of_training(found: Finetuning, training: Training) -> list[str]:
     moved = found.plan.distill.train == "all"
     kept = "Level softmax moved too (--train all)." if moved else "Level softmax is unchanged, bit for bit."
     return [
-        text_table(("all layers at", "error before", "after"), rows),
+        text_table(("whole model at", "error before", "after"), rows),
         "Errors are |student - teacher| / |teacher| of the model's output on held-out trajectories of the teacher.",
         f"Took {seconds_in_words(found.seconds)}{resumed}. {kept}",
     ]

@@ -176,7 +176,7 @@ def calibrate(
         kinds=saving,
         trajectories=trajectories,
         verify=verify,
-        memory_bytes=4 * sampler.memory_numbers(arch, forecast_from_the_first(sampler.noise_levels(arch), arch.depth)),
+        memory_bytes=4 * sampler.memory_numbers(arch, forecast_from_the_first(sampler.noise_levels(arch), arch.depth), settings),
         notes=() if tuned else ("warning: never finetuned; at the same budget a finetuned model has a smaller sample error",),
         files=files,
     )

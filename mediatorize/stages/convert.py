@@ -15,7 +15,7 @@ from mediatorize.compression.initialise import INITIALISERS
 from mediatorize.compression.records import FitSettings
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.architecture import default_local_rank, default_modulation_rank, default_projection_rank, preset
-from mediatorize.model.levels import Form, Level, MediatorSettings, MlpOwner, Space, in_order, read_level
+from mediatorize.model.levels import Form, Level, MediatorSettings, MlpOwner, Space, in_order, read_layers, read_level
 from mediatorize.signatures import OneOf, listed, one, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
@@ -38,8 +38,17 @@ def convert(
     *,
     levels: Annotated[
         tuple[Level, ...],
-        option("levels to add to every layer, beside softmax: numbers of mediators", WHAT, parser=listed(read_level), metavar="N,N,..."),
+        option("levels to add to layers, beside softmax: numbers of mediators", WHAT, parser=listed(read_level), metavar="N,N,..."),
     ] = (1, 4, 16),
+    layers: Annotated[
+        tuple[int, ...] | None,
+        option(
+            "layers to convert, counted from 0: numbers and ranges, such as 0-3,8; the others stay softmax. Default: all",
+            WHAT,
+            parser=one(read_layers),
+            metavar="N-N,N,...",
+        ),
+    ] = None,
     form: Annotated[
         Form,
         option("learned: pooling and scales are learned, projections absorbed; published: as in the paper (arXiv 2408.05710)", WHAT),
@@ -103,7 +112,7 @@ def convert(
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Conversion:
-    """Adds a mediator path to every attention layer and fits it to the layer's softmax output. Resumes after a kill.
+    """Adds a mediator path to attention layers and fits each to the layer's softmax output. Resumes after a kill.
 
     Example: mediatorize convert DiT-XL-2-512x512.pt out --family dit
     """
@@ -150,7 +159,8 @@ def convert(
             mlp=mlp,
             mlp_widths=tuple(mlp_widths),
             form=form,
-        ),
+            layers=layers,
+        ).of_model(arch.depth),
         init=init,
         fit=fit,
         states=taken,
@@ -183,8 +193,8 @@ def convert(
 
     collected = States(**work.once("states", lambda: _collect(model, plan, dataset)).tensors)
     dataset = None  # and the VAE with it
-    resumed = sum(work.has(layer_name(index)) for index in range(arch.depth))
-    with progress_bar((arch.depth - resumed) * plan.steps_per_layer, "fitting layers") as bar:
+    resumed = sum(work.has(layer_name(index)) for index in plan.layers)
+    with progress_bar((len(plan.layers) - resumed) * plan.steps_per_layer, "fitting layers") as bar:
         errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, on_step=bar.update)
 
     result = Conversion(out=out, plan=plan, notes=notes, errors=tuple(errors), seconds=time.monotonic() - start, resumed_layers=resumed)

@@ -13,6 +13,7 @@ from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
 from mediatorize.model.levels import MediatorSettings, kind_of, title
+from mediatorize.report.tables import layers_in_words
 from mediatorize.stages import options
 from mediatorize.stages.options import WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -87,7 +88,10 @@ def inspect(
             parameters=sum(sizes.values()),
             settings=config.settings,
             reachable=cost.reachable(config.arch, config.settings),
-            notes=(f"levels {', '.join(map(title, config.settings.all_levels))}; mediators add {added / 1e6:.1f}M parameters",),
+            notes=(
+                f"levels {', '.join(map(title, config.settings.all_levels))} in {layers_in_words(config.settings, config.arch.depth)}; "
+                f"mediators add {added / 1e6:.1f}M parameters",
+            ),
         )
     else:
         opened = open_checkpoint(path, Hints(family, num_heads, num_classes), weights)

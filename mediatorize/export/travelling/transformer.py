@@ -167,7 +167,7 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         schedule = self.level if self.level is not None else SOFTMAX if self.schedule is None else self.schedule
         if isinstance(schedule, RuleSchedule):
             return Switcher(schedule.rule, [call] * len(schedule.rule.levels), batch, calls_per_step)
-        return Driver(call, depth, calls_at(schedule, noise_levels, depth), noise_levels, rows, batch)
+        return Driver(call, depth, calls_at(schedule, noise_levels, depth, self.settings), noise_levels, rows, batch)
 
     def enable_cache(self, config: Any) -> None:
         """diffusers' own, for the caches in `CACHES`.
