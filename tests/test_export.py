@@ -228,6 +228,14 @@ def test_every_export_of_a_schedule_of_calls_is_checked_by_its_first_calls(targe
     assert f"for 8 model calls with guidance: {told} FLOPs" in card
 
 
+def test_a_pipeline_whose_second_call_repeats_the_first_output_is_checked(tmp_path: Path) -> None:
+    calls = (Call((SOFTMAX, 4)), Call(()), Call((4, SOFTMAX)), Call(()))
+    result = export(
+        make_bundle(tmp_path / "bundle", forecasting(steps=4, calls=calls, learn_sigma=False)), tmp_path / "out", to="diffusers"
+    )
+    assert {"call 1 of the schedule", "call 2 of the schedule"} <= set(result.verified.differences)
+
+
 def test_an_export_whose_forecasts_are_not_the_models_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared is the forecast call too: an export whose third call alone is wrong does not pass."""
     source = make_bundle(tmp_path / "bundle", forecasting())

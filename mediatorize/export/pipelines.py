@@ -150,7 +150,7 @@ with torch.no_grad():
     call = transformer.driver([t for t, _ in walk], [1] * len(walk), batch)
     for t, name in walk:
         if name:
-            outputs[name] = call(inputs["x"], torch.full((batch,), t), inputs["y"]).contiguous()
+            outputs[name] = call(inputs["x"], torch.full((batch,), t), inputs["y"]).contiguous().clone()  # a forecast may be an earlier one
 save_file(outputs, found)
 """
 """Loads a folder in a process that has neither mediatorize nor timm, and calls its transformer."""
