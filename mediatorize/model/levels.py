@@ -443,12 +443,20 @@ def refuse_lacking(levels: Sequence[Level], settings: MediatorSettings | None, h
         settings: what was added to the model; None: nothing.
         hint: what to do next; empty: the message says what the layer has.
     """
+    if (found := _lacking(tuple(levels), settings)) is not None:
+        layer, level, there = found
+        raise UserError(f"Layer {layer} has no level {level}.", hint=hint or f"It has {', '.join(map(str, there))}.")
+
+
+@lru_cache(maxsize=4096)
+def _lacking(levels: tuple[Level, ...], settings: MediatorSettings | None) -> tuple[int, Level, tuple[Level, ...]] | None:
+    """The first layer that lacks something, what it lacks, and what it has. Kept, as every model call asks."""
     for layer, level in enumerate(levels):
         there = settings if settings is not None and settings.converts(layer) else None
         attention, mlps = ((SOFTMAX,), ()) if there is None else (there.all_levels, there.mlp_levels)
         if (lacking := missing(level, attention, mlps)) is not None:
-            has = f"It has {', '.join(map(str, (*attention, *mlps)))}."
-            raise UserError(f"Layer {layer} has no level {lacking}.", hint=hint or has)
+            return layer, lacking, (*attention, *mlps)
+    return None
 
 
 def read_layers(text: str) -> tuple[int, ...]:
