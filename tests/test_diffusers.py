@@ -24,6 +24,7 @@ from mediatorize.export import pipelines
 from mediatorize.export.travelling.pipeline import MediatorPipeline
 from mediatorize.export.travelling.transformer import CACHES, MediatorTransformer2DModel
 from mediatorize.model.levels import SOFTMAX
+from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.version import VERSION
 
@@ -126,6 +127,31 @@ def test_caches_beside_forecasts_are_refused() -> None:
     apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())  # the other way to the same hooks
     with pytest.raises(ValueError, match=r"^fbc_leader_block_hook: this model's schedule forecasts"):
         samples(pipe)
+
+
+class Joined(torch.nn.Module):
+    """Blocks that are called as one, as cache-dit does it: all with the same arguments."""
+
+    def __init__(self, blocks: Any) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, hidden_states: Tensor, *others: Any) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, *others)
+        return hidden_states
+
+
+def test_blocks_that_another_tool_joins_run_at_one_level() -> None:
+    schedule = Schedule((0.5,), ((SOFTMAX, 4, 1), (4, 4, 4)))
+    for pipe in (pipeline_of(deep(schedule)), pipeline_of(forecasting())):
+        pipe.transformer.level = 4
+        expected = samples(pipe)
+        pipe.transformer.blocks = torch.nn.ModuleList([Joined(pipe.transformer.blocks)])
+        assert torch.equal(samples(pipe), expected)
+        pipe.transformer.level = None
+        with pytest.raises(ValueError, match=r"^Another tool runs this model's blocks as one, and the schedule is of each: set a level"):
+            samples(pipe)
 
 
 # --- memory and speed ----------------------------------------------------------------------------------------------------------

@@ -207,6 +207,16 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
                 'Remove the cache, or set a level in place of the schedule: pipe.transformer.level = "softmax".'
             )
 
+    def _level_of_joined_blocks(self, levels: Levels, memory: Memory | None) -> Level:
+        """The level of all blocks where a tool such as cache-dit has joined them into one, which it calls with one level."""
+        distinct = {levels} if isinstance(levels, int | str) else set(levels)
+        if len(distinct) > 1 or memory is not None:
+            raise ValueError(
+                "Another tool runs this model's blocks as one, and the schedule is of each: "
+                'set a level in place of the schedule, such as pipe.transformer.level = "softmax".'
+            )
+        return distinct.pop()
+
     def forward(  # type: ignore[override, unused-ignore]
         self,
         hidden_states: Tensor,
@@ -230,5 +240,8 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         labels = class_labels
         if arch.null_class and arch.classes < DIFFUSERS_NULL_CLASS:
             labels = torch.where(labels == DIFFUSERS_NULL_CLASS, arch.classes, labels)
-        sample = super().forward(hidden_states, times, labels, levels=self.levels_at(times) if levels is None else levels, memory=memory)
+        chosen = self.levels_at(times) if levels is None else levels
+        if len(self.blocks) != arch.depth:
+            chosen = self._level_of_joined_blocks(chosen, memory)
+        sample = super().forward(hidden_states, times, labels, levels=chosen, memory=memory)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
