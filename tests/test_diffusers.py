@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import model_inputs, relative_error
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiTPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -15,7 +15,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     apply_first_block_cache,
 )
-from test_export import SMALL, forecasting, small_model
+from test_export import SMALL, forecasting, small_model, tiny_vae
 from torch import Tensor
 
 from mediatorize import sample
@@ -127,6 +127,25 @@ def test_caches_beside_forecasts_are_refused() -> None:
     apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())  # the other way to the same hooks
     with pytest.raises(ValueError, match=r"^fbc_leader_block_hook: this model's schedule forecasts"):
         samples(pipe)
+
+
+def test_a_cache_works_in_the_stock_pipeline_within_one_context(tmp_path: Any) -> None:
+    model = deep(family="dit")
+    ours = pipeline_of(model)
+    pipe = DiTPipeline(ours.transformer, tiny_vae(tmp_path), ours.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def pictures() -> Tensor:
+        with pipe.transformer.cache_context("all"):
+            return pipe([1, 7], num_inference_steps=STEPS, generator=torch.Generator().manual_seed(5), output_type="pt").images
+
+    expected = pictures()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    seen = calls_of(pipe.transformer.blocks[-1].attn)
+    cached = pictures()
+    assert len(seen) == 1
+    assert not torch.equal(cached, expected)
+    assert torch.equal(pictures(), cached)
 
 
 class Joined(torch.nn.Module):
