@@ -20,6 +20,7 @@ PURPOSES: dict[str, Callable[..., int]] = {
     "step noise": lambda seed, sample, step: _spread(seed, sample, step + 1),
     "direction": lambda seed, sample, direction: _spread(seed, sample, 1_000_001 + direction),
     "data item": lambda seed, item: _spread(seed, item, 0, 1),
+    "training state": lambda seed, place: _spread(seed, place, 0, 3),
     # of one layer or training step
     "layer": lambda seed, layer: seed * 1_000_003 + layer,
     "narrow MLP": lambda seed, layer: _spread(seed, layer, 0, 2),

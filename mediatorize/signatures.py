@@ -182,6 +182,12 @@ def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def given(function: Function, arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that differ from the function's defaults, in the order of its signature."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    return [name for name, default in defaults.items() if arguments.get(name, default) != default]
+
+
 def as_command(name: str, function: Function, arguments: Mapping[str, Any]) -> str:
     """The shell command that calls a function so; what has its default value is left out."""
     words = ["mediatorize", name]

@@ -177,10 +177,8 @@ def test_the_stages_defaults_are_the_plans() -> None:
     plan = TrainingPlan.resolve(arch)
     names = ("trajectories", "reuse", "renoised", "cfg_scales", "cfg_channels", "weighting")
     assert {name: stage[name] for name in names} == {name: getattr(plan, name) for name in names}
-    renamed = {"steps": "train_steps"}
-    assert {name: stage[renamed.get(name, name)] for name in vars(plan.distill) if name != "clip"} == {
-        name: value for name, value in vars(plan.distill).items() if name != "clip"
-    }
+    renamed = {"steps": "train_steps", "levels": "train_levels"}
+    assert {name: stage[renamed.get(name, name)] for name in vars(plan.distill)} == vars(plan.distill)
     assert stage["save_every"] == inspect.signature(train).parameters["save_every"].default
 
 
@@ -471,7 +469,7 @@ def test_training_lowers_the_error_of_every_level_and_keeps_softmax(family: Any,
     told = facts(report)
     assert json.loads(json.dumps(told)) == bundle.read_log(out)[-1]["result"]
     assert list(told) == [
-        *("bundle", "dry_run", "trained_parameters", "plan", "before", "after"),
+        *("bundle", "dry_run", "trained_parameters", "plan", "before", "after", "losses"),
         *("seconds", "resumed_at", "estimated_seconds", "peak_bytes", "notes"),
     ]
     table = [line.split() for line in words(report).splitlines()]

@@ -55,6 +55,8 @@ class ConversionPlan:
     sampler: Sampler
     data: DataFacts | None = None
     """The data that states are made from; None means the model's own trajectories."""
+    random: bool = False
+    """Whether the weights are random, to be trained from scratch: then nothing is sampled or fitted, and there are no states."""
 
     def fingerprint(self, weights_hash: str) -> dict[str, Any]:
         """Everything that the result depends on, as JSON keeps it."""
@@ -68,7 +70,7 @@ class ConversionPlan:
             "data": vars(self.data) if self.data else None,
             "weights": weights_hash,
             "version": VERSION,
-        }
+        } | ({"random": True} if self.random else {})
         return json.loads(json.dumps(fields))
 
     def relative_flops(self) -> dict[Level, float]:
@@ -93,7 +95,7 @@ class ConversionPlan:
         """Model calls of sampling the teacher; none where there are data."""
         from mediatorize.compression.trajectories import batches_for
 
-        if self.data:
+        if self.data or self.random:
             return 0
         calls = len(self.sampler.times())
         return calls * batches_for(self.states, calls, self.trajectories, self.sampler)

@@ -1,22 +1,26 @@
-"""Distillation: the model at mediator levels learns from itself at level softmax (design 2.4)."""
+"""One training step: the model at mediator levels learns from itself at level softmax (design 2.4), or at any level from data alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.optim import NAdamW
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.muon import StackedMuon
-from mediatorize.compression.records import DistillSettings
+from mediatorize.compression.records import DistillSettings, Optimizer, Rate
 from mediatorize.compression.trajectories import Targets
+from mediatorize.diffusion.process import process_of
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block, call
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Part, Parts, is_pretrained, levels_per_layer
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Part, Parts, in_order, is_pretrained, levels_per_layer
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import generator
 
@@ -107,6 +111,13 @@ def distillation_loss(
     return loss
 
 
+def training_loss(model: DiffusionTransformer, states: Targets, levels: Sequence[Level], settings: DistillSettings) -> Tensor:
+    """What the originals train a model by (`Process.training_loss`), times `data_weight`: its error against the data's own targets."""
+    assert states.truth is not None, "states without a teacher are of data"
+    output, _ = forward_with_features(model, states.x, states.t, states.y, levels, settings.checkpointing)
+    return settings.data_weight * process_of(model.arch).training_loss(output.float(), states.truth, states.t)
+
+
 @torch.no_grad()
 def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> dict[Level, float]:
     """|student - teacher| / |teacher| of the prediction over all `states`, the whole model at one level, by level."""
@@ -147,38 +158,62 @@ def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: Distill
             kept[storage._cdata] = storage
         return tensor
 
+    largest = levels_per_layer(in_order(distill.levels or settings.levels)[-1], arch.depth, settings)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        largest = levels_per_layer(settings.levels[-1], arch.depth, settings)
-        loss = distillation_loss(model, model, states, sizes, largest, distill)
+        if distill.teacher == "none":
+            loss = training_loss(model, replace(states, truth=states.x), largest, distill)
+        else:
+            loss = distillation_loss(model, model, states, sizes, largest, distill)
     del loss
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _muon(parameters: list[nn.Parameter], rate: float, width: int) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    return [
+        StackedMuon(matrices, rate * min(1.0, 128 / width)),
+        NAdamW(others, rate, betas=(0.9, 0.95), eps=1e-7, weight_decay=0, foreach=True),
+    ]
+
+
+OPTIMIZERS: dict[Optimizer, Callable[[list[nn.Parameter], float, int], list[torch.optim.Optimizer]]] = {
+    "muon": _muon,
+    "adamw": lambda parameters, rate, width: [torch.optim.AdamW(parameters, rate, weight_decay=0, foreach=True)],
+}
+"""(what is trained, peak rate, the model's width) -> the optimisers that share it."""
+
+RATES: dict[Rate, Callable[[torch.optim.Optimizer, int, int], Scheduler]] = {
+    "cosine": lambda optimizer, steps, warmup: CosineLRScheduler(optimizer, t_initial=steps, warmup_t=warmup, t_in_epochs=False),
+    "constant": lambda optimizer, steps, warmup: StepLRScheduler(
+        optimizer, decay_t=steps + 1, decay_rate=1.0, warmup_t=warmup, t_in_epochs=False
+    ),
+}
+"""(optimiser, steps, warm-up steps) -> its rate at every step."""
 
 
 class Distiller:
     """A model in training: its weights, optimiser and averaged weights. Training resumes from these, bit for bit.
 
-    Muon (orthogonalised momentum, arXiv 2502.16982) trains matrices; timm's NAdamW trains everything else. The learning rate warms up, then
-    falls to zero along a cosine. A step depends only on this state, the batch and (seed, step).
+    Muon (orthogonalised momentum, arXiv 2502.16982) trains matrices, and timm's NAdamW everything else; or AdamW trains all. The learning
+    rate warms up, then falls to zero along a cosine or stays. A step depends only on this state, the batch and (seed, step).
     """
 
-    def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer, settings: DistillSettings) -> None:
+    def __init__(self, model: DiffusionTransformer, teacher: DiffusionTransformer | None, settings: DistillSettings) -> None:
+        """
+        Args:
+            teacher: None: the states' own truth is what is learned.
+        """
         self.model, self.teacher, self.settings = model, teacher, settings
+        self.levels = tuple(in_order(settings.levels)) or model.added().levels
         trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
         trained.pop("pos_embed", None)  # fixed in the originals
         self.parameters = trained
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        matrices = [p for p in trained.values() if p.ndim == 2]
-        others = [p for p in trained.values() if p.ndim != 2]
-        shrink = min(1.0, 128 / model.arch.width)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            StackedMuon(matrices, settings.learning_rate * shrink),
-            NAdamW(others, settings.learning_rate, betas=(0.9, 0.95), eps=1e-7, weight_decay=0, foreach=True),
-        ]
+        self.optimizers = OPTIMIZERS[settings.optimizer](list(trained.values()), settings.learning_rate, model.arch.width)
         warmup = min(settings.warmup, settings.steps // 10)
-        self.schedules = [
-            CosineLRScheduler(optimizer, t_initial=settings.steps, warmup_t=warmup, t_in_epochs=False) for optimizer in self.optimizers
-        ]
+        self.schedules = [RATES[settings.rate](optimizer, settings.steps, warmup) for optimizer in self.optimizers]
         self.average: Any = None
         if settings.ema:
             from diffusers.training_utils import EMAModel
@@ -186,27 +221,37 @@ class Distiller:
             self.average = EMAModel(list(trained.values()), decay=settings.ema)
         self.step_count = 0
 
+    def loss(self, states: Targets, sizes: Tensor) -> Tensor:
+        """The loss of the step at hand on some of its states.
+
+        Without a teacher every layer is at one of the trained levels, which take turns from step to step.
+        """
+        depth, step, added = self.model.arch.depth, self.step_count, self.model.added()
+        if self.teacher is None:
+            levels = levels_per_layer(self.levels[step % len(self.levels)], depth, added)
+            return training_loss(self.model, states, levels, self.settings)
+        levels = levels_of_step(replace(added, levels=self.levels), depth, self.settings.seed, step)
+        return distillation_loss(self.model, self.teacher, states, sizes, levels, self.settings)
+
     def step(self, states: Targets, sizes: Tensor, share: float = 1.0, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor:
         """One step on this process's part of a batch, which is `share` of the whole; the part's loss, not yet waited for.
 
         Args:
-            sizes: `mean_squares` of the targets that the states were drawn from.
+            sizes: `mean_squares` of the targets that the states were drawn from, on the model's device; without a teacher of no account.
             reduce: adds up gradients over processes, in place.
         """
-        levels = levels_of_step(self.model.added(), self.model.arch.depth, self.settings.seed, self.step_count)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total = torch.zeros((), device=sizes.device)
         for part in torch.arange(len(states)).tensor_split(self.settings.accumulate):
             if len(part):
-                rows = states.at(part).to(sizes.device)
-                loss = distillation_loss(self.model, self.teacher, rows, sizes, levels, self.settings) * (len(part) / len(states))
+                loss = self.loss(states.at(part).to(sizes.device), sizes) * (len(part) / len(states))
                 (loss * share).backward()
                 total += loss.detach()
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         if reduce is not None:
             reduce(gradients)
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip or math.inf)
         self.step_count += 1
         for schedule, optimizer in zip(self.schedules, self.optimizers, strict=True):
             schedule.step_update(self.step_count)

@@ -10,6 +10,10 @@ from mediatorize.model.levels import Level, read_part_level
 
 Trained = Literal["mediators", "all"]
 Weighting = Literal["sample", "even"]
+Teacher = Literal["softmax", "none"]
+"""What a model learns from: itself at level softmax, or data alone."""
+Optimizer = Literal["muon", "adamw"]
+Rate = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class FitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """How a model is distilled. The result depends only on these settings, the weights and the states."""
+    """How a model is distilled, or trained on data alone. The result depends only on these settings, the weights and the states."""
 
     steps: int = 2000
     batch: int = 16
@@ -40,14 +44,28 @@ class DistillSettings:
     feature_weight: float = 0.0
     """Weight of matching every block's output, beside the model's."""
     data_weight: float = 0.0
-    """Loss weight of the error against the data's own targets, if there are data."""
+    """Loss weight of the error against the data's own targets, if there are data. Without a teacher it is the whole loss."""
     train: Trained = "mediators"
+    levels: tuple[Level, ...] = ()
+    """Levels that are trained; empty: all that were added."""
+    teacher: Teacher = "softmax"
+    label_dropout: float = 0.1
+    """Without a teacher: the share of labels that are null, so that the model can be guided."""
+    optimizer: Optimizer = "muon"
+    """`muon`: Muon for matrices and NAdamW for all else. `adamw`: AdamW for all, without weight decay, at the same rate for any width."""
+    rate: Rate = "cosine"
+    """How the learning rate goes on after the warm-up."""
     accumulate: int = 1
     """Number of parts that every process splits its share of a batch into."""
     checkpointing: bool = False
     """Recompute a block's activations in the backward pass."""
     clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
     seed: int = 0
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> DistillSettings:
+        return cls(**{**fields, "levels": tuple(fields.get("levels", ()))})
 
 
 Errors = Mapping[Level, float]
@@ -82,12 +100,12 @@ class Distillation:
     plan: Mapping[str, Any]
     """Everything that the result depends on, as given to the command; `distill` holds `DistillSettings`."""
     before: Errors
-    """Relative error of the model's output by level."""
+    """Relative error of the model's output by level; empty if it had no teacher."""
     after: Errors
 
     @property
     def settings(self) -> DistillSettings:
-        return DistillSettings(**self.plan["distill"])
+        return DistillSettings.from_json(self.plan["distill"])
 
     def to_json(self) -> dict[str, Any]:
         return {"plan": dict(self.plan), "before": dict(self.before), "after": dict(self.after)}

@@ -1,14 +1,17 @@
 """Training: the plan, its rounds of states, the weights of their errors, and the loop over rounds. One step is in `distill`.
 
-A round is a set of states with the teacher's outputs. Every state of a round is used `reuse` times; then the next round is drawn.
+A round is a set of states with the teacher's outputs. Every state of a round is used `reuse` times; then the next round is drawn. Without a
+teacher there are no rounds: every step noises items of the data anew.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +21,14 @@ from torch import Tensor
 from mediatorize.compression.distill import Distiller, mean_squares, output_errors, saved_bytes
 from mediatorize.compression.records import DistillSettings, Errors, Weighting
 from mediatorize.compression.sensitivity import Effects, effects_on_samples, probe_all
-from mediatorize.compression.trajectories import DataSet, Samples, Targets, data_targets, teacher_targets
+from mediatorize.compression.trajectories import DataSet, Samples, Targets, data_targets, teacher_targets, training_states
 from mediatorize.devices import World
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Channels, Sampler
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import MediatorSettings
+from mediatorize.model.levels import SOFTMAX, MediatorSettings, in_order
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import generator, seed_for
 
@@ -42,7 +45,8 @@ EFFECTS_SAMPLES = 16
 """Trajectories of the teacher on which it is measured how far errors move a sample."""
 
 State = Mapping[str, Any]
-"""What a training goes on from: `distiller` is a `Distiller.state_dict`, `first_loss` the first mean loss. `torch.save` keeps it."""
+"""What a training goes on from: `distiller` is a `Distiller.state_dict`, `first_loss` and `loss` are the first and the last mean loss.
+`torch.save` keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,9 @@ class TrainingPlan:
         """
         distill = distill or DistillSettings()
         _refuse_settings(distill, trajectories=trajectories, reuse=reuse, renoised=renoised)
+        if distill.teacher == "none":  # nothing is sampled, and no error is weighed
+            _refuse_without_teacher(arch, distill)
+            cfg_scales, weighting = (1.0,), "even"
         scales = tuple(dict.fromkeys(cfg_scales))
         if not scales:
             raise UserError("No guidance was given.", hint="Pass for instance --cfg-scales 1.0,1.5.")
@@ -126,7 +133,7 @@ class TrainingPlan:
     def from_json(cls, fields: Mapping[str, Any]) -> TrainingPlan:
         """A plan from `to_json` or from a fingerprint, whose `start` is left out."""
         own = {name: value for name, value in fields.items() if name != "start"}
-        read = {"distill": DistillSettings(**own["distill"]), "cfg_scales": tuple(own["cfg_scales"])}
+        read = {"distill": DistillSettings.from_json(own["distill"]), "cfg_scales": tuple(own["cfg_scales"])}
         return cls(**{**own, **read})
 
     def fingerprint(self, start: str) -> dict[str, Any]:
@@ -174,12 +181,15 @@ class TrainingPlan:
     def flops(self, arch: Architecture, settings: MediatorSettings) -> float:
         """FLOPs of all states and steps; a backward counts as two forwards."""
         forward = cost.forward_flops(arch)
-        per_level = [cost.forward_flops(arch, level, settings) for level in settings.levels]
+        per_level = [cost.forward_flops(arch, level, settings) for level in in_order(self.distill.levels) or settings.levels]
+        rows = self.distill.steps * self.distill.batch
+        passes = 4 if self.distill.checkpointing else 3
+        if self.distill.teacher == "none":
+            return rows * passes * sum(per_level) / len(per_level)
         # a step in four at the smallest, one at the largest, two at drawn ones
         student = (per_level[0] + per_level[-1] + 2 * sum(per_level) / len(per_level)) / 4
         features = forward if self.distill.feature_weight else 0
-        rows = self.distill.steps * self.distill.batch
-        steps = rows * (forward / self.reuse + features + (4 if self.distill.checkpointing else 3) * student)
+        steps = rows * (forward / self.reuse + features + passes * student)
         if self.weighting == "even":
             return steps
         first = self.sampler(0)
@@ -188,7 +198,7 @@ class TrainingPlan:
 
     def peak_bytes(self, arch: Architecture, settings: MediatorSettings, batch: int) -> int:
         """Weights, what the optimiser keeps (gradient, momentum and, at most, a second moment), and activations of `batch` states."""
-        copies = 2 if self.distill.train == "all" else 1
+        copies = 2 if self.distill.train == "all" and self.distill.teacher != "none" else 1
         weights = 4 * copies * cost.count_parameters(arch, settings)
         kept = (16 if self.distill.ema else 12) * self.trained_parameters(arch, settings)
         return weights + kept + saved_bytes(arch, settings, self.distill, batch)
@@ -203,8 +213,33 @@ def _refuse_settings(distill: DistillSettings, *, trajectories: int, reuse: int,
         raise UserError(f"A learning rate of {distill.learning_rate} trains nothing.", hint="Pass for instance 1e-3.")
     if not 0 <= distill.ema < 1:
         raise UserError(f"--ema {distill.ema} is no decay.", hint="Pass for instance 0.999, or 0 for none.")
-    if distill.feature_weight < 0:
-        raise UserError(f"--feature-weight {distill.feature_weight} is negative.", hint="Pass 0 to leave it out.")
+    for name in ("feature_weight", "data_weight", "clip"):
+        if getattr(distill, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(distill, name)} is negative.", hint="Pass 0 to leave it out.")
+
+
+def _refuse_without_teacher(arch: Architecture, distill: DistillSettings) -> None:
+    """Refuses settings that leave nothing to learn where there is no teacher, or that are about one."""
+    if not distill.data_weight:
+        raise UserError("Without a teacher the data are all there is to learn from.", hint="Pass --data PATH --data-weight 1.")
+    if distill.train != "all":
+        raise UserError("Without a teacher the model itself is trained, and not its mediators alone.", hint="Pass --train all.")
+    if distill.feature_weight:
+        raise UserError("There is no teacher whose blocks --feature-weight could match.", hint="Leave it out.")
+    if not 0 <= distill.label_dropout < 1:
+        raise UserError(f"--label-dropout {distill.label_dropout} is no share of the labels.", hint="Pass for instance 0.1, or 0 for none.")
+    if distill.label_dropout and not arch.null_class:
+        raise UserError("This model has no null class that dropped labels could have.", hint="Pass --label-dropout 0.")
+
+
+def refuse_untrainable_levels(distill: DistillSettings, settings: MediatorSettings) -> None:
+    """Refuses levels to train that the model does not have, and softmax where it is the teacher."""
+    for level in distill.levels:
+        if level not in settings.all_levels:
+            has = ", ".join(map(str, settings.all_levels))
+            raise UserError(f"This model has no level {level} to train.", hint=f"Its --train-levels can be {has}.")
+        if level == SOFTMAX and distill.teacher == "softmax":
+            raise UserError("Level softmax is the teacher, and cannot learn from itself.", hint="Pass --teacher none, or other levels.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +247,10 @@ class Training:
     """What a training did to a model."""
 
     before: Errors
-    """Relative error of the model's output on held-out trajectories of the teacher, by level of all layers."""
+    """Relative error of the model's output on held-out trajectories of the teacher, by level of all layers; empty without a teacher."""
     after: Errors
+    losses: tuple[float, float]
+    """The first mean loss over `LOG_EVERY` steps, and the last."""
     resumed_at: int
     """Steps that were already done in the state that was passed in."""
 
@@ -282,23 +319,28 @@ def train(
     Raises:
         DivergedError: the loss rose; the model is as the last step left it.
     """
-    if plan.data is not None and data is None:
+    if (plan.data is not None or plan.distill.teacher == "none") and data is None:
         raise UserError("The plan is of data, and there are none.", hint="Pass them as `data`.")
+    refuse_untrainable_levels(plan.distill, model.added())
     distill, world = plan.distill, world or World(0, 1, next(model.parameters()).device)
     model.schedule = None
-    teacher = copy.deepcopy(model) if distill.train == "all" else model
-    held_out = trajectory_targets(teacher, plan.first_sampler("held-out training"), HELD_OUT_SAMPLES, 0, World(0, 1, world.device))
-    before = output_errors(model, held_out, distill.batch)
+    teacher, held_out, before = None, None, {}
+    if distill.teacher != "none":
+        teacher = copy.deepcopy(model) if distill.train == "all" else model
+        held_out = trajectory_targets(teacher, plan.first_sampler("held-out training"), HELD_OUT_SAMPLES, 0, World(0, 1, world.device))
+        before = output_errors(model, held_out, distill.batch)
     if effects is None and plan.weighting == "sample":
         effects = measured_effects(model, plan, world)
     distiller = Distiller(model, teacher, distill)
     first_loss: float | None = None
+    loss = math.nan
     if state is not None:
         distiller.load_state_dict(state["distiller"])
-        first_loss = state["first_loss"]
+        first_loss, loss = state["first_loss"], state["loss"]
     resumed_at = saved_at = distiller.step_count
     losses: list[Tensor] = []
-    for loss_of_step in _steps(distiller, plan, data, effects, world):
+    steps = _steps_on_data(distiller, data, world, plan.dtype) if teacher is None else _steps(distiller, plan, data, effects, world)
+    for loss_of_step in steps:
         losses.append(loss_of_step)
         step = distiller.step_count
         if on_step is not None:
@@ -315,9 +357,11 @@ def train(
         if save is not None and step - saved_at >= save_every:
             saved_at = step
             if world.is_first:
-                save({"distiller": distiller.state_dict(), "first_loss": first_loss})
+                save({"distiller": distiller.state_dict(), "first_loss": first_loss, "loss": loss})
     distiller.finish()
-    return Training(before=before, after=output_errors(model, held_out, distill.batch), resumed_at=resumed_at)
+    after = {} if held_out is None else output_errors(model, held_out, distill.batch)
+    assert first_loss is not None, "a training has steps"
+    return Training(before=before, after=after, losses=(first_loss, loss), resumed_at=resumed_at)
 
 
 def _steps(distiller: Distiller, plan: TrainingPlan, data: DataSet | None, effects: Effects | None, world: World) -> Iterator[Tensor]:
@@ -327,6 +371,7 @@ def _steps(distiller: Distiller, plan: TrainingPlan, data: DataSet | None, effec
         todo = range(max(span.start, done), span.stop)
         if not todo:
             continue
+        assert distiller.teacher is not None, "rounds are of a teacher's outputs"
         states = round_targets(distiller.teacher, plan, index, data, effects, world)
         sizes = mean_squares(states.output, distiller.model.arch.channels).to(world.device)
         for step in todo:
@@ -335,6 +380,21 @@ def _steps(distiller: Distiller, plan: TrainingPlan, data: DataSet | None, effec
             with torch.autocast(world.device.type, torch.bfloat16, enabled=plan.dtype == "bfloat16"):
                 loss = distiller.step(states.at(rows), sizes, share, world.add_up)
             yield loss * share
+
+
+def _steps_on_data(distiller: Distiller, data: DataSet | None, world: World, dtype: str) -> Iterator[Tensor]:
+    """The same without a teacher. A step reads this process's part of its batch alone."""
+    assert data is not None, "without a teacher there are data"
+    settings, arch, none = distiller.settings, distiller.model.arch, torch.ones(1, device=world.device)
+    batch, seed = settings.batch, settings.seed
+    mine = world.share(batch)
+    for step in range(distiller.step_count, settings.steps):
+        items = batch_rows(len(data), batch, seed, 0, step)[mine].tolist()
+        places = range(step * batch, (step + 1) * batch)[mine]
+        states = training_states(arch, data, items, places, step=step, label_dropout=settings.label_dropout, seed=seed)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = distiller.step(states, none, len(items) / batch, world.add_up)
+        yield loss * (len(items) / batch)
 
 
 def _mean(losses: list[Tensor], world: World) -> float:
@@ -347,11 +407,14 @@ def _mean(losses: list[Tensor], world: World) -> float:
 def batch_rows(states: int, batch: int, seed: int, round_index: int, step: int) -> Tensor:
     """Which of a round's states a step trains on: (batch,); every state once in each pass over them, in an order of its own."""
     places = torch.arange(step * batch, (step + 1) * batch)
-    rows = []
-    for sweep in sorted(set((places // states).tolist())):
-        order = torch.randperm(states, generator=generator(seed, "order", round_index, sweep))
-        rows.append(order[places[places // states == sweep] % states])
-    return torch.cat(rows)
+    sweeps = sorted(set((places // states).tolist()))
+    return torch.cat([_order(states, seed, round_index, sweep)[places[places // states == sweep] % states] for sweep in sweeps])
+
+
+@lru_cache(maxsize=2)
+def _order(states: int, seed: int, round_index: int, sweep: int) -> Tensor:
+    """One pass's order, drawn once for all of its steps: a data set has millions of items."""
+    return torch.randperm(states, generator=generator(seed, "order", round_index, sweep))
 
 
 def round_targets(

@@ -14,7 +14,7 @@ from mediatorize.diffusion.sampling import Sampler, refuse_guidance, sample_batc
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
-from mediatorize.randomness import generator
+from mediatorize.randomness import generator, seed_for
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,30 @@ def data_states(
         y[torch.randperm(count, generator=random)[: count // 2]] = arch.classes
     noise = torch.randn(x.shape, generator=random)
     return States(noised(process, x, noise, t), t, y), process.target(x, noise)
+
+
+def training_states(
+    arch: Architecture, data: DataSet, items: Sequence[int], places: Sequence[int], *, step: int, label_dropout: float, seed: int = 0
+) -> Targets:
+    """Noised data as the originals train on them: a state of each of `items`, and what a model is to predict there, without a teacher.
+
+    Args:
+        places: of the states in the whole training. A state's time, noise and dropped label are a function of (seed, place) alone.
+        step: of the training; what the data draw for an item (flipped or not) is a function of (seed, step, item).
+        label_dropout: probability that a label is replaced by the null class.
+    """
+    process = process_of(arch)
+    x, y = data.read(items, seed_for(seed, "training step", step))
+    times, noises = [], []
+    for row, place in enumerate(places):
+        random = generator(seed, "training state", place)
+        times.append(process.training_times(1, random))
+        noises.append(torch.randn(x.shape[1:], generator=random))
+        if torch.rand(1, generator=random) < label_dropout:
+            y[row] = arch.classes
+    t, noise = torch.cat(times), torch.stack(noises)
+    target = process.target(x, noise)
+    return Targets(noised(process, x, noise, t), t, y, target, target)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Times are in the checkpoint's own unit, except solver times: a DDPM's timesteps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -92,6 +93,9 @@ class Process(Protocol):
     def training_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Times (count,) as the originals draw them in training."""
 
+    def training_loss(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """What the originals train a model by: of its output (b, rows, h, w) against `target` (b, c, h, w) at times t (b,)."""
+
 
 @dataclass(frozen=True)
 class DDPM:
@@ -126,6 +130,12 @@ class DDPM:
         import torch
 
         return torch.randint(0, TRAIN_STEPS, (count,), generator=generator).float()
+
+    def training_loss(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the noise and, where the model has variance rows, `variance_loss` of them."""
+        noise, *logits = output.split(target.shape[1], dim=1)
+        error = (noise - target).square().mean()
+        return error + variance_loss(noise.detach(), target, logits[0], t) if logits else error
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,10 @@ class LinearFlow:
 
         return self.time_at(torch.rand(count, generator=generator))
 
+    def training_loss(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the velocity."""
+        return (output - target).square().mean()
+
 
 PROCESSES: dict[Family, Callable[[Architecture], Process]] = {
     "dit": lambda arch: DDPM(),
@@ -188,3 +202,30 @@ def noised(process: Process, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The state at time `t` (b,) of `data` and `noise` (b, c, h, w)."""
     data_scale, noise_scale = (s.to(data.dtype).view(-1, 1, 1, 1) for s in process.signal_and_noise(t))
     return data_scale * data + noise_scale * noise
+
+
+def variance_loss(predicted: Tensor, noise: Tensor, logits: Tensor, t: Tensor) -> Tensor:
+    """KL of a DiT's reverse step from the true one, in bits, as a function of its variance (arXiv 2102.09672, eq. 15, 16).
+
+    At t = 0 the true step has no variance, and that of t = 1 stands in. (The original has the likelihood of the data there.)
+
+    Args:
+        predicted: the model's noise (b, c, h, w), without a gradient, as the mean is not to learn from this.
+        logits: the model's variance rows (b, c, h, w), from -1 (the smallest variance) to 1 (the largest).
+        t: timesteps (b,).
+    """
+    import torch
+
+    betas, kept = torch.from_numpy(BETAS), alphas_cumprod()
+    kept_before = torch.cat([kept.new_ones(1), kept[:-1]])
+    posterior = betas * (1 - kept_before) / (1 - kept)
+    posterior[0] = posterior[1]
+
+    def at(values: Tensor) -> Tensor:
+        return values.to(t.device)[t.long()].to(predicted.dtype).view(-1, 1, 1, 1)
+
+    log_small, log_large = at(posterior.log()), at(betas.log())
+    log_variance = log_small + (logits + 1) / 2 * (log_large - log_small)
+    gap = at(betas / ((1 - betas) * (1 - kept)).sqrt()) * (predicted - noise)  # of the two steps' means
+    kl = (log_variance - log_small - 1 + (log_small - log_variance).exp() + gap.square() * (-log_variance).exp()) / 2
+    return kl.mean() / math.log(2)

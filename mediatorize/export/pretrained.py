@@ -6,7 +6,7 @@ import torch
 
 from mediatorize.errors import UserError
 from mediatorize.export.contract import Subject
-from mediatorize.formats.bundle import hash_of_weights
+from mediatorize.formats.bundle import RANDOM, hash_of_weights
 from mediatorize.model.transformer import DiffusionTransformer
 
 
@@ -22,6 +22,8 @@ def pretrained_part(model: DiffusionTransformer) -> DiffusionTransformer:
 def refuse_changed_base(subject: Subject) -> None:
     """What is said to hold or to need the pretrained weights must do so."""
     source = subject.config.source
+    if source.weights == RANDOM:
+        raise UserError("The bundle's level softmax began from random weights and was never trained.", hint="Export the level that was.")
     if hash_of_weights(pretrained_part(subject.model)) != source.sha256:
         raise UserError(
             f"The bundle's softmax weights are no longer those of {source.file}.", hint="Export it as safetensors, without --adapter."

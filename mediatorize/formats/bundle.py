@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import KINDS, MediatorSettings, levels_per_layer, refuse_lacking
-from mediatorize.model.schedule import AnySchedule, RuleSchedule, schedule_from_json
+from mediatorize.model.levels import KINDS, SOFTMAX, Level, MediatorSettings, levels_per_layer, refuse_lacking
+from mediatorize.model.schedule import AnySchedule, RuleSchedule, Schedule, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
 
@@ -34,20 +34,27 @@ WORK_FOLDER = "work"
 """In a folder that becomes a bundle: what is kept of the work until it is done."""
 
 
+RANDOM, TRAINED = "random", "trained"
+"""`Origin.weights` of a model that began from random weights: before its level softmax is trained, and after."""
+
 OWN_TRAJECTORIES = "the model's own sampling trajectories"
 """What layers are fitted on where no data are given."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The pretrained checkpoint that a bundle was made from."""
+    """The pretrained checkpoint that a bundle was made from, or what gave the sizes of a model of random weights."""
 
     file: str
     format: str = ""
     weights: str = ""
-    """Which set of weights of a training checkpoint; empty if it held one."""
+    """Which set of weights of a training checkpoint; empty if it held one; `RANDOM` or `TRAINED` if none was read."""
     sha256: str = ""
     """Of the weights (`hash_of_weights`)."""
+
+    @property
+    def began_random(self) -> bool:
+        return self.weights in (RANDOM, TRAINED)
 
     def to_json(self) -> dict[str, str]:
         return vars(self)
@@ -153,6 +160,33 @@ def load_bundle(path: Path) -> DiffusionTransformer:
     model.load_state_dict(load_weights(weights), assign=True)
     model.schedule = read_schedule(path, config)
     return model.requires_grad_(False).eval()
+
+
+def refuse_untrained(path: Path, config: BundleConfig) -> None:
+    """Refuses a bundle whose level softmax was never trained where that is to be the teacher."""
+    if config.source.weights == RANDOM:
+        raise UserError(
+            f"{path}: its level softmax began from random weights and was never trained; it can teach nothing.",
+            hint="Train it with `mediatorize finetune --teacher none --train-levels softmax`.",
+        )
+
+
+def origin_of_training(config: BundleConfig, model: DiffusionTransformer) -> Origin:
+    """The origin of a bundle whose `model` was just trained on data alone, as `config.finetuned` says.
+
+    A model that began from random weights is its own origin; one that came from a file no longer holds that file's weights.
+    """
+    if not config.source.began_random or config.finetuned is None:
+        return config.source
+    trained = SOFTMAX in config.finetuned.settings.levels
+    return replace(config.source, weights=TRAINED if trained else RANDOM, sha256=hash_of_weights(model))
+
+
+def only_level(levels: Sequence[Level], settings: MediatorSettings, depth: int) -> Schedule | None:
+    """The schedule of a model that was trained at one level alone; None where that is softmax, or where there are several."""
+    if len(levels) != 1 or tuple(levels) == (SOFTMAX,):
+        return None
+    return Schedule((), (tuple(levels_per_layer(levels[0], depth, settings)),))
 
 
 def read_schedule(path: Path, config: BundleConfig) -> AnySchedule | None:

@@ -95,6 +95,15 @@ class PublishedLevel(nn.Module):
         """(b, n, c) -> (b, n, c) through `layer`'s projections, in the published order of operations."""
         return layer.plain(x, self.mediators)
 
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws everything anew for training from random weights, as the original code does: position terms from a normal distribution of
+        deviation 0.02, cut at +-2; the convolution uniform in +-1/sqrt(inputs)."""
+        for terms in (self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias):
+            nn.init.trunc_normal_(terms, std=0.02, generator=generator)
+        bound = self.dwc.weight[0].numel() ** -0.5
+        for parameter in self.dwc.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
     def scales(self) -> tuple[float, float]:
         """Of the keys' and of the queries' scores: 1/sqrt(d)."""
         return self.unit, self.unit

@@ -15,6 +15,7 @@ from mediatorize.errors import UserError
 from mediatorize.model.architecture import FREQUENCIES, Architecture
 from mediatorize.model.block import Block, Run, SwitchableAttention, call, modulate, walk
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
+from mediatorize.model.mediators import PublishedLevel
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import AnySchedule
 from mediatorize.randomness import generator
@@ -189,17 +190,40 @@ def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def initialise_from_scratch(model: DiffusionTransformer, seed: int) -> None:
-    """DiT's initialisation (arXiv 2212.09748, section 3.2) for training a new model: adaLN-Zero, Xavier, sin-cos positions."""
-    generator = torch.Generator().manual_seed(seed)
+    """DiT's initialisation (arXiv 2212.09748, section 3.2) for training a new model: adaLN-Zero, Xavier, sin-cos positions.
+
+    A model's own mediators, if it has some, are drawn as `PublishedLevel.reset` says.
+
+    Args:
+        model: without added levels; `from_scratch` adds them.
+    """
+    draw = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
+        if isinstance(module, nn.Linear) or module is model.x_embedder.proj:
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=draw)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     embedders = [model.y_embedder.embedding_table.weight, *(p for p in model.t_embedder.parameters() if p.ndim == 2)]
     for weight in embedders:
-        nn.init.normal_(weight, std=0.02, generator=generator)
+        nn.init.normal_(weight, std=0.02, generator=draw)
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
             nn.init.zeros_(parameter)
+    _reset_published(model, draw)
     model.pos_embed.data.copy_(sincos_position_embedding(model.arch.width, model.arch.grid))
+
+
+def from_scratch(arch: Architecture, settings: MediatorSettings, seed: int = 0) -> DiffusionTransformer:
+    """A model of random weights with added levels, as the originals begin training: eval mode, float32, CPU."""
+    model = DiffusionTransformer(arch)
+    initialise_from_scratch(model, seed)
+    model.add_mediators(settings, seed)
+    for index, layer in enumerate(model.attention_layers()):
+        _reset_published(layer.mediated(), generator(seed, "layer", index))
+    return model.requires_grad_(False).eval()
+
+
+def _reset_published(module: nn.Module, draw: torch.Generator) -> None:
+    for level in module.modules():
+        if isinstance(level, PublishedLevel):
+            level.reset(draw)

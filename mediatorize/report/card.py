@@ -104,6 +104,9 @@ def hub_header(library: str, license: str | None, base_model: str | None) -> str
 
 def _origin(config: BundleConfig) -> str:
     source = config.source
+    if source.began_random:
+        return f"""random weights, of the sizes of `{source.file}` ({source.format}).
+SHA-256 of the weights that level `softmax` has now: `{source.sha256}`."""
     weights = f", its {source.weights} weights" if source.weights else ""
     return f"""`{source.file}` ({source.format}{weights}).
 SHA-256 of those weights: `{source.sha256}`."""
@@ -120,7 +123,17 @@ def _levels(config: BundleConfig) -> str:
         rows.append(f"| {title(level)} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before} | {after} |")
     table = "\n".join(rows)
     training, kept = "", "Level `softmax` is that model, bit for bit."
-    if config.finetuned is not None:
+    changed = "All weights were trained: level `softmax` is no longer that model."
+    if config.source.began_random:
+        kept = changed = "It holds no pretrained weights."
+    if config.finetuned is not None and config.finetuned.settings.teacher == "none":
+        how = config.finetuned.settings
+        at = ", ".join(map(title, how.levels or settings.levels))
+        training = (
+            f" Then trained by `mediatorize finetune` on data alone, {how.steps} steps of {how.batch} states, at {at} and no other level."
+        )
+        kept = changed
+    elif config.finetuned is not None:
         distilled, how = config.finetuned, config.finetuned.settings
         errors = ", ".join(
             f"{error:.3f} at {title(level)} (before: {distilled.before[level]:.3f})" for level, error in distilled.after.items()
@@ -130,8 +143,11 @@ def _levels(config: BundleConfig) -> str:
             f"held-out trajectories of the teacher, the whole model at one level, {errors}."
         )
         if how.train == "all":
-            kept = "All weights were trained: level `softmax` is no longer that model."
+            kept = changed
     which = "each attention layer" if settings.layers is None else layers_in_words(settings, arch.depth)
+    closing = "None of these errors is picture quality: judge that by sampling."
+    if config.source.began_random:
+        closing = "How good its pictures are, samples tell."
     form = "in its published form" if settings.form == "published" else "with absorbed projections"
     own = {"own": ", and each block has an MLP of its own", "shared": ""}[config.settings.mlp]
     return f"""{kept} Every other level runs {which} through a few mediator tokens
@@ -142,8 +158,15 @@ def _levels(config: BundleConfig) -> str:
 | {title(SOFTMAX)} | {softmax / 2e9:.4g} | 100% | 0 | 0 |
 {table}
 
-A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax. Those it was fitted
-on came from {config.fitted_on}.{training} None of these errors is picture quality: judge that by sampling."""
+{_fitting(config)}{training} {closing}"""
+
+
+def _fitting(config: BundleConfig) -> str:
+    """What the errors of layers are."""
+    if config.source.began_random:
+        return "Weights began at random, and nothing was fitted."
+    text = "A layer's error is |mediator - softmax| / |softmax| of its output, on held-out states, all other layers at softmax."
+    return f"{text} Those it was fitted\non came from {config.fitted_on}."
 
 
 def _mean_error(config: BundleConfig, level: Level, when: str) -> str:
@@ -195,5 +218,7 @@ def _versions(entry: Mapping[str, Any]) -> str:
 
 
 def _licence(config: BundleConfig) -> str:
+    if config.source.began_random:
+        return "Licence: it contains no weights of others. The data that it was trained on may have terms of their own."
     return f"""Licence: this contains the weights of `{config.source.file}` and carries their licence on. (Official DiT
 weights are CC BY-NC 4.0, official SiT weights MIT.)"""

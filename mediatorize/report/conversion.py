@@ -25,6 +25,8 @@ def words(found: Conversion) -> str:
     rows = [(title(SOFTMAX), gmacs(cost.forward_flops(arch)), "100%")]
     rows += [(title(level), gmacs(cost.forward_flops(arch, level, settings)), f"{share:.1%}") for level, share in relative.items()]
     projections = f"changed by rank {settings.projection_rank}" if settings.projection_rank else "copied"
+    if settings.projection_rank is None:
+        projections = f"shared with {title(SOFTMAX)}"
     made = f"mediators from {settings.space}, {plan.init}, local rank {settings.local_rank}"
     if settings.form == "published":
         made = "mediators as the paper has them (published form)"
@@ -44,6 +46,8 @@ def words(found: Conversion) -> str:
 
 def _planned(found: Conversion, seconds: float) -> list[str]:
     plan, sampler = found.plan, found.plan.sampler
+    if plan.random:
+        return [f"Would draw random weights; nothing is fitted. {found.out} would be written."]
     how = f"guidance {sampler.cfg_scale}"
     if not plan.data:
         how = f"{sampler.solver}, {sampler.steps} steps, {how}"
@@ -61,6 +65,12 @@ def _planned(found: Conversion, seconds: float) -> list[str]:
 
 def _done(found: Conversion) -> list[str]:
     plan = found.plan
+    if plan.random:
+        level = plan.settings.levels[0]
+        return [
+            f"Wrote {found.out} with random weights. Nothing was fitted. Train it on data, at one of its levels:",
+            f"  mediatorize finetune {found.out} --teacher none --train all --train-levels {level} --data PATH --data-weight 1",
+        ]
     levels = (*plan.settings.levels, *plan.settings.mlp_levels)
     lines = [f"States were of {fitted_on(plan)}."] if plan.data else []
     if plan.fit.steps == 0:

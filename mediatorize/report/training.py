@@ -11,6 +11,7 @@ from mediatorize.model.levels import title
 from mediatorize.report.tables import seconds_in_words, text_table
 
 if TYPE_CHECKING:
+    from mediatorize.compression.records import DistillSettings
     from mediatorize.compression.training import Estimate, Finetuning, Training, TrainingPlan
 
 METRICS_FILE, BOARD_FOLDER = "finetune.jsonl", "tensorboard"
@@ -35,9 +36,14 @@ def _states(plan: TrainingPlan) -> str:
     if plan.data is not None:
         from mediatorize.formats.data import DataFacts
 
-        return str(DataFacts(**plan.data))
+        how = f", at {_levels(plan.distill)} and without a teacher" if plan.distill.teacher == "none" else ""
+        return f"{DataFacts(**plan.data)}{how}"
     guidance = ", ".join(f"{scale:g}" for scale in plan.cfg_scales)
     return f"its own trajectories ({plan.solver}, {plan.steps} steps, guidance {guidance})"
+
+
+def _levels(distill: DistillSettings) -> str:
+    return ", ".join(map(title, distill.levels)) or "every added level in turn"
 
 
 def _of_dry_run(estimate: Estimate) -> list[str]:
@@ -49,8 +55,16 @@ def _of_dry_run(estimate: Estimate) -> list[str]:
 
 
 def _of_training(found: Finetuning, training: Training) -> list[str]:
-    rows = [(title(level), f"{training.before[level]:.4f}", f"{after:.4f}") for level, after in training.after.items()]
+    from mediatorize.compression.training import LOG_EVERY  # here, as it takes long to load
+
     resumed = f" (resumed at step {training.resumed_at})" if training.resumed_at else ""
+    if found.plan.distill.teacher == "none":
+        first, last = training.losses
+        return [
+            f"The training loss was {first:.4f} at first and {last:.4f} at last, each a mean over {LOG_EVERY} steps.",
+            f"Took {seconds_in_words(found.seconds)}{resumed}. All weights were trained, without a teacher.",
+        ]
+    rows = [(title(level), f"{training.before[level]:.4f}", f"{after:.4f}") for level, after in training.after.items()]
     moved = found.plan.distill.train == "all"
     kept = "Level softmax moved too (--train all)." if moved else "Level softmax is unchanged, bit for bit."
     return [
@@ -69,6 +83,7 @@ def facts(found: Finetuning) -> dict[str, Any]:
         "plan": found.plan.to_json(),
         "before": dict(training.before) if training else None,
         "after": dict(training.after) if training else None,
+        "losses": list(training.losses) if training else None,
         "seconds": round(found.seconds, 1),
         "resumed_at": training.resumed_at if training else 0,
         "estimated_seconds": estimate.seconds if estimate else None,

@@ -1,4 +1,5 @@
-"""`mediatorize convert` adds switchable mediator attention to a pretrained model and fits it layer by layer, with or without data."""
+"""`mediatorize convert` adds switchable mediator attention to a pretrained model and fits it layer by layer, with or without data; or makes
+a model of random weights, to be trained from scratch."""
 
 from __future__ import annotations
 
@@ -6,17 +7,17 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mediatorize.compression.conversion import Conversion, ConversionPlan, check_plan, convert_model, states_needed
 from mediatorize.compression.initialise import INITIALISERS
-from mediatorize.compression.records import FitSettings
+from mediatorize.compression.records import FitSettings, LayerErrors
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.architecture import default_local_rank, default_modulation_rank, default_projection_rank, preset
 from mediatorize.model.levels import Form, Level, MediatorSettings, MlpOwner, Space, in_order, read_layers, read_level
-from mediatorize.signatures import OneOf, listed, one, whole_number
+from mediatorize.signatures import OneOf, given, listed, one, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
     from mediatorize.model.transformer import DiffusionTransformer
 
 
+ABOUT_FITTING = (
+    *("init", "data", "vae", "states", "trajectories", "fit_steps", "batch", "learning_rate"),
+    *("solver", "sampler_steps", "cfg_scale", "cfg_channels"),
+)
+"""Options that say nothing of random weights."""
+
+
 def widths(text: str) -> tuple[int, ...]:
     """Shares of the hidden width, the narrowest first."""
     return () if text == "none" else tuple(sorted(set(listed(whole_number)(text)), reverse=True))
 
 
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="a pretrained DiT or SiT; with --dry-run also a published size: DiT-XL/2@256")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="a pretrained DiT or SiT; with --weights random or --dry-run also a published size: DiT-XL/2@256")
+    ],
     out: Annotated[Path, typer.Argument(help="the bundle (a folder) to write")],
     *,
     levels: Annotated[
@@ -67,7 +77,8 @@ def convert(
     projection_rank: Annotated[
         int | None,
         option(
-            "rank of the change to the projections; 0: copies; default: a quarter of the width, at most 32; published form: 0",
+            "rank of the change to the projections; 0: copies; default: a quarter of the width, at most 32; published form: 0; "
+            "random weights: shared with softmax",
             WHAT,
             min=0,
         ),
@@ -107,15 +118,22 @@ def convert(
     family: options.Family = None,
     num_heads: options.Heads = None,
     num_classes: options.Classes = None,
-    weights: options.Weights = None,
+    weights: Annotated[
+        str | None,
+        option(
+            "weights to read from a training checkpoint: ema or model; or random: of the checkpoint's sizes, to train from scratch", DATA
+        ),
+    ] = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Conversion:
     """Adds a mediator path to attention layers and fits each to the layer's softmax output. Resumes after a kill.
+    With --weights random, begins a model of its own, which `finetune --teacher none` trains.
 
     Example: mediatorize convert DiT-XL-2-512x512.pt out --family dit
     """
+    arguments = dict(locals())
     from mediatorize.compression.fit import layer_name
     from mediatorize.compression.trajectories import States
     from mediatorize.devices import measured_flops_per_second, pick_device
@@ -123,6 +141,7 @@ def convert(
     from mediatorize.formats import bundle
     from mediatorize.formats.checkpoint import Hints, open_checkpoint
     from mediatorize.formats.data import open_data
+    from mediatorize.model.transformer import from_scratch
     from mediatorize.report.card import model_card
     from mediatorize.report.conversion import fitted_on
     from mediatorize.stages.work import Work
@@ -136,26 +155,32 @@ def convert(
     source = Path(checkpoint)
     if bundle.is_bundle(source):
         raise UserError(f"{source}: is a bundle already; nothing was converted.", hint="Convert the checkpoint it was made from.")
-    published = dry_run and "@" in checkpoint and not source.exists()
-    opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), weights)
+    random = weights == bundle.RANDOM
+    if random:
+        mlp_widths = refuse_fitting(arguments)
+    published = (dry_run or random) and "@" in checkpoint and not source.exists()
+    opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), None if random else weights)
     arch = preset(checkpoint) if opened is None else opened.arch
 
     if form == "published" and init not in (None, "pool"):
         raise UserError(f"--init {init} says nothing to --form published, which pools on a grid.", hint="Leave --init out.")
     init = ("pool" if form == "published" else "cluster-queries") if init is None else init
     local_default, projection_default = default_local_rank(arch.width), default_projection_rank(arch.width)
+    modulation_default, shared = default_modulation_rank(arch.width), False
     if form == "published":  # projections of all tokens run, where a low rank would cost FLOPs
         local_default = projection_default = 0
-    fit = FitSettings(steps=fit_steps, batch=batch, learning_rate=learning_rate, seed=seed)
-    taken, at_a_time = states_needed(states, trajectories, init, fit, bool(mlp_widths))
+    if random:  # what the originals train has nothing beside it
+        modulation_default, shared = 0, projection_rank is None
+    fit = FitSettings(steps=0 if random else fit_steps, batch=batch, learning_rate=learning_rate, seed=seed)
+    taken, at_a_time = (0, 0) if random else states_needed(states, trajectories, init, fit, bool(mlp_widths))
     plan = ConversionPlan(
         arch=arch,
         settings=MediatorSettings(
             levels=tuple(in_order(levels)),
             space=mediators_from,
             local_rank=local_default if local_rank is None else local_rank,
-            modulation_rank=default_modulation_rank(arch.width) if modulation_rank is None else modulation_rank,
-            projection_rank=projection_default if projection_rank is None else projection_rank,
+            modulation_rank=modulation_default if modulation_rank is None else modulation_rank,
+            projection_rank=None if shared else projection_default if projection_rank is None else projection_rank,
             mlp=mlp,
             mlp_widths=tuple(mlp_widths),
             form=form,
@@ -168,19 +193,24 @@ def convert(
         sampler=Sampler.resolve(
             arch, solver=solver, steps=sampler_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, seed=seed, fixed_for="states need"
         ),
+        random=random,
     )
     notes = check_plan(plan) + (opened.notes if opened else ())
-    if taken < states:
+    if taken < states and not random:
         notes += (f"without fitting, {taken} states are enough to initialise mediators and to measure errors",)
     dataset = open_data(data, arch, vae, pick_device(device)) if data else None
     plan = replace(plan, data=dataset.facts() if dataset else None)
-    if dry_run or opened is None:
+    if dry_run:
         rate = measured_flops_per_second(pick_device(device), arch.width, arch.tokens)
         return Conversion(out=out, plan=plan, notes=notes, estimated_seconds=plan.flops() / rate)
 
     bundle.refuse_occupied(out, force)
-    opened.verify()
-    model = opened.load()
+    if random:
+        model = from_scratch(arch, plan.settings, seed)
+    else:
+        assert opened is not None, "only random weights have no file"
+        opened.verify()
+        model = opened.load()
     weights_hash = bundle.hash_of_weights(model)
     partial = bundle.partial_folder(out)
     if not (partial / bundle.WORK_FOLDER).exists():
@@ -189,23 +219,37 @@ def convert(
         f"{partial}: an unfinished conversion with other settings, data or weights.", hint="Repeat its command, or pass --force to drop it."
     )
     work = Work.open(partial / bundle.WORK_FOLDER, plan.fingerprint(weights_hash), force=force, refusal=lambda before: unfinished)
-    model = model.to(pick_device(device))
-
-    collected = States(**work.once("states", lambda: _collect(model, plan, dataset)).tensors)
-    dataset = None  # and the VAE with it
+    errors: list[LayerErrors] = []
     resumed = sum(work.has(layer_name(index)) for index in plan.layers)
-    with progress_bar((len(plan.layers) - resumed) * plan.steps_per_layer, "fitting layers") as bar:
-        errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, on_step=bar.update)
+    if not random:
+        model = model.to(pick_device(device))
+        collected = States(**work.once("states", lambda: _collect(model, plan, dataset)).tensors)
+        dataset = None  # and the VAE with it
+        with progress_bar((len(plan.layers) - resumed) * plan.steps_per_layer, "fitting layers") as bar:
+            errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, on_step=bar.update)
 
     result = Conversion(out=out, plan=plan, notes=notes, errors=tuple(errors), seconds=time.monotonic() - start, resumed_layers=resumed)
-    origin = bundle.Origin(file=source.name, format=opened.format, weights=opened.part, sha256=weights_hash)
+    name, form_of_file = (checkpoint, "published size") if opened is None else (source.name, opened.format)
+    part = bundle.RANDOM if random or opened is None else opened.part
+    origin = bundle.Origin(file=name, format=form_of_file, weights=part, sha256=weights_hash)
     config = bundle.BundleConfig(arch, plan.settings, origin, result.errors, fitted_on=fitted_on(plan))
     bundle.write_bundle(partial, model.cpu(), config, model_card(config))
     (partial / bundle.LOG_FILE).unlink(missing_ok=True)  # of a try that was killed at the very end
-    arguments = {"checkpoint": checkpoint, "out": str(out), **work.plan}
-    bundle.append_log(partial, "convert", arguments, {"seconds": round(result.seconds, 1), "resumed_layers": resumed})
+    logged = {"checkpoint": checkpoint, "out": str(out), **work.plan}
+    bundle.append_log(partial, "convert", logged, {"seconds": round(result.seconds, 1), "resumed_layers": resumed})
     bundle.commit(partial, out)
     return result
+
+
+def refuse_fitting(arguments: dict[str, Any]) -> tuple[int, ...]:
+    """Refuses options about fitting where weights are random. The narrow MLPs of such a model: none."""
+    idle = given(convert, {name: arguments[name] for name in ABOUT_FITTING})
+    if idle:
+        spelled = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise UserError(f"{spelled} says nothing with --weights random: nothing is fitted then.", hint="Leave it out.")
+    if given(convert, {"mlp_widths": arguments["mlp_widths"]}) and arguments["mlp_widths"]:
+        raise UserError("Narrow MLPs are fitted to trained ones, and --weights random has none.", hint="Leave --mlp-widths out.")
+    return ()
 
 
 def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents | None) -> Kept:

@@ -1,4 +1,4 @@
-"""`mediatorize finetune` briefly trains a bundle against its own softmax path (distillation), with or without data."""
+"""`mediatorize finetune` trains a bundle: briefly against its own softmax path (distillation), with or without data; or on data alone."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mediatorize.compression.records import Distillation, DistillSettings, Trained, Weighting
+from mediatorize.compression.records import Distillation, DistillSettings, Optimizer, Rate, Teacher, Trained, Weighting
 from mediatorize.errors import UserError, refuse_below
-from mediatorize.signatures import listed, number
+from mediatorize.model.levels import Level, read_level
+from mediatorize.signatures import given, listed, number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, RESOURCES, SAMPLING, WHAT, option
 from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.training import Finetuning
+
+ABOUT_A_TEACHER = (
+    *("feature_weight", "weighting", "trajectories", "reuse", "renoised"),
+    *("solver", "sampler_steps", "cfg_scales", "cfg_channels"),
+)
+"""Options that say nothing without a teacher."""
 
 
 def finetune(
@@ -35,6 +42,20 @@ def finetune(
     ] = DistillSettings.ema,
     feature_weight: Annotated[float, option("loss weight of matching every block's output", WHAT, min=0)] = DistillSettings.feature_weight,
     train: Annotated[Trained, option("what to train: mediators; or all, which changes level softmax too", WHAT)] = "mediators",
+    train_levels: Annotated[
+        tuple[Level, ...],
+        option("levels to train; default: all that were added", WHAT, parser=listed(read_level), metavar="LEVEL,LEVEL,..."),
+    ] = DistillSettings.levels,
+    teacher: Annotated[
+        Teacher, option("softmax: the bundle's own softmax path; none: learn from --data alone, as the originals are trained", WHAT)
+    ] = DistillSettings.teacher,
+    optimizer: Annotated[
+        Optimizer, option("muon: Muon and NAdamW; adamw: AdamW without weight decay, at one rate for any width", WHAT)
+    ] = DistillSettings.optimizer,
+    rate: Annotated[
+        Rate, option("after the warm-up, the learning rate falls to 0 along a cosine, or is constant", WHAT)
+    ] = DistillSettings.rate,
+    clip: Annotated[float, option("largest norm of the gradient; 0 leaves it as it is", WHAT, min=0)] = DistillSettings.clip,
     weighting: Annotated[
         Weighting,
         option("sample: errors weigh by how far they move a sample, measured first at the first guidance; even: all equally", WHAT),
@@ -44,6 +65,9 @@ def finetune(
     data_weight: Annotated[
         float, option("with --data: loss weight of the error against the data, beside that against the teacher", DATA, min=0)
     ] = DistillSettings.data_weight,
+    label_dropout: Annotated[
+        float, option("with --teacher none: share of the labels that are null, so that the model can be guided", DATA, min=0, max=1)
+    ] = DistillSettings.label_dropout,
     trajectories: Annotated[int, option("teacher samples per round; a round trains on their states", SAMPLING, min=1)] = 32,
     reuse: Annotated[int, option("how often each state is trained on before it is replaced", SAMPLING, min=1)] = 1,
     renoised: Annotated[int, option("extra states per state of a trajectory: its finished sample with new noise", SAMPLING, min=0)] = 3,
@@ -67,12 +91,14 @@ def finetune(
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Finetuning:
-    """Trains the added weights to repeat the model's own softmax outputs along its trajectories. Resumes after a kill; runs under torchrun.
+    """Trains the added weights to repeat the model's own softmax outputs along its trajectories; with --teacher none, all weights on data.
+    Resumes after a kill; runs under torchrun.
 
     Example: mediatorize finetune runs/bundle --train-steps 2000 --cfg-scales 1.5,1,4
     """
-    from mediatorize.compression.training import DivergedError, Estimate, Finetuning, TrainingPlan, measured_effects
-    from mediatorize.compression.training import train as train_model
+    arguments = dict(locals())
+    from mediatorize.compression import training as trainings
+    from mediatorize.compression.training import DivergedError, Estimate, Finetuning, TrainingPlan
     from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.formats import bundle
     from mediatorize.formats.data import open_data
@@ -84,6 +110,9 @@ def finetune(
     if not bundle.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Make one with `mediatorize convert CKPT OUT`.")
     config = bundle.read_config(model)
+    refuse_idle_options(teacher, arguments)
+    if teacher == "softmax":
+        bundle.refuse_untrained(model, config)
     where = pick_device(device)
     distill = DistillSettings(
         steps=train_steps,
@@ -94,11 +123,19 @@ def finetune(
         feature_weight=feature_weight,
         data_weight=data_weight,
         train=train,
+        levels=tuple(train_levels),
+        teacher=teacher,
+        label_dropout=label_dropout,
+        optimizer=optimizer,
+        rate=rate,
+        clip=clip,
         accumulate=accumulate,
         checkpointing=checkpointing,
         seed=seed,
     )
     refuse_below({"save-every": save_every}, 1)
+    if teacher == "none" and not data:
+        raise UserError("Without a teacher the data are all there is to learn from.", hint="Pass --data PATH --data-weight 1.")
     plan = TrainingPlan.resolve(
         config.arch,
         distill=distill,
@@ -114,15 +151,16 @@ def finetune(
     )
     if (vae or data_weight) and not data:
         raise UserError("--vae and --data-weight are for data, and there are none.", hint="Pass --data, or leave them out.")
+    trainings.refuse_untrainable_levels(distill, config.settings)
     dataset = open_data(data, config.arch, vae, where) if data else None
     plan = replace(plan, data=vars(dataset.facts()) if dataset else None)
 
     student = bundle.load_bundle(model)
     done = Finetuning(path=model, plan=plan, trained_parameters=plan.trained_parameters(config.arch, config.settings))
     if dry_run:
-        rate = measured_flops_per_second(where, config.arch.width, config.arch.tokens)
+        per_second = measured_flops_per_second(where, config.arch.width, config.arch.tokens)
         peak = {size: plan.peak_bytes(config.arch, config.settings, size) for size in (1, 4, 16, 64)}
-        return replace(done, estimate=Estimate(seconds=plan.flops(config.arch, config.settings) / rate, peak_bytes=peak))
+        return replace(done, estimate=Estimate(seconds=plan.flops(config.arch, config.settings) / per_second, peak_bytes=peak))
 
     fingerprint = plan.fingerprint(bundle.hash_of_file(model / "model.safetensors"))
     if config.finetuned is not None and {**config.finetuned.plan, "start": fingerprint["start"]} == fingerprint and not force:
@@ -139,19 +177,19 @@ def finetune(
         effects = None
         if plan.weighting == "sample":
             with progress_bar(plan.effects_calls(world.size), "measuring what errors do", "call") as bar:
-                effects = measured_effects(student, plan, world, bar.update)
+                effects = trainings.measured_effects(student, plan, world, bar.update)
         state = work.state(world.device)
         resumed_at = state["distiller"]["step"] if state else 0
         metrics = Metrics(work.folder, resumed_at) if world.is_first else None  # one process writes
-        with progress_bar(train_steps, "distilling", initial=resumed_at) as bar:
+        with progress_bar(train_steps, "distilling" if teacher != "none" else "training", initial=resumed_at) as bar:
 
-            def tell(step: int, loss: float, rate: float) -> None:
-                bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.1e}")
+            def tell(step: int, loss: float, at_rate: float) -> None:
+                bar.set_postfix(loss=f"{loss:.4f}", rate=f"{at_rate:.1e}")
                 if metrics is not None:
-                    metrics.write(step, loss, rate)
+                    metrics.write(step, loss, at_rate)
 
             try:
-                training = train_model(
+                training = trainings.train(
                     student,
                     plan,
                     data=dataset,
@@ -170,13 +208,30 @@ def finetune(
                     hint=f"{error.hint.rstrip('.')}, and --force to begin anew.",
                 ) from error
         notes = ("the bundle's schedule was made for the old weights; calibrate again",) if (model / "schedule.json").exists() else ()
+        trained_levels = plan.distill.levels or config.settings.levels
+        own = None if teacher != "none" else bundle.only_level(trained_levels, config.settings, config.arch.depth)
+        if own is not None:
+            notes = (f"it samples at level {', '.join(map(str, own.used))} unless another is asked for: the others were not trained",)
         done = replace(done, training=training, seconds=time.monotonic() - start, notes=notes)
         if metrics is not None:
+            student = student.cpu()
             finished = replace(config, finetuned=Distillation(fingerprint, training.before, training.after))
-            bundle.write_bundle(prepared, student.cpu(), finished, model_card(finished))
+            if teacher == "none":
+                finished = replace(finished, source=bundle.origin_of_training(finished, student))
+            bundle.write_bundle(prepared, student, finished, model_card(finished))
+            if own is not None:
+                bundle.write_json(prepared / "schedule.json", own.to_json())
             metrics.copy_to(prepared)
             shutil.copy(model / bundle.LOG_FILE, prepared / bundle.LOG_FILE)
             bundle.append_log(prepared, "finetune", fingerprint, facts(done))
             bundle.commit(prepared, model)
         world.barrier()
     return done
+
+
+def refuse_idle_options(teacher: Teacher, arguments: dict[str, Any]) -> None:
+    """Refuses options about a teacher where there is none, and about its absence where there is one."""
+    idle = given(finetune, {name: arguments[name] for name in (ABOUT_A_TEACHER if teacher == "none" else ("label_dropout",))})
+    if idle:
+        spelled = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise UserError(f"{spelled} says nothing with --teacher {teacher}.", hint="Leave it out.")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, alphas_cumprod, noised, process_of
+from mediatorize.diffusion.process import TRAIN_STEPS, alphas_cumprod, noised, process_of, variance_loss
 from mediatorize.evaluation.digits import digit_images
 from mediatorize.model.architecture import FAMILIES, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, initialise_from_scratch
@@ -66,36 +66,12 @@ def training_loss(model: DiffusionTransformer, data: Tensor, labels: Tensor, ran
         output = model(noised(process, data, noise, t), t, labels)
         return (output - process.target(data, noise)).square().mean()
     t = torch.randint(0, TRAIN_STEPS, (batch,), generator=random)
-    noisy = noised(process, data, noise, t)
-    output, logits = model(noisy, t, labels).chunk(2, dim=1)
+    output, logits = model(noised(process, data, noise, t), t, labels).chunk(2, dim=1)
     weight = torch.ones(1)
     if velocity_weighting:  # |v - v'|^2 = |noise - noise'|^2 / (data's share of the variance)
         weight = (1 / alphas_cumprod()[t]).clamp(max=HIGHEST_WEIGHT).float()
     noise_loss = (weight.view(-1, 1, 1, 1) * (output - noise).square()).mean()
-    return noise_loss + 1e-3 * TRAIN_STEPS * variance_loss(data, noisy, output.detach(), logits, t)
-
-
-def variance_loss(data: Tensor, noisy: Tensor, output: Tensor, logits: Tensor, t: Tensor) -> Tensor:
-    """KL of the model's reverse step from the true one, in bits, as a function of its variance alone (arXiv 2102.09672, eq. 15, 16).
-
-    At t = 0, where the true step has no variance, the variance of t = 1 stands in.
-    """
-    betas = torch.from_numpy(BETAS)
-    kept = alphas_cumprod()
-    kept_before = torch.cat([torch.ones(1), kept[:-1]])
-    posterior = betas * (1 - kept_before) / (1 - kept)
-    posterior[0] = posterior[1]
-    to_data = betas * kept_before.sqrt() / (1 - kept)  # factor of the data in the posterior's mean
-
-    def at(values: Tensor) -> Tensor:
-        return values[t].float().view(-1, 1, 1, 1)
-
-    log_small, log_large = at(posterior.log()), at(betas.log())
-    log_variance = log_small + (logits + 1) / 2 * (log_large - log_small)
-    predicted = (noisy - at((1 - kept).sqrt()) * output) / at(kept.sqrt())
-    gap = at(to_data) * (predicted - data)
-    kl = (log_variance - log_small - 1 + (log_small - log_variance).exp() + gap.square() * (-log_variance).exp()) / 2
-    return kl.mean() / math.log(2)
+    return noise_loss + 1e-3 * TRAIN_STEPS * variance_loss(output.detach(), noise, logits, t)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
