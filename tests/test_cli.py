@@ -100,6 +100,7 @@ COMMANDS = {
     "calibrate": "--cost <flops|latency>",
     "sample": "--cfg-channels N|all",
     "evaluate": "--features",
+    "compare": "--beside FILE,FILE,...",
     "export": "--to <diffusers|safetensors|torch-export|official|attention-mediators>",
     "run": "--set",
 }

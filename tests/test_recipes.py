@@ -7,12 +7,15 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mediatorize import UserError, load_model
 from mediatorize.cli import COMMANDS
-from mediatorize.stages.recipes import read_recipe
+from mediatorize.evaluation.digits import digit_images
+from mediatorize.evaluation.features import as_bytes
+from mediatorize.stages.recipes import read_recipe, stage_of
 from mediatorize.stages.run import run
 from mediatorize.stages.table import STAGES
 
@@ -42,11 +45,13 @@ def test_shipped_recipes_pass_a_dry_run_without_a_checkpoint(path: Path, tmp_pat
     monkeypatch.chdir(tmp_path)
     result = run(path, dry_run=True)
     stages = tuple(tomllib.loads(path.read_text()).keys() & STAGES.keys())
-    assert {*result.told, *result.unplanned} == set(stages)
-    assert list(result.told) == ["inspect", "convert"]  # the others read the bundle that is not there yet
+    assert {stage_of(label) for label in (*result.told, *result.unplanned)} == set(stages)
+    assert {stage_of(label) for label in result.told} == {"inspect", "convert"} & set(
+        stages
+    )  # the others read bundles that are not there yet
     text = COMMANDS["run"].words(result)
     assert "would be written" in text
-    assert all(f"== {name} ==" in text for name in stages)
+    assert all(f"== {label} ==" in text for label in result.recipe.stages)
     assert not list(tmp_path.iterdir())
 
 
@@ -116,6 +121,53 @@ def test_a_change_replaces_the_recipes_value_in_its_own_type(tmp_path: Path) -> 
     assert recipe.stages["convert"]["cfg_channels"] == "all"
     assert recipe.stages["sample"]["level"] == "softmax"
     assert recipe.stages["convert"]["out"] == tmp_path / "bundle"
+
+
+def test_tables_of_an_array_run_in_order_and_only_once(tmp_path: Path) -> None:
+    text = "".join(
+        f"[[convert]]\ncheckpoint = '{RECIPES}/digits/sit.safetensors'\nout = '{{out}}/m{count}'\nlevels = [{count}]\n"
+        "weights = 'random'\nform = 'published'\n"
+        for count in (4, 16)
+    )
+    recipe = write(tmp_path, text)
+    result = run(recipe, out=tmp_path / "out")
+    assert list(result.told) == ["convert 1", "convert 2"]
+    assert [load_model(tmp_path / "out" / name).all_levels for name in ("m4", "m16")] == [(4, "softmax"), (16, "softmax")]
+    assert run(recipe, out=tmp_path / "out").skipped == ("convert 1", "convert 2")
+    shutil.rmtree(tmp_path / "out" / "m16")
+    assert run(recipe, out=tmp_path / "out").skipped == ("convert 1",)
+    resolved = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
+    assert [table["levels"] for table in resolved["convert"]] == [[4], [16]]
+    changed = read_recipe(recipe, ("convert.seed=3",), tmp_path / "out")
+    assert [arguments["seed"] for arguments in changed.stages.values()] == [3, 3]
+    assert run(tmp_path / "out" / "recipe.toml", out=tmp_path / "out").recipe.stages.keys() == result.recipe.stages.keys()
+    with pytest.raises(UserError, match="'convert' is no table"):
+        read_recipe(write(tmp_path, "convert = [1, 2]"), (), None)
+
+
+PAPER = [
+    *("finetune.train_steps=4", "finetune.batch=4", "sample.per_class=1", "sample.steps=6", "sample.ratios=0.99,0.98"),
+    *("compare.samples=10", "compare.steps=6", "compare.ratios=0.99,0.98"),
+]
+
+
+def test_the_papers_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
+    result = run(RECIPES / "paper-digits.toml", set=PAPER, out=tmp_path / "out")
+    assert [stage_of(label) for label in result.told] == ["convert"] * 3 + ["finetune"] * 3 + ["sample", "compare"]
+    rows = result.told["compare"].facts["results"]
+    assert [row["name"] for row in rows] == ["baseline", "m4", "m16", "step-wise"]
+    flops = [row["flops"] for row in rows]
+    assert flops[1] < flops[2] < flops[0] and flops[1] <= flops[3] < flops[0]
+    assert (tmp_path / "out" / "comparison" / "comparison.png").exists() and (tmp_path / "out" / "step-wise.png").exists()
+    again = run(RECIPES / "paper-digits.toml", set=PAPER, out=tmp_path / "out")
+    assert again.skipped == tuple(result.told)
+
+
+def test_the_digits_on_disk_are_those_of_scikit_learn() -> None:
+    with np.load(RECIPES / "digits" / "digits.npz") as stored:
+        images, labels = digit_images()
+        assert np.array_equal(stored["labels"], labels.numpy())
+        assert np.array_equal(stored["arr_0"], as_bytes(images))
 
 
 def test_a_stage_that_failed_is_run_again(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
 from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule, calls_at
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
@@ -329,6 +329,20 @@ def switcher_of(rule: SwitchRule, models: Sequence[DiffusionTransformer], sample
     if len(same) > 1 or len({model.arch.input_size for model in models}) > 1:
         raise UserError("The checkpoints are not for the same latents, classes and process.", hint="Pass checkpoints of one kind.")
     return Switcher(rule, models, batch, sampler.how.calls_per_step)
+
+
+def own_level(model: DiffusionTransformer) -> Level:
+    """The level at which a model runs by itself: softmax, or that of its schedule.
+
+    Raises:
+        UserError: its schedule has several.
+    """
+    if model.schedule is None:
+        return SOFTMAX
+    for level in model.all_levels:
+        if model.schedule == Schedule((), (tuple(levels_per_layer(level, model.arch.depth, model.settings)),)):
+            return level
+    raise UserError("A stage's own schedule has several levels, and the rule stands in its place.", hint="Pass --switch-levels.")
 
 
 def flops_by_rule(rule: SwitchRule, models: Sequence[DiffusionTransformer], sampler: Sampler, switches: Tensor) -> int:

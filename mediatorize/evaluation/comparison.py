@@ -158,11 +158,11 @@ class Samples:
     def has(self, row: Row, first: int) -> bool:
         return self.parts.has(self.name(row, first))
 
-    def write(self, row: Row, first: int, samples: Tensor, squares: Tensor, switches: Tensor | None) -> None:
-        """Keeps a part: samples (b, c, h, w), squares (b, calls) and switches (b, stages - 1), on the CPU, and the decoded pictures."""
-        more = {} if self.decode is None else {"pixels": self.decode(samples)}
-        more |= {} if switches is None else {"switches": switches.numpy()}
-        self.parts.write(self.name(row, first), {"samples": samples.numpy(), "squares": squares.numpy(), **more})
+    def write(self, row: Row, first: int, samples: Tensor, **more: Tensor) -> None:
+        """Keeps a part: samples (b, c, h, w) and what else is known of each (b, ...), on the CPU, and the decoded pictures."""
+        pictures = {} if self.decode is None else {"pixels": self.decode(samples)}
+        named = {name: values.numpy() for name, values in more.items()}
+        self.parts.write(self.name(row, first), {"samples": samples.numpy(), **named, **pictures})
 
     def read(self, row: Row, array: str) -> Iterator[NDArray[Any]]:
         """An array of every part of a row, in order."""
@@ -261,7 +261,8 @@ def draw(
                     squares = [_squares(x) for x in trajectory]
                 else:
                     latents, squares, switches = _follow(model, labels, first, sampler, row, partial(_squares_apart, trajectory))
-                samples.write(row, first, latents, torch.stack(squares, 1).cpu(), switches)
+                known = {"squares": torch.stack(squares, 1).cpu()} | ({} if switches is None else {"switches": switches})
+                samples.write(row, first, latents, **known)
                 bar.update(len(labels))
     return count
 
@@ -327,7 +328,7 @@ def _with_quality(found: Comparison, samples: Samples, extractor: Extractor, ref
     halves = distance_of_halves(reference.features) if reference is not None and reference.features is not None else None
     judged = []
     for row, result in zip(samples.rows, found.results, strict=True):
-        features, scores = _features(samples, row, extractor, progress)
+        features, scores = features_of(samples, row, extractor, progress)
         if reference is None:  # at the first row, the teacher's
             reference = Reference("the teacher's own samples", statistics_of(features), features)
         judged.append(replace(result, **vars(judge(features, scores, samples.labels.numpy(), reference))))
@@ -342,7 +343,7 @@ def _with_quality(found: Comparison, samples: Samples, extractor: Extractor, ref
     )
 
 
-def _features(samples: Samples, row: Row, extractor: Extractor, progress: Progress) -> tuple[Features, Features | None]:
+def features_of(samples: Samples, row: Row, extractor: Extractor, progress: Progress) -> tuple[Features, Features | None]:
     """Features (n, f) and class scores (n, classes) of a row's samples."""
     if extractor.of_bytes:
         images = (as_images(pictures) for pictures in samples.pictures(row))

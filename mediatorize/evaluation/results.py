@@ -130,6 +130,45 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SideResult:
+    """One of several models without a teacher, by its samples from the same noise as the others'."""
+
+    name: str
+    flops: float
+    """FLOPs of one sample: all calls, guidance included; of the step-wise rule the mean over samples."""
+    relative_flops: float
+    """Share of the first model's FLOPs."""
+    accuracy: float | None
+    frechet_distance: float
+    precision: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """Models that have no teacher, judged against data."""
+
+    name: str
+    """Of the first model's architecture."""
+    out: Path
+    samples: int
+    """Per model."""
+    sampler: Sampler
+    results: tuple[SideResult, ...]
+    """In the order that the models were given, then the step-wise rule between them."""
+    features: str
+    """What judged the samples."""
+    reference: str
+    """What the samples were compared with."""
+    distance_of_halves: float | None
+    """Distance between two halves of the reference: compare other distances with it."""
+    pictures: Mapping[str, str]
+    """File in `out` -> what it shows."""
+    command: str
+    """The shell command that repeats it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contribution:
     """What a process other than the first did under torchrun. The first process reports."""
 

@@ -17,7 +17,7 @@ from mediatorize.report.sampling import began_in_words
 from mediatorize.report.tables import gmacs, text_table
 
 if TYPE_CHECKING:
-    from mediatorize.evaluation.comparison import Samples
+    from mediatorize.evaluation.comparison import Row, Samples
     from mediatorize.evaluation.features import Pictures
 
 RESULT_FILE = "evaluation.json"
@@ -192,11 +192,15 @@ def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], no
 
 
 def _shown_pictures(samples: Samples) -> list[Pictures] | None:
-    """The first samples of every row, where they are pictures: twenty small ones or eight large."""
-    _, height, _, channels = next(samples.pictures(samples.rows[0])).shape
-    if channels not in (1, 3):
-        return None
-    return [_first(samples.pictures(row), 20 if height <= 64 else 8) for row in samples.rows]
+    """The first samples of every row, where they are pictures."""
+    shown = [first_pictures(samples, row) for row in samples.rows]
+    return None if None in shown else [pictures for pictures in shown if pictures is not None]
+
+
+def first_pictures(samples: Samples, row: Row) -> Pictures | None:
+    """The first samples of a row, where they are pictures: twenty small ones or eight large."""
+    _, height, _, channels = next(samples.pictures(row)).shape
+    return _first(samples.pictures(row), 20 if height <= 64 else 8) if channels in (1, 3) else None
 
 
 def _first(parts: Iterator[Pictures], count: int) -> Pictures:

@@ -36,15 +36,8 @@ def evaluate(
         option("schedule files (JSON) to evaluate, beside the bundle's own", WHAT, parser=listed(Path), metavar="FILE,FILE,..."),
     ] = (),
     samples: Annotated[int, option("samples per level", WHAT, min=2)] = 2000,
-    features: Annotated[
-        str,
-        option(
-            "feature extractor: digits (a classifier), none, or a torch.export .pt2 file: images in [-1, 1] to features[, scores]", WHAT
-        ),
-    ] = "digits",
-    inception_weights: Annotated[
-        Path | None, option("pytorch-fid's pt_inception-2015-12-05 file: uses FID's Inception in place of --features", WHAT)
-    ] = None,
+    features: options.Features = "digits",
+    inception_weights: options.Inception = None,
     reference: Annotated[
         Path | None,
         option("a .npz with mu and sigma, or with pictures in arr_0; default: the teacher's samples (digits: real digits)", DATA),

@@ -52,6 +52,16 @@ Level = Annotated[
         metavar="LEVEL",
     ),
 ]
+Features = Annotated[
+    str,
+    option("feature extractor: digits (a classifier), none, or a torch.export .pt2 file: images in [-1, 1] to features[, scores]", WHAT),
+]
+Inception = Annotated[Path | None, option("pytorch-fid's pt_inception-2015-12-05 file: uses FID's Inception in place of --features", WHAT)]
+Ratios = Annotated[
+    tuple[float, ...],
+    option("a stage begins when the change is below this share of the first ones", SWITCHING, parser=listed(number), metavar="R,R,..."),
+]
+First = Annotated[int, option("how many first changes are averaged", SWITCHING)]
 Solver = Annotated[str | None, option("solver; default: ddim (DiT), euler (SiT)", SAMPLING), OneOf(SOLVERS)]
 Steps = Annotated[int | None, option("steps of the solver; default: the solver's own", SAMPLING)]
 Guidance = Annotated[float, option("classifier-free guidance scale; 1 is no guidance, at half the cost", SAMPLING)]

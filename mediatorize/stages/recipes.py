@@ -1,4 +1,5 @@
-"""Recipes: TOML files with one table per stage. Keys and values are checked as on the command line."""
+"""Recipes: TOML files with one table per stage, or an array of tables, which run in order. Keys and values are checked as on the command
+line."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ class Recipe:
     preset: str
     """In a dry run, this published size replaces a missing checkpoint."""
     stages: dict[str, dict[str, Any]]
-    """The given arguments of each stage, in the stage's own types."""
+    """The given arguments of each stage, in the stage's own types, by label: `convert`, or of an array `convert 1`, `convert 2`, ..."""
+
+
+def stage_of(label: str) -> str:
+    """The stage that a label of `Recipe.stages` is of."""
+    return label.partition(" ")[0]
 
 
 def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recipe:
@@ -35,7 +41,7 @@ def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recip
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML ({error}).", hint="Mend the recipe.") from error
-    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    tables = {key: found for key, value in content.items() if (found := _tables(value))}
     for key in content:
         if key not in (*STAGES, *TOP_KEYS):
             raise UserError(f"{path}: {key!r} is neither a stage nor a known key.", hint=f"Stages are {', '.join(STAGES)}.")
@@ -46,7 +52,8 @@ def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recip
         name, dot, key = target.partition(".")
         if not equals or not dot or name not in STAGES:
             raise UserError(f"--set {change!r} is not STAGE.KEY=VALUE.", hint=f"Stages are {', '.join(STAGES)}.")
-        tables.setdefault(name, {})[key] = value
+        for table in tables.setdefault(name, [{}]):
+            table[key] = value
     folder = out or Path(str(content.get("out", f"runs/{path.stem}")))
     places = {"{recipe}": str(path.parent), "{out}": str(folder)}
 
@@ -54,17 +61,24 @@ def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recip
         if isinstance(value, str):
             for name, place in places.items():
                 value = value.replace(name, place)
-        return value
+        return [placed(item) for item in value] if isinstance(value, list) else value
 
     stages = {}
     for name, stage in STAGES.items():
-        if name in tables:
-            given = {key: placed(value) for key, value in tables[name].items()}
-            stages[name] = check_arguments(name, stage.run, given, str(path))
+        for number, table in enumerate(tables.get(name, []), 1):
+            given = {key: placed(value) for key, value in table.items()}
+            label = f"{name} {number}" if len(tables[name]) > 1 else name
+            stages[label] = check_arguments(name, stage.run, given, str(path))
     if not stages:
         raise UserError(f"{path}: has no stages.", hint=f"Add tables named {', '.join(STAGES)}.")
     description, preset = str(content.get("description", "")), str(content.get("preset", ""))
     return Recipe(path=path, description=description, out=folder, preset=preset, stages=stages)
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    """A table, or the tables of an array; none in anything else."""
+    tables = value if isinstance(value, list) else [value]
+    return tables if all(isinstance(table, dict) for table in tables) else []
 
 
 def resolved_toml(recipe: Recipe) -> str:
@@ -74,8 +88,9 @@ def resolved_toml(recipe: Recipe) -> str:
         f"out = {json.dumps(str(recipe.out))}",
         f"preset = {json.dumps(recipe.preset)}",
     ]
-    for name, arguments in recipe.stages.items():
-        lines += ["", f"[{name}]"]
+    for label, arguments in recipe.stages.items():
+        name = stage_of(label)
+        lines += ["", f"[{name}]" if label == name else f"[[{name}]]"]
         for key, parameter in inspect.signature(STAGES[name].run).parameters.items():
             value = arguments.get(key, parameter.default)
             if value is not None:

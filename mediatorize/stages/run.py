@@ -14,7 +14,7 @@ import typer
 
 from mediatorize.stages import options
 from mediatorize.stages.options import OUTPUT, WHAT, option
-from mediatorize.stages.recipes import Recipe, read_recipe, resolved_toml
+from mediatorize.stages.recipes import Recipe, read_recipe, resolved_toml, stage_of
 from mediatorize.stages.table import STAGES, Told
 from mediatorize.version import VERSION
 
@@ -32,7 +32,7 @@ class RunResult:
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="a recipe (TOML), one table per stage")],
+    recipe: Annotated[Path, typer.Argument(help="a recipe (TOML), a table per stage, or several")],
     *,
     set: Annotated[list[str] | None, option("replaces a value of the recipe, such as convert.levels=1,4; can be repeated", WHAT)] = None,
     out: Annotated[Path | None, option("folder for the results; default: the recipe's own", OUTPUT)] = None,
@@ -47,7 +47,7 @@ def run(
     told: dict[str, Told] = {}
     if dry_run:
         planned = [name for name in loaded.stages if _can_be_planned(name, loaded)]
-        told = {name: STAGES[name].tell(_plan(loaded, name)) for name in planned}
+        told = {name: STAGES[stage_of(name)].tell(_plan(loaded, name)) for name in planned}
         unplanned = tuple(name for name in loaded.stages if name not in planned)
         return RunResult(recipe=loaded, told=told, unplanned=unplanned, seconds=time.monotonic() - start, dry_run=True)
 
@@ -65,9 +65,10 @@ def run(
         if finished.get(name) == chain and (made is None or made.exists()):
             skipped.append(name)
             continue
-        if "force" in inspect.signature(STAGES[name].run).parameters and made is not None and made.is_relative_to(loaded.out):
+        stage = STAGES[stage_of(name)]
+        if "force" in inspect.signature(stage.run).parameters and made is not None and made.is_relative_to(loaded.out):
             arguments = arguments | {"force": True}  # what stands inside the recipe's own folder is its own earlier result
-        told[name] = STAGES[name].tell(STAGES[name].run(**arguments))
+        told[name] = stage.tell(stage.run(**arguments))
         finished[name] = chain
         write_json(state_file, finished)
     return RunResult(recipe=loaded, told=told, skipped=tuple(skipped), seconds=time.monotonic() - start, dry_run=False)
@@ -75,10 +76,10 @@ def run(
 
 def _can_be_planned(name: str, recipe: Recipe) -> bool:
     """Whether a stage can be planned before the earlier stages have run."""
-    if name in ("inspect", "convert"):
+    if stage_of(name) in ("inspect", "convert"):
         return True
     model = recipe.stages[name].get("model")
-    return _takes_dry_run(name) and (model is None or model.exists())
+    return _takes_dry_run(stage_of(name)) and (model is None or model.exists())
 
 
 def _plan(recipe: Recipe, name: str) -> Any:
@@ -86,7 +87,8 @@ def _plan(recipe: Recipe, name: str) -> Any:
     arguments = recipe.stages[name]
     if "checkpoint" in arguments and recipe.preset and not Path(arguments["checkpoint"]).exists():
         arguments = arguments | {"checkpoint": recipe.preset}
-    return STAGES[name].run(**arguments, **({"dry_run": True} if _takes_dry_run(name) else {}))
+    stage = stage_of(name)
+    return STAGES[stage].run(**arguments, **({"dry_run": True} if _takes_dry_run(stage) else {}))
 
 
 def _takes_dry_run(name: str) -> bool:
@@ -98,6 +100,7 @@ def _state_of_inputs(arguments: dict[str, Any], own: Path) -> list[tuple[int, in
 
     What lies in the recipe's `own` folder is the work of its earlier stages.
     """
-    paths = [Path(arguments[key]) for key in ("checkpoint", "model", "data") if arguments.get(key)]
+    named = [arguments[key] for key in ("checkpoint", "model", "data") if arguments.get(key)]
+    paths = [Path(path) for path in (*named, *arguments.get("beside", ()), *arguments.get("checkpoints", ()))]
     files = [path / "model.safetensors" if path.is_dir() else path for path in paths if not path.is_relative_to(own)]
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]

@@ -13,7 +13,7 @@ import typer
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model.levels import SOFTMAX, Level, read_level, title
 from mediatorize.model.schedule import Measure, RuleSchedule, SwitchPer, SwitchRule
-from mediatorize.signatures import listed, number, whole_number
+from mediatorize.signatures import listed, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import OUTPUT, SWITCHING, WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -63,11 +63,8 @@ def sample(
         tuple[str, ...],
         option("checkpoints of the stages, in place of levels; MODEL is the first", SWITCHING, parser=listed(str), metavar="FILE,FILE,..."),
     ] = (),
-    ratios: Annotated[
-        tuple[float, ...],
-        option("a stage begins when the change is below this share of the first ones", SWITCHING, parser=listed(number), metavar="R,R,..."),
-    ] = (0.6, 0.3),
-    first: Annotated[int, option("how many first changes are averaged", SWITCHING)] = 3,
+    ratios: options.Ratios = (0.6, 0.3),
+    first: options.First = 3,
     switch_per: Annotated[
         SwitchPer,
         option("batch: samples of a batch switch together, as in the paper; sample: each alone", SWITCHING),
@@ -99,6 +96,7 @@ def sample(
     from mediatorize.diffusion.sampling import (
         Sampler,
         flops_by_rule,
+        own_level,
         refuse_unknown_classes,
         refuse_unknown_level,
         sample_many,
@@ -137,7 +135,7 @@ def sample(
     rule, models = (own.rule, [loaded] * len(own.rule.levels)) if isinstance(own, RuleSchedule) else (None, [])
     if switch is not None:
         later = [load_model(file, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights) for file in others]
-        levels = (SOFTMAX,) * (1 + len(others)) if others else switch_levels or loaded.all_levels
+        levels = tuple(map(own_level, (loaded, *later))) if others else switch_levels or loaded.all_levels
         rule = SwitchRule(levels=levels, ratios=ratios, first=first, measure=switch, per=switch_per)
         models = [loaded, *(other.to(device=where, dtype=DTYPES[dtype]) for other in later)] if others else [loaded] * len(levels)
 

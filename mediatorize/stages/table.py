@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from mediatorize.stages.calibrate import calibrate
+from mediatorize.stages.compare import compare
 from mediatorize.stages.convert import convert
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.export import export
@@ -52,6 +53,7 @@ STAGES: dict[str, Stage] = {
     "calibrate": Stage(calibrate, "mediatorize.report.calibration"),
     "sample": Stage(sample, "mediatorize.report.sampling"),
     "evaluate": Stage(evaluate, "mediatorize.report.evaluation"),
+    "compare": Stage(compare, "mediatorize.report.side_by_side"),
     "export": Stage(export, "mediatorize.report.exporting"),
 }
 """Stages that a recipe can have, in the order in which they run. Each is a command too."""
