@@ -194,6 +194,11 @@ class Candidate(Proposal):
     def error(self) -> float:
         return self.predicted.get("vectors", float("inf")) if self.measured is None else self.measured.geometric
 
+    def keeps(self, budget: float) -> bool:
+        """Whether it costs no more; a rule also where it was judged, as a few trajectories alone can mislead."""
+        judged = None if self.measured is None else self.measured.share
+        return max(self.share, judged or 0.0) <= budget + 1e-12
+
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
@@ -915,7 +920,7 @@ class Judge:
     def consider(self, proposals: Sequence[Proposal], budget: float) -> None:
         """Judges proposals for a budget at first sight, by few samples, and then the best of them by all."""
         seen = [self.add(proposal, self.few) for proposal in proposals]
-        for candidate in sorted(seen, key=lambda candidate: (not self._keeps(candidate, budget), candidate.error))[:FINALISTS]:
+        for candidate in sorted(seen, key=lambda candidate: (not candidate.keeps(budget), candidate.error))[:FINALISTS]:
             self.add(candidate)
 
     def add(self, proposal: Proposal, samples: int | None = None) -> Candidate:
@@ -966,7 +971,7 @@ class Judge:
     def improve(self, proposer: Proposer, budget: float, evaluations: int, seconds: float | None) -> None:
         """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept."""
         room, begun = self.costs.room(budget), time.monotonic()
-        paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and self._keeps(c, budget) and self._whole(c)]
+        paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and c.keeps(budget) and self._whole(c)]
         if not paths:
             return
         best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
@@ -984,15 +989,10 @@ class Judge:
             if self.add(named, self.few).error < self.errors(best, self.few).geometric:
                 best = min(best, self.add(named), key=lambda candidate: candidate.error)
 
-    def _keeps(self, candidate: Candidate, budget: float) -> bool:
-        """A rule must keep the budget on the noise that judges too: a few trajectories alone can mislead."""
-        judged = candidate.measured.share if candidate.measured is not None else None
-        return max(candidate.share, judged or 0.0) <= budget + 1e-12
-
     def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING), by_rule: bool = False) -> Candidate:
         """The candidate of least error within a budget, or the rule; of a smaller budget's too, should they be better."""
         whole = [c for c in self.candidates if self._whole(c) and (c.kind == RULE or not by_rule)]
-        fitting = [c for c in whole if self._keeps(c, budget)]
+        fitting = [c for c in whole if c.keeps(budget)]
         if by_rule and not fitting:  # those that keep it where they were tuned
             fitting = [c for c in whole if c.share <= budget + 1e-12]
         if "mediators" not in kinds:
@@ -1013,7 +1013,7 @@ class Judge:
         """The best candidate within a budget of every kind of baseline that has one."""
         found = []
         for kind in BASELINES:
-            fitting = [c for c in self.candidates if c.kind == kind and self._keeps(c, budget)]
+            fitting = [c for c in self.candidates if c.kind == kind and c.keeps(budget)]
             found += [min(fitting, key=lambda candidate: candidate.error)] if fitting else []
         return tuple(found)
 

@@ -54,7 +54,7 @@ def _table(found: Outcomes, unit: str) -> str:
     """For every budget the best candidate of each kind, the dearest first."""
     shown: dict[str, Candidate] = {}
     for outcome in found.outcomes:
-        within = [candidate for candidate in found.candidates if candidate.share <= outcome.budget]
+        within = [candidate for candidate in found.candidates if candidate.keeps(outcome.budget) or candidate is outcome.chosen]
         for kind in dict.fromkeys(candidate.kind for candidate in within):
             best = min((c for c in within if c.kind == kind), key=lambda candidate: candidate.error)
             shown[best.name] = best
@@ -129,7 +129,7 @@ def _about(result: Calibration, outcome: Outcome, unit: str) -> list[str]:
 def _beside(result: Calibration, outcome: Outcome) -> list[Candidate]:
     """Of other candidates for the budget of a rule the best, and the best without forecasts; all were judged on the same noise."""
     assert result.found is not None, "there is an outcome"
-    others = [c for c in result.found.candidates if not isinstance(c.schedule, RuleSchedule) and c.share <= outcome.budget + 1e-12]
+    others = [c for c in result.found.candidates if not isinstance(c.schedule, RuleSchedule) and c.keeps(outcome.budget)]
     bare = [c for c in others if isinstance(c.schedule, Schedule)]
     best = [min(those, key=lambda candidate: candidate.error) for those in (others, bare) if those]
     return best[:1] if len(best) == 2 and best[0] is best[1] else best
