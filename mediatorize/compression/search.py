@@ -554,13 +554,12 @@ class Proposer:
         errors = table.squares().sum(1)[:, options] / np.array(table.calls)[:, None]  # (cells, levels), of one call
         per_layer = [levels_per_layer(level, self.depth, self.settings) for level in levels]
         one = np.array([self.costs.call.rest + sum(map(self.costs.call.block, each)) for each in per_layer])
-        per_step = self.sampler.how.calls_per_step
-        of_steps = (len(place) // per_step, per_step, len(levels))
+        begun = range(0, self.calls, self.sampler.how.calls_per_step)  # the first call of every step
         return Rules(
             levels=levels,
             changes=self.tables.changes.numpy(),
-            errors=errors[place].reshape(of_steps).sum(1),
-            costs=(np.array(self.costs.rows)[:, None] * one).reshape(of_steps).sum(1),
+            errors=np.add.reduceat(errors[place], begun),
+            costs=np.add.reduceat(np.array(self.costs.rows)[:, None] * one, begun),
         )
 
     def by_rule(self, rule: SwitchRule, switches: Sequence[Sequence[int]]) -> Proposal:
