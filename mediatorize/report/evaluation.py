@@ -193,8 +193,8 @@ def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], no
 
 def _shown_pictures(samples: Samples) -> list[Pictures] | None:
     """The first samples of every row, where they are pictures."""
-    shown = [first_pictures(samples, row) for row in samples.rows]
-    return None if None in shown else [pictures for pictures in shown if pictures is not None]
+    shown = (first_pictures(samples, row) for row in samples.rows)
+    return [pictures for pictures in shown if pictures is not None] or None
 
 
 def first_pictures(samples: Samples, row: Row) -> Pictures | None:
