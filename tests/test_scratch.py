@@ -30,7 +30,9 @@ from mediatorize.model.levels import SOFTMAX, MediatorSettings
 from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer, from_scratch, is_mediator
 from mediatorize.report import conversion, training
+from mediatorize.stages.calibrate import calibrate
 from mediatorize.stages.convert import convert
+from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.export import export
 from mediatorize.stages.finetune import finetune
 
@@ -105,8 +107,14 @@ def test_a_bundle_begins_from_a_checkpoints_sizes_alone(tmp_path: Path) -> None:
     card = (path / "README.md").read_text()
     assert "random weights, of the sizes of `model.pt`" in card and "bit for bit" not in card and "CC BY-NC" not in card
     assert not bundle.partial_folder(path).exists()
-    with pytest.raises(UserError, match="never trained; it can teach nothing"):
-        finetune(path, device="cpu")
+    for needs_a_teacher in (
+        lambda: finetune(path, device="cpu"),
+        lambda: calibrate(path, budget=0.9, device="cpu"),
+        lambda: evaluate(str(path), tmp_path / "report", features="none", device="cpu"),
+    ):
+        with pytest.raises(UserError, match="never trained; it can teach nothing"):
+            needs_a_teacher()
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_published_size_needs_no_file(tmp_path: Path) -> None:

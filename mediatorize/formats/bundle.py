@@ -167,7 +167,7 @@ def refuse_untrained(path: Path, config: BundleConfig) -> None:
     if config.source.weights == RANDOM:
         raise UserError(
             f"{path}: its level softmax began from random weights and was never trained; it can teach nothing.",
-            hint="Train it with `mediatorize finetune --teacher none --train-levels softmax`.",
+            hint="Train it by `finetune --teacher none --train-levels softmax`, or judge what was trained by `compare`.",
         )
 
 

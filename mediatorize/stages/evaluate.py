@@ -84,6 +84,9 @@ def evaluate(
     refuse_below({"samples": samples, "pairs": pairs or 2}, 2)
     refuse_below({"batch": batch, "timing-batch": timing_batch}, 1)
     _refuse_occupied(out, force)
+    config = bundle.read_config(Path(model)) if bundle.is_bundle(Path(model)) else None
+    if config is not None:
+        bundle.refuse_untrained(Path(model), config)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
     guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
@@ -130,7 +133,6 @@ def evaluate(
     arrays = {f"{'teacher' if row is rows[0] else row.file_name}.npz": row for row in rows} if npz else {}
     for file, row in arrays.items():
         write_adm_array(out / file, samples, kept.pictures(row))
-    config = bundle.read_config(Path(model)) if bundle.is_bundle(Path(model)) else None
     result = Evaluation(
         model=model,
         name=arch.name,
