@@ -12,8 +12,7 @@ import torch
 from conftest import tiny_model
 
 from mediatorize import UserError, load_model, sample
-from mediatorize.diffusion.sampling import Sampler
-from mediatorize.diffusion.switching import stages_of
+from mediatorize.diffusion.sampling import Sampler, own_level
 from mediatorize.evaluation.digits import digit_classifier, digit_images
 from mediatorize.evaluation.metrics import frechet_distance
 from mediatorize.evaluation.results import SideBySide
@@ -70,7 +69,7 @@ def test_every_model_is_judged_as_it_runs_by_itself(tmp_path: Path) -> None:
 def test_the_rule_switches_between_bundles_at_their_own_levels(tmp_path: Path) -> None:
     files = tuple(made(tmp_path / name, level, 0) for name, level in (("m1", 1), ("m4", 4), ("base", SOFTMAX)))
     models = [load_model(file) for file in files]
-    assert [stage.level for stage in stages_of(models[0], (), models[1:])] == [(1, 1, 1), (4, 4, 4), SOFTMAX]
+    assert [own_level(model) for model in models] == [1, 4, SOFTMAX]
     options: dict[str, Any] = {"switch": files, "steps": 10, "solver": "sde", "first": 2}
     always, never = (
         compared(files[2], tmp_path / name, ratios=ratios, **options) for name, ratios in (("a", (1e6, 1e6)), ("b", (1e-9, 1e-9)))
@@ -80,8 +79,8 @@ def test_the_rule_switches_between_bundles_at_their_own_levels(tmp_path: Path) -
     assert always.results[1].flops == 4 * costs[0] + 6 * costs[2]  # both switches after the first check, before step 4
     assert never.results[1].flops == 10 * costs[0]
     models[1].schedule = Schedule((0.5,), ((1, 1, 1), (4, 4, 4)))
-    with pytest.raises(UserError, match="changes along the trajectory"):
-        stages_of(models[0], (), models[1:])
+    with pytest.raises(UserError, match="schedule has several levels"):
+        own_level(models[1])
 
 
 def test_a_killed_comparison_goes_on_to_the_same_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
