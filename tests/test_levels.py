@@ -165,6 +165,8 @@ def test_a_level_lacks_what_its_model_does_not_have() -> None:
 def test_levels_are_ranked_from_the_fewest_mediators_to_softmax() -> None:
     assert in_order(["softmax", 16, 1, 4, 4]) == [1, 4, 16, "softmax"]
     assert in_order(["softmax", 1, "softmax|1/8", "linear", "4|1/8", "hold"]) == ["hold", "linear", "4|1/8", "softmax|1/8", 1, "softmax"]
+    narrow = [f"{attention}|1/{width}" for attention in (1, "softmax") for width in (16, 8, 4, 2)]
+    assert in_order(reversed(narrow)) == narrow  # of equal rank but for the MLP: not by the hashes of their names, which processes draw
     assert MediatorSettings((1, 4)).all_levels == (1, 4, "softmax")
     assert [is_pretrained(level) for level in (1, 256, "softmax")] == [False, False, True]
     assert most_mediators((1, 64, "softmax")) == 64
@@ -178,7 +180,7 @@ def test_levels_of_equal_rank_stand_in_the_same_order_in_every_process(hash_seed
     code = f"from mediatorize.model.levels import in_order; print(in_order({levels}))"
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-    assert told.strip() == "['1|1/4', '1|1/8', 'softmax|1/4', 'softmax|1/8']"
+    assert told.strip() == "['1|1/8', '1|1/4', 'softmax|1/8', 'softmax|1/4']"
 
 
 @pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",), ("linear", 1), ("4|1/8",)])

@@ -402,8 +402,12 @@ def is_pretrained(level: Level) -> bool:
 
 
 def in_order(levels: Iterable[Level]) -> list[Level]:
-    """Distinct levels in the order of their rank, and of their names where ranks are equal."""
-    return sorted(set(levels), key=lambda level: (kind_of(level).rank(level), str(level)))
+    """Distinct levels in the order of their rank; of equal rank, narrow MLPs first, then by name. The same in every process."""
+
+    def place(level: Level) -> tuple[float, int, str]:
+        return kind_of(level).rank(level), -mlp_share(parts_of(level).mlp.runs or FULL), str(level)
+
+    return sorted(set(levels), key=place)
 
 
 def title(level: Level) -> str:
