@@ -87,8 +87,8 @@ def main(
             own = distance(drawn) if is_chosen else None
             ratio = own / base if own is not None and base else None
             rows.append(
-                {"budget": outcome.budget, "chosen": is_chosen, "kind": candidate.kind, "name": candidate.name, "share": candidate.share}
-                | vars(errors)
+                vars(errors)
+                | {"budget": outcome.budget, "chosen": is_chosen, "kind": candidate.kind, "name": candidate.name, "share": candidate.share}
                 | {"frechet_of_the_teachers": ratio}
             )
     header = ("budget", "kind", "FLOPs", "median", "geometric", "mean", "flipped", "Frechet")
