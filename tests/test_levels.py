@@ -34,11 +34,11 @@ from mediatorize.model.levels import (
     is_level,
     is_pretrained,
     kind_of,
-    missing,
     mlp_share,
     most_mediators,
     parts_of,
     read_level,
+    refuse_lacking,
     title,
 )
 
@@ -153,12 +153,13 @@ def test_a_level_says_how_attention_and_mlp_run(level: Any, attention: tuple[Any
 
 
 def test_a_level_lacks_what_its_model_does_not_have() -> None:
-    has: dict[str, Any] = {"attention": (1, 4, "softmax"), "mlps": ("1/8",)}
+    settings = MediatorSettings((1, 4), mlp_widths=(8,))
     for level in (4, "softmax", "linear", "softmax|1/8", "4|full", "linear+4|linear+1/8", "softmax|own"):
-        assert missing(level, **has) is None
+        refuse_lacking([level], settings)
     lacking = {16: 16, "16|1/8": 16, "4|1/4": "1/4", "linear+2|linear": 2, "hold|hold+1/2": "1/2", "2|1/4": 2}
     for level, what in lacking.items():
-        assert missing(level, **has) == what
+        with pytest.raises(UserError, match=rf"^Layer 0 has no level {what}\. It has 1, 4, softmax, 1/8\.$"):
+            refuse_lacking([level], settings)
     assert [mlp_share(level) for level in ("full", "own", "1/8", "1/16")] == [1, 1, 8, 16]
 
 

@@ -434,5 +434,9 @@ def refuse_unknown_classes(arch: Architecture, classes: Sequence[int]) -> None:
 
 
 def refuse_unknown_level(model: DiffusionTransformer, level: Level | None) -> None:
-    if level is not None and level not in model.all_levels:
-        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, model.all_levels))}.")
+    """Refuses a level for the whole model that it does not have, or that a layer of a pruned model does not have."""
+    known = (SOFTMAX,) if model.settings is None else model.settings.all_levels
+    if level is not None and level not in known:
+        raise UserError(f"This model has no level {level}.", hint=f"It has {', '.join(map(str, known))}.")
+    if level is not None:
+        levels_per_layer(level, model.arch.depth, model.settings)

@@ -31,7 +31,9 @@ class Subject:
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        return (SOFTMAX, *self.config.settings.levels)
+        """Levels that the whole model can be asked for, the pretrained one first."""
+        there = self.config.settings.whole_model_levels(self.arch.depth)
+        return tuple(level for level in (SOFTMAX, *self.config.settings.levels) if level in there)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Choices:
     adapter: bool = False
     vae: Path | None = None
     level: Level | None = None
+    schedule: Path | None = None
+    prune: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from mediatorize.formats.bundle import save_tensors, write_json, write_text
 from mediatorize.formats.images import load_vae
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.schedule import AnySchedule, CallSchedule, RuleSchedule
 from mediatorize.version import VERSION
 
@@ -180,19 +181,21 @@ def usage(subject: Subject, choices: Choices) -> str:
     labels = f"class_labels=[0, {min(1, arch.classes - 1)}]"
     steps = "" if stock else ", guidance_scale=1.5" if arch.null_class else ""
     result = f'pipe({labels}{steps}).images[0].save("sample.png")' if pictures else f"latents = pipe({labels}{steps}).images"
-    level = json.dumps(subject.config.settings.levels[-1])
     if choices.level is not None:
         ready = f"is at level {choices.level}"
     else:
         rule = isinstance(subject.model.schedule, RuleSchedule)
         ready = "is at softmax" if subject.model.schedule is None else "follows the step-wise rule" if rule else "follows the schedule"
+    asked = ""
+    if subject.levels:
+        level, softmax = json.dumps(subject.levels[-1]), ', or "softmax"' if SOFTMAX in subject.levels else ""
+        asked = f"\npipe.transformer.level = {level}  # one level for all layers and times{softmax}; as loaded it {ready}"
     torch_import, loaded_in = ("", "") if choices.dtype == "float32" else ("import torch\n", f", torch_dtype=torch.{choices.dtype}")
     beside = "" if choices.vae is None else f"\n\n`vae` is a copy of `{choices.vae.name}`, under its own licence."
     return f"""```python
 {torch_import}from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("DEST", trust_remote_code=True{loaded_in})
-{result}
-pipe.transformer.level = {level}  # one level for all layers and times, or "softmax"; as loaded it {ready}
+{result}{asked}
 ```
 
 The Python files in this folder are all that it needs beside torch and diffusers.{beside}"""

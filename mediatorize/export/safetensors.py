@@ -67,11 +67,12 @@ def reference(subject: Subject, choices: Choices) -> DiffusionTransformer:
 
 def usage(subject: Subject, choices: Choices) -> str:
     base = f'"{subject.config.source.file}", adapter="DEST"' if choices.adapter else '"DEST"'
+    levels = subject.levels
+    asked = f"\nout = model(x, t, y, levels={json.dumps(levels[-1])})  # or one level for all layers" if levels else ""
     return f"""```python
 import mediatorize
 model = mediatorize.load_model({base})
-latents = mediatorize.sample(model, [0, 1, 2, 3])  # its schedule where it has one
-out = model(x, t, y, levels={json.dumps(subject.config.settings.levels[-1])})  # or one level for all layers
+latents = mediatorize.sample(model, [0, 1, 2, 3])  # its schedule where it has one{asked}
 ```"""
 
 

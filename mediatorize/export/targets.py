@@ -11,17 +11,18 @@ EXPORTS: dict[str, Export] = {
     "diffusers": Export(
         module="mediatorize.export.pipelines",
         help="a folder for DiffusionPipeline.from_pretrained, its code with it",
-        heeds=frozenset({"dtype", "vae", "level"}),
+        heeds=frozenset({"dtype", "vae", "level", "schedule", "prune"}),
         level_later=True,
     ),
     "safetensors": Export(
         module="mediatorize.export.safetensors",
         help="one file of weights and config.json; with --adapter what was added alone",
-        heeds=frozenset({"dtype", "adapter"}),
+        heeds=frozenset({"dtype", "adapter", "schedule", "prune"}),
     ),
     "torch-export": Export(
         module="mediatorize.export.programs",
         help="a .pt2 program per pattern of levels",
+        heeds=frozenset({"schedule"}),
     ),
     "official": Export(
         module="mediatorize.export.official",
@@ -42,3 +43,7 @@ def refuse_idle_choices(to: str, choices: Choices) -> None:
         if getattr(choices, choice.name) != choice.default and choice.name not in EXPORTS[to].heeds:
             heeding = [name for name, export in EXPORTS.items() if choice.name in export.heeds]
             raise UserError(f"--{choice.name} says nothing to --to {to}.", hint=f"It goes with --to {' or '.join(heeding)}.")
+    if choices.level is not None and (choices.schedule is not None or choices.prune):
+        raise UserError("--level takes the place of a schedule, which --schedule and --prune go by.", hint="Leave --level out.")
+    if choices.adapter and choices.prune:
+        raise UserError("An adapter is put on the whole checkpoint, and --prune leaves parts of it out.", hint="Pass one of them.")

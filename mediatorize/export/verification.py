@@ -10,12 +10,29 @@ import torch
 from torch import Tensor
 
 from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.sampling import Sampler, sample_batch
 from mediatorize.errors import UserError
 from mediatorize.export.contract import Case, Choices, Export, Probe, Subject
 from mediatorize.model.schedule import CallSchedule, Schedule
+from mediatorize.model.transformer import DiffusionTransformer
 
 TOLERANCE = 1e-4
 """Of an output's largest value: how far a loaded export may be from the model."""
+
+
+SAMPLES, SAMPLE_STEPS = 4, 10
+"""How many samples a rounded export is judged by, and the solver's steps that make them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesApart:
+    """How far samples are from those of the model whose weights were not rounded: |sample - its| / |its|, from the same noise."""
+
+    solver: str
+    steps: int
+    count: int
+    mean: float
+    largest: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,8 @@ class Verification:
     """Largest difference to the model's output, as a share of its largest value, by what was called."""
     rounding: float
     """The same between the model and its weights rounded to the exported type."""
+    samples: SamplesApart | None = None
+    """The same of samples, where weights were rounded."""
 
     @property
     def largest(self) -> float:
@@ -59,8 +78,11 @@ def probe_of(subject: Subject, seed: int = 0, batch: int = 2) -> Probe:
     return Probe(torch.randn(batch, arch.channels, *arch.input_size, generator=generator), labels, tuple(cases), walk)
 
 
-def verify(folder: Path, export: Export, subject: Subject, choices: Choices) -> Verification:
+def verify(folder: Path, export: Export, subject: Subject, choices: Choices, bundled: DiffusionTransformer) -> Verification:
     """Loads a written export and compares it with the model.
+
+    Args:
+        bundled: the bundle's whole model; the subject's may be pruned.
 
     Raises:
         UserError: the outputs are not the model's.
@@ -69,7 +91,7 @@ def verify(folder: Path, export: Export, subject: Subject, choices: Choices) -> 
     found = export.target.outputs(folder, subject, choices, probe)
     walk = probe.walk if any(name in found for _, name in probe.walk if name) else ()
     probe = replace(probe, cases=tuple(case for case in probe.cases if case.name in found), walk=walk)
-    exact = probe.outputs(subject.model)
+    exact = probe.outputs(bundled)
     expected = exact if choices.dtype == "float32" else probe.outputs(export.reference(subject, choices))
     assert found.keys() == expected.keys()
     assert found
@@ -77,7 +99,18 @@ def verify(folder: Path, export: Export, subject: Subject, choices: Choices) -> 
     for name, difference in differences.items():
         if not difference <= TOLERANCE:
             raise UserError(f"The export is not the model: outputs at {name} differ by {difference:.1e}.", hint="Please report it.")
-    return Verification(differences=differences, rounding=max(_apart(expected[name], exact[name]) for name in exact))
+    rounded = None if choices.dtype == "float32" else compare_samples(export.reference(subject, choices), bundled, subject)
+    return Verification(differences=differences, rounding=max(_apart(expected[name], exact[name]) for name in exact), samples=rounded)
+
+
+def compare_samples(rounded: DiffusionTransformer, exact: DiffusionTransformer, subject: Subject) -> SamplesApart:
+    """Samples both models from the same noise, by their schedule or, where they have none, at softmax."""
+    arch = subject.arch
+    sampler = Sampler.resolve(arch, steps=SAMPLE_STEPS)
+    labels = torch.arange(SAMPLES) % arch.classes
+    one, other = (sample_batch(model, labels, sampler).flatten(1) for model in (rounded, exact))
+    errors = (one - other).norm(dim=1) / other.norm(dim=1)
+    return SamplesApart(solver=sampler.solver, steps=sampler.steps, count=SAMPLES, mean=float(errors.mean()), largest=float(errors.max()))
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

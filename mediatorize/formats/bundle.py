@@ -23,7 +23,7 @@ from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import Weight, load_weights, read_safetensors, refuse_non_finite, write_beside
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import KINDS, SOFTMAX, Level, MediatorSettings, levels_per_layer, refuse_lacking
-from mediatorize.model.schedule import AnySchedule, RuleSchedule, Schedule, schedule_from_json
+from mediatorize.model.schedule import AnySchedule, Schedule, patterns_of, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer, is_mediator
 from mediatorize.version import VERSION
 
@@ -171,6 +171,12 @@ def refuse_untrained(path: Path, config: BundleConfig) -> None:
         )
 
 
+def refuse_pruned(path: Path, config: BundleConfig) -> None:
+    """Refuses an export that was pruned to its schedule where every level is needed."""
+    if config.settings.kept is not None:
+        raise UserError(f"{path}: was pruned to its schedule, and can only be sampled by it.", hint="Take the whole bundle.")
+
+
 def origin_of_training(config: BundleConfig, model: DiffusionTransformer) -> Origin:
     """The origin of a bundle whose `model` was just trained on data alone, as `config.finetuned` says.
 
@@ -209,9 +215,8 @@ def read_schedule_file(file: Path, arch: Architecture, settings: MediatorSetting
     if made_for is not None and made_for.process != (own := process_of(arch)).name:
         solver = content["calibrated_for"]["solver"]
         raise UserError(f"{file}: was calibrated for {solver}, which does not sample a {own.title}.", hint="Calibrate again.")
-    stages = schedule.rule.levels if isinstance(schedule, RuleSchedule) else ()
     with about(file):
-        for pattern in (*schedule.patterns, *(levels_per_layer(level, arch.depth, settings) for level in stages)):
+        for pattern in patterns_of(schedule, settings):
             refuse_lacking(pattern, settings, hint="Calibrate again.")
     return schedule
 

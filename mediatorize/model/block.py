@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -14,7 +14,20 @@ from torch.nn import functional as F
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.attention import ChangedLinear, MediatorAttention
-from mediatorize.model.levels import FULL, OWN, SOFTMAX, Level, MediatorSettings, Part, is_pretrained, mlp_share, parts_of
+from mediatorize.model.levels import (
+    FULL,
+    MODULATION,
+    OWN,
+    SOFTMAX,
+    Level,
+    MediatorSettings,
+    Part,
+    changes_modulation,
+    in_full,
+    is_pretrained,
+    mlp_share,
+    parts_of,
+)
 from mediatorize.model.memory import BlockMemory, SubLayerMemory
 
 
@@ -58,6 +71,23 @@ class SwitchableAttention(Attention):
         mediator = mediator.to(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
         self.mediator = mediator.train(self.training)
         return mediator
+
+    def keep(self, parts: Collection[Level]) -> None:
+        """Drops what none of the kept levels of attention runs: pretrained projections stay where mediators read them."""
+        mediator = self.mediator
+        if mediator is not None:
+            for level in [level for level in mediator.levels if level not in map(str, parts)]:
+                del mediator.levels[level]
+            if not mediator.levels:
+                self.mediator = mediator = None
+        if SOFTMAX in parts:
+            return
+        self.published = None
+        if mediator is None or isinstance(mediator.qkv, nn.Linear):
+            del self.qkv, self.proj
+        elif isinstance(mediator.qkv, ChangedLinear):  # which has a bias of its own
+            self.qkv.register_parameter("bias", None)
+            self.proj.register_parameter("bias", None)
 
     def forward(self, x: Tensor, level: Level = SOFTMAX) -> Tensor:  # type: ignore[override]
         """(b, n, c) -> (b, n, c). Level `softmax` is the pretrained layer: timm's own forward on the pretrained weights."""
@@ -114,6 +144,15 @@ class NarrowMlp(nn.Module):
         for bias in self.biases.values():
             bias.data.copy_(cast(Tensor, mlp.fc2.bias))
 
+    def keep(self, parts: Collection[Level]) -> None:
+        """Drops the hidden units and biases of all levels but the kept ones, of which there must be one."""
+        for share in [share for share in self.biases if f"1/{share}" not in parts]:
+            del self.biases[share]
+        units = self.hidden // min(map(int, self.biases))
+        self.fc1.out_features = self.fc2.in_features = units
+        self.fc1.weight, self.fc1.bias = (_cut(value, slice(units)) for value in (self.fc1.weight, self.fc1.bias))
+        self.fc2.weight = _cut(self.fc2.weight, (slice(None), slice(units)))
+
     def forward(self, x: Tensor, level: Level) -> Tensor:
         """(b, n, c) -> (b, n, c) at one of its levels."""
         share = mlp_share(level)
@@ -124,6 +163,11 @@ class NarrowMlp(nn.Module):
         return F.linear(hidden, self.fc2.weight[:, :units], self.biases[str(share)])
 
 
+def _cut(value: Tensor, where: slice | tuple[slice, ...]) -> nn.Parameter:
+    """A piece of a parameter, in memory of its own."""
+    return nn.Parameter(value.detach()[where].clone(memory_format=torch.contiguous_format), requires_grad=value.requires_grad)
+
+
 class BlockMediator(nn.Module):
     """What a block has of its own at mediator levels, beside its attention: a change of the modulation, its MLP, and narrow MLPs."""
 
@@ -132,6 +176,17 @@ class BlockMediator(nn.Module):
         self.modulation = ModulationUpdate(arch.width, settings.modulation_rank) if settings.modulation_rank else None
         self.mlp = block_mlp(arch) if settings.mlp == "own" else None
         self.narrow = NarrowMlp(arch, settings.mlp_widths) if settings.mlp_widths else None
+
+    def keep(self, parts: Collection[Level]) -> None:
+        """Drops all but the kept parts."""
+        if MODULATION not in parts:
+            self.modulation = None
+        if OWN not in parts:
+            self.mlp = None
+        if self.narrow is not None and any(f"1/{share}" in parts for share in self.narrow.biases):
+            self.narrow.keep(parts)
+        else:
+            self.narrow = None
 
 
 class Block(nn.Module):
@@ -166,6 +221,14 @@ class Block(nn.Module):
                 update.narrow.start_from(self.mlp)
         self.mediator = update.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
+    def keep(self, parts: Collection[Level]) -> None:
+        """Drops the modules of all parts but the kept ones (`MediatorSettings.kept`). The block cannot run at levels that need others."""
+        self.attn.keep(parts)
+        if self.mediator is not None:
+            self.mediator.keep(parts)
+        if FULL not in parts:
+            del self.mlp
+
     def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
         """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
         vectors = self.adaLN_modulation(conditioning)
@@ -196,11 +259,9 @@ class Block(nn.Module):
         diffusers' hooks and cache-dit find blocks by the name `hidden_states`.
         """
         x = hidden_states
-        parts = parts_of(level)
+        parts = parts_of(in_full(level) if memory is None else level)
         attention, mlp = parts.attention, parts.mlp
-        if memory is None:
-            attention, mlp = _computed(attention, SOFTMAX), _computed(mlp, FULL)
-        elif attention.runs is None and mlp.runs is None:
+        if memory is not None and attention.runs is None and mlp.runs is None:
             gate1, gate2 = self.gates(conditioning)
             x = torch.addcmul(x, gate1.unsqueeze(1), memory.attention.forecast(attention.order or 0, None, x))
             return torch.addcmul(x, gate2.unsqueeze(1), memory.mlp.forecast(mlp.order or 0, None, x))
@@ -219,16 +280,6 @@ class Block(nn.Module):
         if self.mediator is None or self.mediator.narrow is None:
             raise UserError("This model has no narrow MLPs.", hint="Run `mediatorize convert` with --mlp-widths.")
         return self.mediator.narrow(x, level)
-
-
-def changes_modulation(level: Level) -> bool:
-    """Whether a block at a level uses the low-rank change of its modulation: its attention runs bare, at an added level."""
-    attention = parts_of(level).attention
-    return attention.order is None and attention.runs != SOFTMAX
-
-
-def _computed(part: Part, pretrained: Level) -> Part:
-    return part if part.order is None else Part(pretrained)
 
 
 def _run(

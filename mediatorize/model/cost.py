@@ -17,7 +17,7 @@ from mediatorize.model.levels import (
     SOFTMAX,
     Level,
     MediatorSettings,
-    is_pretrained,
+    changes_modulation,
     kind_of,
     levels_per_layer,
     mlp_share,
@@ -50,7 +50,7 @@ def modulation_flops(arch: Architecture, level: Level, settings: MediatorSetting
     parts = parts_of(level)
     if parts.attention.runs is None and parts.mlp.runs is None:
         return 4 * arch.width**2
-    changed = parts.attention.order is None and not is_pretrained(parts.attention.runs or SOFTMAX)
+    changed = changes_modulation(level)
     return 12 * arch.width**2 + (14 * arch.width * settings.modulation_rank if settings and changed else 0)
 
 

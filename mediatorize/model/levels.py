@@ -11,7 +11,7 @@ A level may also say how a whole block runs, its attention and its MLP apart: `"
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -37,10 +37,17 @@ SOFTMAX = "softmax"
 FULL, OWN = "full", "own"
 """Levels of an MLP: the pretrained one, and the one of added levels (`MediatorSettings.mlp`)."""
 
+MODULATION = "modulation"
+"""Beside levels of attention and MLPs, a part that a block can have: the change of its modulation at added levels."""
+
 ORDERS = {"hold": 0, "linear": 1, "quadratic": 2}
 """Forecasts by name, and the order of each one's polynomial through the last computed calls."""
 
 HOLD, LINEAR, QUADRATIC = ORDERS
+
+
+PRETRAINED_PARTS: tuple[Level, ...] = (SOFTMAX, FULL)
+"""Parts of a layer to which nothing was added."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class MediatorSettings:
     form: Form = "learned"
     layers: tuple[int, ...] | None = None
     """The converted layers, counted from 0, in ascending order; None: all. The others have softmax alone, and nothing is added to them."""
+    kept: tuple[tuple[Level, ...], ...] | None = None
+    """Of a pruned model, the parts that each layer still has, pretrained ones among them (`all_parts`); None: every layer has all."""
 
     def __post_init__(self) -> None:
         added = self.levels and all(is_level(level) and kind_of(level).module is not None for level in self.levels)
@@ -92,6 +101,9 @@ class MediatorSettings:
             )
         if self.form == "published":
             self._refuse_unpublished()
+        for layer, kept in enumerate(self.kept or ()):
+            if unknown := [part for part in kept if part not in self.all_parts(layer)]:
+                raise UserError(f"Layer {layer} cannot have kept {unknown[0]}.", hint="Export it again.")
 
     def _refuse_unpublished(self) -> None:
         for level in self.levels:
@@ -121,6 +133,8 @@ class MediatorSettings:
         """
         if self.layers is not None and self.layers[-1] >= depth:
             raise UserError(f"The model has no layer {self.layers[-1]}.", hint=f"Its layers are 0 to {depth - 1}.")
+        if self.kept is not None and len(self.kept) != depth:
+            raise UserError(f"Parts of {len(self.kept)} layers are said to be kept, the model has {depth}.", hint="Export it again.")
         return replace(self, layers=None) if self.layers == tuple(range(depth)) else self
 
     def converted(self, depth: int) -> tuple[int, ...]:
@@ -134,13 +148,49 @@ class MediatorSettings:
     def converts(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
 
+    @property
+    def whole(self) -> MediatorSettings:
+        """The same of the model before it was pruned."""
+        return replace(self, kept=None)
+
+    def all_parts(self, layer: int) -> tuple[Level, ...]:
+        """Every part that a layer has that was not pruned: levels of its attention and of its MLP, and `MODULATION`."""
+        if not self.converts(layer):
+            return PRETRAINED_PARTS
+        changed, own = (MODULATION,) * bool(self.modulation_rank), (OWN,) * (self.mlp == "own")
+        return (*self.all_levels, *changed, FULL, *own, *self.mlp_levels)
+
+    def parts(self, layer: int) -> tuple[Level, ...]:
+        """Every part that a layer has."""
+        return self.all_parts(layer) if self.kept is None else self.kept[layer]
+
+    def whole_model_levels(self, depth: int) -> tuple[Level, ...]:
+        """Levels that a model of `depth` layers can run at in all of them, in the order of their rank."""
+        everywhere = {level: tuple(self.level_of(layer, level) for layer in range(depth)) for level in self.all_levels}
+        return tuple(level for level, levels in everywhere.items() if _lacking(levels, self) is None)
+
+    def pruned_to(self, patterns: Iterable[Sequence[Level]]) -> MediatorSettings:
+        """The same of a model that keeps the parts alone which these levels, one per layer, need."""
+        needed = [
+            {part for level in set(of_layer) for part in needs(level, layer, self)}
+            for layer, of_layer in enumerate(zip(*patterns, strict=True))
+        ]
+        return replace(self, kept=tuple(tuple(part for part in self.parts(layer) if part in some) for layer, some in enumerate(needed)))
+
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _as_lists(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> MediatorSettings:
-        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-        return cls(**fields)
+        return cls(**{name: _as_tuples(value) for name, value in content.items()})
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,14 +389,34 @@ def forecasts(level: Level) -> bool:
     return not parts_of(level).computed
 
 
-def missing(level: Level, attention: Collection[Level], mlps: Collection[Level]) -> Level | None:
-    """What a level needs that a model with these levels of attention and narrow MLPs does not have; None if it has all."""
+@lru_cache(maxsize=4096)
+def in_full(level: Level) -> Level:
+    """A level as a block runs it that remembers nothing: pretrained sub-layers stand in for forecasts."""
     parts = parts_of(level)
-    if parts.attention.runs is not None and parts.attention.runs not in attention:
-        return parts.attention.runs
-    if parts.mlp.runs not in (None, FULL, OWN) and parts.mlp.runs not in mlps:
-        return parts.mlp.runs
-    return None
+    attention, mlp = parts.attention, parts.mlp
+    return Parts(
+        attention if attention.order is None else Part(SOFTMAX),
+        mlp if mlp.order is None else Part(FULL),
+    ).level
+
+
+def changes_modulation(level: Level) -> bool:
+    """Whether a block at a level uses the low-rank change of its modulation: its attention runs bare, at an added level."""
+    attention = parts_of(level).attention
+    return attention.order is None and attention.runs != SOFTMAX
+
+
+def needs(level: Level, layer: int, settings: MediatorSettings | None) -> tuple[Level, ...]:
+    """The parts that a layer must have to run at a level.
+
+    Args:
+        settings: what was added to the model; None: nothing.
+    """
+    parts = parts_of(level)
+    added = settings if settings is not None and settings.converts(layer) else None
+    changed = added is not None and added.modulation_rank and changes_modulation(level)
+    mlp = FULL if parts.mlp.runs == OWN and (added is None or added.mlp == "shared") else parts.mlp.runs
+    return tuple(part for part in (parts.attention.runs, MODULATION if changed else None, mlp) if part is not None)
 
 
 @lru_cache(maxsize=4096)
@@ -429,10 +499,14 @@ def levels_per_layer(levels: Level | Sequence[Level], depth: int, settings: Medi
         settings: what was added to the model.
 
     Raises:
-        UserError: of one level each, the number is wrong, or a converted model's layer does not have its level.
+        UserError: of one level each, the number is wrong, or a converted model's layer does not have its level. Of one for all, a layer of
+            a pruned model does not have it.
     """
     if isinstance(levels, int | str):
-        return [levels if settings is None else settings.level_of(layer, levels) for layer in range(depth)]
+        everywhere = [levels if settings is None else settings.level_of(layer, levels) for layer in range(depth)]
+        if settings is not None and settings.kept is not None:
+            refuse_lacking(everywhere, settings)
+        return everywhere
     if len(levels) != depth:
         raise UserError(f"{len(levels)} levels were given for {depth} layers.", hint="Pass one level, or one per layer.")
     if settings is not None:
@@ -447,19 +521,23 @@ def refuse_lacking(levels: Sequence[Level], settings: MediatorSettings | None, h
         settings: what was added to the model; None: nothing.
         hint: what to do next; empty: the message says what the layer has.
     """
-    if (found := _lacking(tuple(levels), settings)) is not None:
-        layer, level, there = found
-        raise UserError(f"Layer {layer} has no level {level}.", hint=hint or f"It has {', '.join(map(str, there))}.")
+    if (found := _lacking(tuple(levels), settings)) is None:
+        return
+    layer, lacking, there = found
+    what = "change of its modulation" if lacking == MODULATION else f"level {lacking}"
+    if settings is not None and settings.kept is not None:
+        hint = f"It was pruned to {', '.join(map(str, there))}. Take the whole bundle, or export it again with --prune --schedule."
+    shown = [part for part in there if part not in (MODULATION, FULL, OWN)]
+    raise UserError(f"Layer {layer} has no {what}.", hint=hint or f"It has {', '.join(map(str, shown))}.")
 
 
 @lru_cache(maxsize=4096)
 def _lacking(levels: tuple[Level, ...], settings: MediatorSettings | None) -> tuple[int, Level, tuple[Level, ...]] | None:
-    """The first layer that lacks something, what it lacks, and what it has. Kept, as every model call asks."""
+    """The first layer that lacks a part, which part, and what it has. Kept, as every model call asks."""
     for layer, level in enumerate(levels):
-        there = settings if settings is not None and settings.converts(layer) else None
-        attention, mlps = ((SOFTMAX,), ()) if there is None else (there.all_levels, there.mlp_levels)
-        if (lacking := missing(level, attention, mlps)) is not None:
-            return layer, lacking, (*attention, *mlps)
+        there = PRETRAINED_PARTS if settings is None else settings.parts(layer)
+        if (lacking := next((part for part in needs(level, layer, settings) if part not in there), None)) is not None:
+            return layer, lacking, there
     return None
 
 

@@ -439,6 +439,13 @@ def calls_at(schedule: AnySchedule | Level, noise_levels: Sequence[float], depth
     return schedule.calls(noise_levels)
 
 
+def patterns_of(schedule: AnySchedule, settings: MediatorSettings | None) -> list[tuple[Level, ...]]:
+    """Everything that a schedule can run in a model to which `settings` were added, one level per layer; each once."""
+    stages = schedule.rule.levels if isinstance(schedule, RuleSchedule) else ()
+    uniform = [tuple(levels_per_layer(level, schedule.depth, settings)) for level in stages]
+    return list(dict.fromkeys((*schedule.patterns, *uniform)))
+
+
 def _apart(one: float, other: float) -> float:
     return abs(one - other)
 

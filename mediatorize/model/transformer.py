@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import FREQUENCIES, Architecture
 from mediatorize.model.block import Block, Run, SwitchableAttention, call, modulate, walk
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, in_full, levels_per_layer, refuse_lacking
 from mediatorize.model.mediators import PublishedLevel
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import AnySchedule
@@ -93,7 +93,7 @@ class DiffusionTransformer(nn.Module):
     def add_mediators(self, settings: MediatorSettings, seed: int = 0) -> None:
         """Gives the blocks of `settings.layers` mediator paths, which start from their own projections and MLPs.
 
-        All else in a path depends on (seed, layer).
+        All else in a path depends on (seed, layer). Of a pruned model's settings, parts that are not kept are dropped.
 
         Raises:
             UserError: the model does not have one of the layers.
@@ -101,6 +101,14 @@ class DiffusionTransformer(nn.Module):
         self.settings = settings.of_model(self.arch.depth)
         for index in self.settings.converted(self.arch.depth):
             self.layers()[index].add_mediators(self.arch, self.settings, partial(generator, seed, "layer", index))
+        if self.settings.kept is not None:
+            self.keep(self.settings)
+
+    def keep(self, settings: MediatorSettings) -> None:
+        """Drops the modules of all parts but those that are kept in `settings`, which are otherwise the model's own."""
+        self.settings = settings.of_model(self.arch.depth)
+        for index, block in enumerate(self.layers()):
+            block.keep(self.settings.parts(index))
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """(b,), (b,) -> (b, c): what every block is modulated by."""
@@ -138,6 +146,8 @@ class DiffusionTransformer(nn.Module):
     ) -> Iterator[Tensor]:
         """The tokens (b, n, c) before every block, and after the last. `levels` as in `forward`."""
         per_layer = levels_per_layer(levels, self.arch.depth, self.settings)
+        if memory is None and self.settings is not None and self.settings.kept is not None:
+            refuse_lacking(list(map(in_full, per_layer)), self.settings)
         return walk(self.layers(), tokens, conditioning, per_layer, run, None if memory is None else memory.blocks)
 
     def run_blocks(self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], memory: Memory | None = None) -> Tensor:
@@ -158,8 +168,8 @@ class DiffusionTransformer(nn.Module):
 
     @property
     def all_levels(self) -> tuple[Level, ...]:
-        """Every level that the model can be asked for, in the order of their rank."""
-        return (SOFTMAX,) if self.settings is None else self.settings.all_levels
+        """Every level that the whole model can be asked for, in the order of their rank."""
+        return (SOFTMAX,) if self.settings is None else self.settings.whole_model_levels(self.arch.depth)
 
     def mediator_parameters(self) -> dict[str, nn.Parameter]:
         """What conversion added to the pretrained weights, by name."""

@@ -12,7 +12,7 @@ from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, Level, title
 from mediatorize.model.schedule import CallSchedule, RuleSchedule, is_computed
 from mediatorize.report.sampling import rule_in_words
-from mediatorize.report.tables import layers_in_words
+from mediatorize.report.tables import layers_in_words, left_out
 
 if TYPE_CHECKING:
     from mediatorize.formats.bundle import BundleConfig
@@ -118,7 +118,7 @@ def _levels(config: BundleConfig) -> str:
     softmax = cost.forward_flops(arch)
     rows = []
     for level in settings.levels:
-        flops = cost.forward_flops(arch, level, settings)
+        flops = cost.forward_flops(arch, level, settings.whole)
         before, after = (_mean_error(config, level, when) for when in ("before", "after"))
         rows.append(f"| {title(level)} | {flops / 2e9:.4g} | {flops / softmax:.1%} | {before} | {after} |")
     table = "\n".join(rows)
@@ -145,6 +145,10 @@ def _levels(config: BundleConfig) -> str:
         if how.train == "all":
             kept = changed
     which = "each attention layer" if settings.layers is None else layers_in_words(settings, arch.depth)
+    if settings.kept is not None:
+        kept = f"""This is pruned to the schedule below: levels that it does not use cannot run. Gone: {left_out(settings)}.
+
+The rest of this section is about the whole bundle. {kept}"""
     closing = "None of these errors is picture quality: judge that by sampling."
     if config.source.began_random:
         closing = "How good its pictures are, samples tell."

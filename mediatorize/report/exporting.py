@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 def words(result: Exported) -> str:
     lines = [f"{result.out}: {result.name}, exported to {result.target} ({result.bytes / 2**20:.1f} MiB)", checks(result)]
+    if result.pruned is not None:
+        share = result.pruned.parameters / result.pruned.of
+        lines.append(f"Pruned to its schedule, {share:.1%} of the bundle's parameters are left. Gone: {result.pruned.without}.")
     if result.runs_softmax:
         lines.append("The export has no schedule and runs at softmax until a level is chosen. Calibrate before export, or pass --level.")
     lines.append(f"{result.out / 'README.md'} says how to use it.")
@@ -26,6 +29,8 @@ def facts(result: Exported) -> dict[str, Any]:
         "dtype": result.dtype,
         "has_schedule": result.has_schedule,
         "runs_softmax": result.runs_softmax,
+        "pruned": None if result.pruned is None else vars(result.pruned),
+        "samples": None if result.verified.samples is None else vars(result.verified.samples),
         "bytes": result.bytes,
         "largest_difference": result.verified.largest,
     }
@@ -37,4 +42,12 @@ def checks(result: Exported) -> str:
     model = f"the bundle's model with its weights rounded to {result.dtype}" if rounded else "the bundle's model"
     apart = f"differ by at most {verified.largest:.1e} of their largest value" if verified.largest else "are the same, bit for bit"
     text = f"Loaded back and compared with {model} at {', '.join(verified.differences)}: outputs {apart}."
-    return f"{text} Rounding itself changes them by up to {verified.rounding:.1e}." if rounded else text
+    if verified.samples is None:
+        return text
+    samples = verified.samples
+    apart = f"by {samples.mean:.1e} of their norm (mean; at most {samples.largest:.1e})"
+    return (
+        f"{text} Rounding itself changes them by up to {verified.rounding:.1e}. "
+        f"{samples.count} samples of {samples.steps} {samples.solver} "
+        f"steps differ from those of the unrounded model, from the same noise, {apart}."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mediatorize.model.levels import MediatorSettings, layers_in_short
+from mediatorize.model.levels import FULL, MODULATION, OWN, Level, MediatorSettings, layers_in_short, title
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -32,3 +32,23 @@ def seconds_in_words(seconds: float) -> str:
 def layers_in_words(settings: MediatorSettings, depth: int) -> str:
     """The converted layers of a model of `depth` layers: `28 layers` where they are all, else such as `layers 0-3,8 of 28`."""
     return f"{depth} layers" if settings.layers is None else f"layers {layers_in_short(settings.layers)} of {depth}"
+
+
+PARTS: dict[Level, str] = {
+    MODULATION: "the change of the modulation",
+    FULL: "the pretrained MLP",
+    OWN: "the added levels' MLP",
+}
+"""Names of parts of a layer that are no levels of their own."""
+
+
+def left_out(settings: MediatorSettings) -> str:
+    """What the layers of a pruned model lack, part by part: such as `softmax attention in layers 2-4; m=16 in layers 0-5`."""
+    depth = len(settings.kept or ())
+    gone: dict[Level, list[int]] = {}
+    for layer in range(depth):
+        for part in settings.all_parts(layer):
+            if part not in settings.parts(layer):
+                gone.setdefault(part, []).append(layer)
+    where = {part: f"layer{'s' * (len(layers) > 1)} {layers_in_short(layers)}" for part, layers in gone.items()}
+    return "; ".join(f"{PARTS[part] if part in PARTS else title(part)} in {layers}" for part, layers in where.items()) or "nothing"

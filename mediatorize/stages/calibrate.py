@@ -137,7 +137,9 @@ def calibrate(
     evaluations, seconds = read_search(search, verify) if search else (searching.EVALUATIONS, None)
     if not bundles.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Run `mediatorize convert` first.")
-    bundles.refuse_untrained(model, bundles.read_config(model))
+    config = bundles.read_config(model)
+    bundles.refuse_pruned(model, config)
+    bundles.refuse_untrained(model, config)
     loaded = bundles.load_bundle(model)
     arch, settings, unit = loaded.arch, loaded.added(), COSTS[cost]
     with about(model):

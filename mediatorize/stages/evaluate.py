@@ -86,6 +86,7 @@ def evaluate(
     _refuse_occupied(out, force)
     config = bundle.read_config(Path(model)) if bundle.is_bundle(Path(model)) else None
     if config is not None:
+        bundle.refuse_pruned(Path(model), config)
         bundle.refuse_untrained(Path(model), config)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch

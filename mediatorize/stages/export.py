@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, about
 from mediatorize.export.contract import Choices, Subject
 from mediatorize.export.targets import EXPORTS, refuse_idle_choices
 from mediatorize.model.levels import Level, read_level
+from mediatorize.report.tables import left_out
 from mediatorize.signatures import OneOf, one
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, WHAT, option
@@ -21,11 +22,26 @@ from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
     from mediatorize.export.verification import Verification
+    from mediatorize.model.transformer import DiffusionTransformer
 
 TARGETS = "; ".join(f"{name}: {target.help}" for name, target in EXPORTS.items())
 
 RECORD_FILE = "export.json"
 """Says what was exported and how it was checked. It also marks the folder as one that may be replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """How many parameters are left of a bundle's, and what is gone, in words."""
+
+    parameters: int
+    of: int
+    without: str
+
+    @classmethod
+    def of_models(cls, kept: DiffusionTransformer, whole: DiffusionTransformer) -> Pruned:
+        count, total = (sum(value.numel() for value in model.state_dict().values()) for model in (kept, whole))
+        return cls(parameters=count, of=total, without=left_out(kept.added()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +56,7 @@ class Exported:
     has_schedule: bool
     runs_softmax: bool
     """Whether it is the pretrained model until a level is chosen."""
+    pruned: Pruned | None
     bytes: int
 
 
@@ -65,6 +82,13 @@ def export(
             metavar="LEVEL",
         ),
     ] = None,
+    schedule: Annotated[
+        Path | None, option("diffusers, safetensors, torch-export: a schedule file in place of the bundle's own", WHAT)
+    ] = None,
+    prune: Annotated[
+        bool,
+        option("diffusers, safetensors: leave out all weights that the schedule never uses; no other level can run then", WHAT, "--prune"),
+    ] = False,
     evaluation: Annotated[Path | None, option("folder that `mediatorize evaluate` wrote; its results go into the model card", DATA)] = None,
     base_model: Annotated[
         str | None, option("the pretrained model's name on the Hugging Face Hub, such as facebook/DiT-XL-2-256, for the model card", DATA)
@@ -77,21 +101,27 @@ def export(
     Example: mediatorize export out dit-xl-diffusers --to diffusers --vae sd-vae-ft-ema
     """
     from mediatorize.diffusion.sampling import refuse_unknown_level
+    from mediatorize.export.pruning import pruned
     from mediatorize.export.verification import verify
     from mediatorize.formats import bundle
     from mediatorize.report.card import export_card, hub_header
     from mediatorize.report.exporting import checks, facts
 
-    chosen, choices = EXPORTS[to], Choices(dtype=dtype, adapter=adapter, vae=vae, level=level)
+    chosen, choices = EXPORTS[to], Choices(dtype=dtype, adapter=adapter, vae=vae, level=level, schedule=schedule, prune=prune)
     refuse_idle_choices(to, choices)
     header = hub_header("diffusers" if to == "diffusers" else "mediatorize", license, base_model)
     if not bundle.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Make one with `mediatorize convert`.")
     refuse_foreign_folder(out, force)
     judged = read_evaluation(model if evaluation is None else evaluation, required=evaluation is not None)
-    subject = Subject(bundle.read_config(model), bundle.load_bundle(model))
-    refuse_unknown_level(subject.model, level)
-    schedule = subject.model.schedule
+    config = bundle.read_config(model)
+    bundle.refuse_pruned(model, config)
+    whole = bundle.load_bundle(model)
+    refuse_unknown_level(whole, level)
+    if schedule is not None:
+        (whole.schedule,) = bundle.read_schedules((schedule,), whole).values()
+    with about(model):
+        subject = pruned(Subject(config, whole)) if prune else Subject(config, whole)
 
     partial = bundle.partial_folder(out)
     if partial.exists():
@@ -102,7 +132,7 @@ def export(
         with progress_bar(3, f"exporting to {to}", "part") as bar:
             chosen.target.write(partial, subject, choices)
             bar.update()
-            verified = verify(partial, chosen, subject, choices)
+            verified = verify(partial, chosen, subject, choices, whole)
             bar.update()
             result = Exported(
                 out=out,
@@ -110,13 +140,14 @@ def export(
                 target=f"{to} ({'adapter, ' if adapter else ''}{dtype})" if "dtype" in chosen.heeds else to,
                 verified=verified,
                 dtype=dtype,
-                has_schedule=schedule is not None,
-                runs_softmax=chosen.level_later and schedule is None and level is None,
+                has_schedule=whole.schedule is not None,
+                runs_softmax=chosen.level_later and whole.schedule is None and level is None,
+                pruned=Pruned.of_models(subject.model, whole) if prune else None,
                 bytes=sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
             )
             card = export_card(
                 subject.config,
-                schedule,
+                whole.schedule,
                 target=result.target,
                 usage=chosen.target.usage(subject, choices).replace("DEST", out.name),
                 checks=checks(result),

@@ -110,6 +110,7 @@ def finetune(
     if not bundle.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Make one with `mediatorize convert CKPT OUT`.")
     config = bundle.read_config(model)
+    bundle.refuse_pruned(model, config)
     refuse_idle_options(teacher, arguments)
     if teacher == "softmax":
         bundle.refuse_untrained(model, config)

@@ -13,7 +13,7 @@ from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
 from mediatorize.model.levels import MediatorSettings, kind_of, title
-from mediatorize.report.tables import layers_in_words
+from mediatorize.report.tables import layers_in_words, left_out
 from mediatorize.stages import options
 from mediatorize.stages.options import WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -71,7 +71,7 @@ def inspect(
         return _published(checkpoint)
 
     from mediatorize.devices import pick_device
-    from mediatorize.formats.bundle import is_bundle, open_bundle
+    from mediatorize.formats.bundle import is_bundle, open_bundle, refuse_pruned
     from mediatorize.formats.checkpoint import Hints, open_checkpoint
     from mediatorize.formats.loading import load_model, refuse_checkpoint_options
     from mediatorize.model.transformer import is_mediator
@@ -79,6 +79,8 @@ def inspect(
     if is_bundle(path):
         refuse_checkpoint_options(path, family, num_heads, num_classes, weights)
         config, _, tensors = open_bundle(path)
+        if redundancy is not None:
+            refuse_pruned(path, config)
         sizes = {name: math.prod(weight.shape) for name, weight in tensors.items()}
         added = sum(size for name, size in sizes.items() if is_mediator(name))
         found = Inspection(
@@ -86,11 +88,12 @@ def inspect(
             format="bundle",
             arch=config.arch,
             parameters=sum(sizes.values()),
-            settings=config.settings,
-            reachable=cost.reachable(config.arch, config.settings),
+            settings=config.settings.whole,
+            reachable=cost.reachable(config.arch, config.settings.whole),
             notes=(
                 f"levels {', '.join(map(title, config.settings.all_levels))} in {layers_in_words(config.settings, config.arch.depth)}; "
                 f"mediators add {added / 1e6:.1f}M parameters",
+                *(() if config.settings.kept is None else (f"pruned to its schedule, without {left_out(config.settings)}",)),
             ),
         )
     else:

@@ -105,7 +105,9 @@ def _resize_bundle(source: Path, out: Path, image_size: tuple[int, int], teacher
     from mediatorize.model.resize import grid_of_image, resized
     from mediatorize.report.card import model_card
 
-    config, before = bundle.read_config(source), bundle.load_bundle(source)
+    config = bundle.read_config(source)
+    bundle.refuse_pruned(source, config)
+    before = bundle.load_bundle(source)
     after = resized(before, grid_of_image(before.arch, *image_size))
     pixels = "x".join(map(str, image_size))
     origin = replace(config.source, format=f"{config.source.format}, resized to {pixels} pixels")
