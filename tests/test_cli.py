@@ -200,6 +200,9 @@ def test_inspect_convert_sample_as_a_user_does_it(official_file: Callable[..., P
     mediatorize("sample", bundle, "--out", grid, *options)
     mediatorize("sample", bundle, "--out", array, *options, "--batch", 4)
     with Image.open(grid) as picture:
+        assert picture.size == (3 * 66 + 2, 2 * (66 + 15) + 2)
+    mediatorize("sample", bundle, "--out", grid, *options, "--captions", "none", "--force")
+    with Image.open(grid) as picture:
         assert picture.size == (3 * 66 + 2, 2 * 66 + 2)
     pixels = np.load(array)["arr_0"]
     labels = torch.tensor([1, 1, 1, 2, 2, 2])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,16 +57,57 @@ def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
     return (posterior.mean + posterior.std * noise) * VAE_SCALE
 
 
-def write_grid(path: Path, pixels: Pixels, columns: int, scale: int = 1) -> None:
-    """A PNG of pictures in rows of `columns`, or of all where there are fewer; a white line of two pixels is around each."""
+IMAGENET_CLASSES = 1000
+"""A model of so many classes is taken to know ImageNet's, in their usual order."""
+
+
+def class_names(labels: Sequence[int], classes: int) -> list[str]:
+    """What people call the classes of pictures: the number, and the name where the model knows ImageNet's classes (timm has the names).
+
+    Args:
+        labels: of the pictures; `classes` itself is the null class.
+        classes: how many the model knows.
+    """
+    if classes != IMAGENET_CLASSES:
+        return ["no class" if label == classes else str(label) for label in labels]
+    from timm.data import ImageNetInfo
+
+    known = ImageNetInfo()
+    return ["no class" if label == classes else f"{label} {known.index_to_description(label).split(',')[0]}" for label in labels]
+
+
+def write_grid(path: Path, pixels: Pixels, columns: int, scale: int = 1, captions: Sequence[str] = ()) -> None:
+    """A PNG of pictures in rows of `columns`, or of all where there are fewer; a white line of two pixels is around each.
+
+    Args:
+        scale: each pixel becomes a square of so many.
+        captions: one line under each picture, shortened to its width, but only once where neighbours in a row share it; none: no lines.
+    """
     from torchvision.utils import make_grid
 
-    tiles = torch.from_numpy(pixels.repeat(scale, axis=1).repeat(scale, axis=2)).permute(0, 3, 1, 2)
+    large = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    if captions:
+        lines = ["" if place % columns and before == own else own for place, (before, own) in enumerate(pairwise(["", *captions]))]
+        strips = np.stack([_caption(line, large.shape[2]) for line in lines])  # (n, height, width, 1)
+        large = np.concatenate([large, strips.repeat(large.shape[3], axis=3)], axis=1)
+    tiles = torch.from_numpy(large).permute(0, 3, 1, 2)
     sheet = make_grid(tiles, nrow=columns, padding=2, pad_value=255)
     if len(tiles) == 1:  # make_grid leaves a single picture as it is
         sheet = F.pad(sheet, (2, 2, 2, 2), value=255)
     image = Image.fromarray(sheet[0].numpy() if pixels.shape[3] == 1 else sheet.permute(1, 2, 0).numpy())
     write_beside(path, lambda beside: image.save(beside, format="PNG"))
+
+
+def _caption(text: str, width: int) -> Pixels:
+    """A line of text as a white strip (height, width, 1)."""
+    size = min(max(width // 14, 11), 16)  # pixels
+    font = ImageFont.load_default(size)
+    shown = text
+    while shown and font.getlength(shown) > width:
+        shown = f"{shown.rstrip('…')[:-1]}…" if len(shown) > 2 else ""
+    strip = Image.new("L", (width, size + 4), 255)
+    ImageDraw.Draw(strip).text((width / 2, size / 2 + 1), shown, fill=40, font=font, anchor="mm")
+    return np.asarray(strip)[..., None]
 
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:

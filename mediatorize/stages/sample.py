@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -49,6 +49,10 @@ def sample(
         option("class numbers, such as 207,360; default: the first ten classes", WHAT, parser=listed(whole_number), metavar="N,N,..."),
     ] = None,
     per_class: Annotated[int, option("samples of each class", WHAT, min=1)] = 1,
+    captions: Annotated[
+        Literal["classes", "none"],
+        option("under the pictures of a .png: their classes (of a model of 1,000 classes with ImageNet's names), or none", OUTPUT),
+    ] = "classes",
     level: options.Level = None,
     schedule: Annotated[Path | None, option("a schedule file (JSON), in place of the bundle's own", WHAT)] = None,
     switch: Annotated[
@@ -104,7 +108,7 @@ def sample(
     )
     from mediatorize.diffusion.switching import Switcher
     from mediatorize.formats.bundle import read_schedules
-    from mediatorize.formats.images import load_vae, to_pixels, write_arrays, write_grid
+    from mediatorize.formats.images import class_names, load_vae, to_pixels, write_arrays, write_grid
     from mediatorize.formats.loading import load_model
     from mediatorize.formats.samples import DECODED_AT_A_TIME, decoder_of
 
@@ -165,7 +169,8 @@ def sample(
     elif out.suffix == ".npz":
         write_arrays(out, arr_0=pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels, labels=labels.numpy())
     else:
-        write_grid(out, pixels, grid_columns(len(pixels), per_class), scale=max(1, 64 // pixels.shape[1]))
+        names = class_names(labels.tolist(), arch.classes) if captions == "classes" else []
+        write_grid(out, pixels, grid_columns(len(pixels), per_class), scale=max(1, 64 // pixels.shape[1]), captions=names)
 
     total: float | None
     if rule is None:
