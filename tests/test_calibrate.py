@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -477,6 +478,31 @@ def test_baselines_are_among_the_candidates_and_the_best_is_kept_be_it_one(bundl
     text = words(report)
     assert "baselines' medians: " in text
     assert "flipped" in text
+
+
+def test_a_report_tells_what_was_kept_and_the_baselines_of_the_weights_at_hand(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    path = bundle()
+    calibrate(path, budget=0.8, **QUICK)
+    again = calibrate(path, budgets=(0.8, 0.6), kinds=("forecasts",), **QUICK, force=True)
+    how: dict[str, Any] = {"samples": 2, "steps": 4, "levels": (), "features": "none", "pairs": 0, "device": "cpu"}
+    evaluate(str(path), tmp_path / "out", **how)
+    assert (tmp_path / "out" / "candidates.png").read_bytes() == (path / "calibration" / "candidates.png").read_bytes()
+    text = (tmp_path / "out" / "report.md").read_text()
+    (told,) = re.findall(r"\| schedule or baseline \|.*\n\|-.*\n((?:\|.*\n)+)", text)  # nothing of the first calibration
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
+    expected = []
+    for outcome in found_by(again).outcomes:
+        others = [c for c in outcome.baselines if c.name != outcome.chosen.name]
+        names = [(f"{outcome.budget:.2f}.json", outcome.chosen.kind), *((c.kind, "baseline") for c in others)]
+        for (name, what), candidate in zip(names, [outcome.chosen, *others], strict=True):
+            errors = outcome.reported[candidate.name]
+            shown = f"{errors.median:.4f}", f"{errors.mean:.4f}", f"{errors.flipped:.0%}"
+            expected.append([name, f"{outcome.budget:.2%}", f"{candidate.share:.2%}", *shown, what])
+    assert rows == expected
+    assert ["fewer steps", "baseline"] in [[row[0], row[-1]] for row in rows]
+    bundles.append_log(path, "finetune", {}, {})  # the schedules are of weights that are gone
+    evaluate(str(path), tmp_path / "later", **how)
+    assert "schedule or baseline" not in (tmp_path / "later" / "report.md").read_text()
 
 
 def test_the_teacher_with_fewer_steps_is_what_sample_gives(bundle: Callable[..., Path]) -> None:

@@ -17,25 +17,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from mediatorize import DiffusionTransformer, UserError, load_model
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler, sample
-from mediatorize.evaluation.comparison import InMemoryParts, Samples, compare, rows_of
+from mediatorize.evaluation.comparison import InMemoryParts, Samples, calls_of_sample_0, compare, draw, rows_of, shown_calls
 from mediatorize.evaluation.features import as_bytes, as_images, digits_extractor
 from mediatorize.evaluation.metrics import frechet_distance, precision_and_recall, statistics_of
 from mediatorize.evaluation.results import Evaluation, Timing
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.formats import bundle
-from mediatorize.formats.images import to_pixels
+from mediatorize.formats.images import class_names, to_pixels, write_grid
 from mediatorize.model.block import SwitchableAttention
 from mediatorize.model.levels import SOFTMAX, MediatorSettings, levels_per_layer
-from mediatorize.model.schedule import Call, CallSchedule, Schedule
-from mediatorize.report.document import Code, Document, Heading, Picture, Table, Text, markdown
+from mediatorize.model.schedule import Call, CallSchedule, RuleSchedule, Schedule, SwitchRule
+from mediatorize.report.document import Code, Document, Heading, Picture, Sides, Table, Text, markdown
 from mediatorize.report.evaluation import facts, words
 from mediatorize.report.html import html_page
+from mediatorize.report.pictures import write_trajectory
 from mediatorize.signatures import as_command
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.inspect import inspect
@@ -533,13 +535,20 @@ def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     content = json.loads((out / "evaluation.json").read_text())
     assert content == json.loads(json.dumps(facts(found)))
-    assert set(content["pictures"]) == {"comparison.png", "error-cost.png", "trajectory.png", "schedule.png"}
+    sheets = {f"pictures-{name}.png" for name in ("level-softmax", "schedule", "level-4", "level-1")}
+    assert set(content["pictures"]) == {"comparison.png", "error-cost.png", "trajectory.png", "schedule.png", *sheets}
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert sorted(embedded) == sorted((out / name).read_bytes() for name in content["pictures"])
     assert page.count("<img") == len(embedded)
     for outside in ("http", "<link", "<script", "@import", "url("):
         assert outside not in page
     assert 'name="viewport"' in page
+    assert page.count('<input type="range"') == 1
+    labels = re.findall(r'">\n([^<>"]+)</label>', page)
+    assert labels == [row.title for row in found.results[1:]]
+    with Image.open(out / "pictures-schedule.png") as picture:
+        assert picture.size == (10 * 66 + 2, 2 * (66 + 15) + 2)  # twenty pictures with a line of text each
+    assert f"{found.pictures['schedule.png']}</figcaption>" in page
     for name in content["pictures"]:
         assert f"]({name})" in text
     told = words(found)
@@ -556,6 +565,81 @@ def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None
     assert "At its calibrated schedule" in page
     assert "| m=4 | " in text
     assert "Frechet distances of 70 samples" not in text
+
+
+def test_the_first_part_keeps_the_states_of_the_first_sample() -> None:
+    model = tiny_model(SETTINGS, channels=1, learn_sigma=False)
+    model.schedule = MIXED
+    samples, sampler = Samples(rows=rows_of(model), labels=torch.arange(6), batch=4), Sampler.resolve(model.arch, steps=27)
+    compare(model, samples, sampler)
+    assert shown_calls(27) == [*range(0, 27, 2)]
+    for row in samples.rows:
+        seen: list[torch.Tensor] = []
+        end = sample(model, torch.arange(4), steps=27, schedule=row.levels, observe=lambda x, t, y, to=seen: to.append(x[0].clone()))
+        after = torch.stack([*seen[1:], end[0]])[::2]
+        kept = samples.parts.read(samples.name(row, 0), "states")
+        torch.testing.assert_close(torch.from_numpy(kept), after, rtol=1e-4, atol=1e-4)
+        assert np.array_equal(samples.states(row), as_bytes(torch.from_numpy(kept)))
+        assert "states" not in samples.parts.parts[samples.name(row, 4)]
+    assert [shown_calls(count) for count in (1, 3, 25)] == [[0], [0, 1, 2], [*range(25)]]
+    assert all(len(shown_calls(count)) <= 25 and shown_calls(count)[-1] == count - 1 for count in range(1, 300))
+
+
+def test_the_calls_of_the_first_sample_are_those_that_ran() -> None:
+    model, guided = tiny_model(SETTINGS, channels=1, learn_sigma=False), Sampler.resolve(tiny_model().arch, steps=8, cfg_scale=2.0)
+    halves = CallSchedule(tuple(guided.noise_levels(model.arch)), (Call((SOFTMAX,) * 3), *[Call((SOFTMAX,) * 3, ())] * 7))
+    rule = SwitchRule(levels=(1, SOFTMAX), ratios=(2.0,), first=3, per="sample")  # a ratio that the first check finds
+    schedules = {"halves": halves, "rule": RuleSchedule(rule, MIXED)}
+    samples = Samples(rows=rows_of(model, [], schedules), labels=torch.arange(3))
+    draw(model, samples, guided)
+    _, apart, ruled = samples.rows
+    assert calls_of_sample_0(model, samples, apart, guided) == list(halves.of_calls)
+    unguided = Sampler.resolve(model.arch, steps=8)
+    assert calls_of_sample_0(model, samples, apart, unguided) == [Call((SOFTMAX,) * 3)] * 8
+    begin = int(next(samples.read(ruled, "switches"))[0, 0])
+    assert begin == rule.earliest
+    assert calls_of_sample_0(model, samples, ruled, guided) == [Call((1,) * 3)] * begin + [Call((SOFTMAX,) * 3)] * (8 - begin)
+
+
+def test_a_trajectorys_picture_frames_what_was_forecast_otherwise(tmp_path: Path) -> None:
+    whole, resting = Call((SOFTMAX,) * 3), Call(("linear",) * 3)
+    pictures = np.zeros((3, 8, 8, 1), np.uint8)
+    orange = {}
+    for name, calls in {"none": [whole] * 3, "one": [whole, resting, whole], "two": [whole, resting, resting]}.items():
+        write_trajectory(tmp_path / f"{name}.png", calls, [0, 1, 2], [("teacher", pictures), ("student", pictures)])
+        with Image.open(tmp_path / f"{name}.png") as image:
+            orange[name] = int((np.asarray(image.convert("RGB")) == [0xFD, 0x92, 0x43]).all(-1).sum())
+    assert orange["none"] == 0 < orange["one"]
+    assert orange["two"] == pytest.approx(2 * orange["one"], rel=0.05)
+
+
+def test_pictures_that_are_compared_stand_in_both_forms_of_a_report(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.png" for name in "abc"]
+    for file in files:
+        file.write_bytes(file.stem.encode())
+    first, *others = (Picture(file, f"<{file.stem}>") for file in files)
+    document = Document("t", "lead", [Sides(first, others, "<both>")])
+    page, text = html_page(document), markdown(document)
+    assert [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", page)] == [b"a", b"b", b"c"]
+    assert page.count("<div hidden>") == 1  # all but the first of the others
+    for raw in ("<a>", "<b>", "<c>", "<both>"):
+        assert raw not in page
+        assert raw in text
+    assert [line for line in text.splitlines() if line.startswith("!")] == [f"![<{name}>]({name}.png)" for name in "abc"]
+
+
+def test_classes_stand_under_pictures_once_for_neighbours(tmp_path: Path) -> None:
+    assert class_names([0, 9, 10], 10) == ["0", "9", "no class"]
+    assert class_names([207, 387, 1000], 1000) == ["207 golden retriever", "387 lesser panda", "no class"]
+    pixels = np.zeros((4, 64, 64, 3), np.uint8)
+    names = ["207 golden retriever"] * 3 + ["1"]
+    write_grid(tmp_path / "plain.png", pixels, 2)
+    write_grid(tmp_path / "named.png", pixels, 2, captions=names)
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "named.png") as named:
+        assert (plain.size, named.size) == ((134, 134), (134, 134 + 2 * 15))
+        rows = np.asarray(named.convert("L")).reshape(164, 134)
+    inked = [[bool((rows[top : top + 15, left : left + 64] < 200).any()) for left in (2, 68)] for top in (2 + 64, 2 + 81 + 64)]
+    assert inked == [[True, False], [True, True]]
 
 
 def test_a_document_escapes_what_it_is_given(tmp_path: Path) -> None:

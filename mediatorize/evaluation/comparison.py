@@ -29,8 +29,8 @@ from mediatorize.evaluation.features import Extractor, Pictures, Reference, as_b
 from mediatorize.evaluation.metrics import Features, distance_of_halves, statistics_of
 from mediatorize.evaluation.results import OWN_SCHEDULE, Comparison, RowKind, RowResult, Timing
 from mediatorize.evaluation.timing import paired_time, peak_bytes
-from mediatorize.model.levels import SOFTMAX, Level, in_order, is_pretrained
-from mediatorize.model.schedule import AnySchedule, RuleSchedule
+from mediatorize.model.levels import SOFTMAX, Level, in_order, is_pretrained, levels_per_layer
+from mediatorize.model.schedule import AnySchedule, Call, RuleSchedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
@@ -159,7 +159,7 @@ class Samples:
         return self.parts.has(self.name(row, first))
 
     def write(self, row: Row, first: int, samples: Tensor, **more: Tensor) -> None:
-        """Keeps a part: samples (b, c, h, w) and what else is known of each (b, ...), on the CPU, and the decoded pictures."""
+        """Keeps a part: samples (b, c, h, w) and what else is known of them, on the CPU, and the decoded pictures."""
         pictures = {} if self.decode is None else {"pixels": self.decode(samples)}
         named = {name: values.numpy() for name, values in more.items()}
         self.parts.write(self.name(row, first), {"samples": samples.numpy(), **named, **pictures})
@@ -173,6 +173,21 @@ class Samples:
         if self.decode is not None:
             return self.read(row, "pixels")
         return (as_bytes(torch.from_numpy(samples)) for samples in self.read(row, "samples"))
+
+    def states(self, row: Row) -> Pictures:
+        """Sample 0 of a row after each of `shown_calls`, as pictures."""
+        states = torch.from_numpy(self.parts.read(self.name(row, 0), "states"))
+        return as_bytes(states) if self.decode is None else self.decode(states)
+
+
+MOST_STATES = 25
+"""So many states of sample 0 are kept for pictures of its trajectory."""
+
+
+def shown_calls(calls: int) -> list[int]:
+    """The model calls, from 0, after which states are kept: all, or every k-th so that they are at most `MOST_STATES`; always the last."""
+    every = -(-calls // MOST_STATES)
+    return list(range((calls - 1) % every, calls, every))
 
 
 # --- the comparison ------------------------------------------------------------------------------------------------------------
@@ -234,13 +249,23 @@ def _flops(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sam
     return flops
 
 
+def calls_of_sample_0(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sampler) -> list[Call]:
+    """What the model calls of sample 0 ran, once it is drawn; the unconditional half is told apart only in guided calls."""
+    calls, rows = sampler.calls(model.arch, row.levels, model.settings), sampler.rows_of_calls(model.arch)
+    if isinstance(row.levels, RuleSchedule):
+        rule, begins = row.levels.rule, next(samples.read(row, "switches"))[0].tolist()
+        stages = rule.stages_of_calls(begins, len(calls), sampler.how.calls_per_step)
+        return [Call(tuple(levels_per_layer(rule.levels[stage], model.arch.depth, model.settings))) for stage in stages]
+    return [call if count == 2 else Call(call.levels) for call, count in zip(calls, rows, strict=True)]
+
+
 def draw(
     model: DiffusionTransformer, samples: Samples, sampler: Sampler, world: World | None = None, progress: Progress = no_progress
 ) -> int:
     """Draws this process's share of the parts that are not there yet.
 
     Beside its samples, a part holds a square for every sample and model call: of the teacher |x|^2, of a student |x - teacher's x|^2. By a
-    step-wise rule it also holds when every sample switched.
+    step-wise rule it also holds when every sample switched. The first part also holds states of sample 0 (`Samples.states`).
 
     Returns:
         How many samples per row that share has.
@@ -255,30 +280,48 @@ def draw(
             if not missing:
                 continue
             labels = samples.labels_at(first)
-            latents, trajectory, switches = _follow(model, labels, first, sampler, teacher, lambda x, call: x)
+            of_teacher = _follow(model, labels, first, sampler, teacher, lambda x, call: x)
             for row in missing:
                 if row is teacher:
-                    squares = [_squares(x) for x in trajectory]
+                    own, squares = of_teacher, [_squares(x) for x in of_teacher.kept]
                 else:
-                    latents, squares, switches = _follow(model, labels, first, sampler, row, partial(_squares_apart, trajectory))
-                known = {"squares": torch.stack(squares, 1).cpu()} | ({} if switches is None else {"switches": switches})
-                samples.write(row, first, latents, **known)
+                    own = _follow(model, labels, first, sampler, row, partial(_squares_apart, of_teacher.kept))
+                    squares = own.kept
+                samples.write(row, first, own.latents, squares=torch.stack(squares, 1).cpu(), **own.known)
                 bar.update(len(labels))
     return count
 
 
+@dataclass(frozen=True)
+class _Followed:
+    """A batch of samples, on the CPU, and what is known of their trajectories."""
+
+    latents: Tensor
+    kept: list[Tensor]
+    """Of every model call, on the model's device."""
+    known: dict[str, Tensor]
+    """By the name of a part's array: when a rule switched, and states of sample 0."""
+
+
 def _follow(
     model: DiffusionTransformer, labels: Tensor, first: int, sampler: Sampler, row: Row, keep: Callable[[Tensor, int], Tensor]
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """A batch of samples, what `keep` makes of the state at every model call, on the model's device, and when a rule switched."""
+) -> _Followed:
+    """A batch of samples, and what `keep` makes of their state at every model call."""
     kept: list[Tensor] = []
+    states: list[Tensor] = []  # of sample 0
 
     def observe(x: Tensor, t: Tensor, y: Tensor) -> None:
         kept.append(keep(x[: len(labels)], len(kept)))
+        if first == 0:
+            states.append(x[0].float().cpu())
 
     drive = driver_of(model, sampler, row.levels, len(labels))
     latents = sample_part(model, labels, sampler, row.levels, first, observe, drive)
-    return latents, kept, drive.switches if isinstance(drive, Switcher) else None
+    known = {"switches": drive.switches} if isinstance(drive, Switcher) else {}
+    if first == 0:
+        after = [*states[1:], latents[0]]  # a call sees the state that the call before left
+        known["states"] = torch.stack([after[call] for call in shown_calls(len(after))])
+    return _Followed(latents, kept, known)
 
 
 def _squares_apart(trajectory: list[Tensor], x: Tensor, call: int) -> Tensor:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mediatorize.compression.search import Candidate, Errors, Latency, Outcome, Outcomes
     from mediatorize.stages.calibrate import Calibration
 
+CANDIDATES_FILE = "candidates.png"
+"""In the calibration's folder: error against cost of all candidates."""
+
 LEAST_JUDGED = 3
 """The predictions are judged from this many measured candidates on."""
 
@@ -234,7 +237,7 @@ def write_pictures(result: Calibration) -> None:
     """Into the calibration's folder: a map of every schedule, the error table, and error against cost of all candidates."""
     import numpy as np
 
-    from mediatorize.compression.search import WHOLE
+    from mediatorize.compression.search import BASELINES, WHOLE
     from mediatorize.report.pictures import Point, write_candidates, write_error_table, write_schedule_map
 
     found, unit = result.found, COSTS[result.cost].name
@@ -251,6 +254,6 @@ def write_pictures(result: Calibration) -> None:
     write_error_table(result.folder / "sensitivity.png", found.table.noise_levels, levels, errors)
     kept = {outcome.chosen.name for outcome in found.outcomes}
     shown = [candidate for candidate in found.candidates if math.isfinite(candidate.error)]
-    points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept) for c in shown]
+    points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept, c.kind in BASELINES) for c in shown]
     error = "sample error" + (f", geometric mean of up to {result.verify} samples" if result.verify else ", predicted")
-    write_candidates(result.folder / "candidates.png", points, f"{unit} of the sampler, as a share of softmax's", error)
+    write_candidates(result.folder / CANDIDATES_FILE, points, f"{unit} of the sampler, as a share of softmax's", error)

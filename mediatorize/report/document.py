@@ -35,13 +35,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """One picture, and others of its size that are compared with it: laid over it one at a time, or on paper side by side."""
+
+    first: Picture
+    others: Sequence[Picture]
+    """At least one."""
+    caption: str
+
+
+@dataclass(frozen=True)
 class Code:
     text: str
     summary: str = ""
     """Folded away under this line where the form can."""
 
 
-Block = Heading | Text | Table | Picture | Code
+Block = Heading | Text | Table | Picture | Sides | Code
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ def markdown(document: Document) -> str:
                 parts.append("\n".join([lines[0], rule, *lines[1:]]))
             case Picture(path, caption):
                 parts.append(f"![{caption}]({path.name})")
+            case Sides(first, others, caption):
+                parts += [caption, *(f"{picture.caption}:\n\n![{picture.caption}]({picture.path.name})" for picture in (first, *others))]
             case Code(text, summary):
                 parts.append(f"{summary + chr(10) * 2 if summary else ''}```\n{text}\n```")
     return "\n\n".join(parts) + "\n"

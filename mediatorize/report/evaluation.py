@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mediatorize.compression.costs import COSTS
 from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation, RowResult
 from mediatorize.model.schedule import RuleSchedule
-from mediatorize.report.document import Block, Code, Document, Heading, Picture, Table, Text, markdown
+from mediatorize.report.calibration import CANDIDATES_FILE
+from mediatorize.report.document import Block, Code, Document, Heading, Picture, Sides, Table, Text, markdown
 from mediatorize.report.html import html_page
-from mediatorize.report.pictures import write_comparison, write_error_cost, write_schedule_map, write_trajectory_errors
+from mediatorize.report.pictures import (
+    write_comparison,
+    write_error_cost,
+    write_schedule_map,
+    write_trajectory,
+    write_trajectory_errors,
+)
 from mediatorize.report.sampling import began_in_words
 from mediatorize.report.tables import gmacs, text_table
 
 if TYPE_CHECKING:
+    from mediatorize.diffusion.sampling import Sampler
     from mediatorize.evaluation.comparison import Row, Samples
     from mediatorize.evaluation.features import Pictures
+    from mediatorize.model.schedule import Call
+    from mediatorize.model.transformer import DiffusionTransformer
 
 RESULT_FILE = "evaluation.json"
+
+SHEET = "pictures-"
+"""How files of one row's pictures begin; the teacher's is the first."""
 
 Column = tuple[str, Callable[[RowResult], str | None]]
 
@@ -163,32 +179,77 @@ def _brief(row: RowResult) -> str:
 # --- pictures ------------------------------------------------------------------------------------------------------------------
 
 
-def write_pictures(out: Path, samples: Samples, results: Sequence[RowResult], noise_levels: Sequence[float]) -> dict[str, str]:
+def write_pictures(
+    out: Path,
+    samples: Samples,
+    results: Sequence[RowResult],
+    model: DiffusionTransformer,
+    sampler: Sampler,
+    calibration: Path | None = None,
+) -> dict[str, str]:
     """Writes the pictures of the report: file name -> caption.
 
     Args:
         results: of the samples' rows.
-        noise_levels: of every model call.
+        calibration: the folder of the bundle's calibration.
     """
+    from mediatorize.evaluation.comparison import calls_of_sample_0, shown_calls
+    from mediatorize.formats.images import class_names, write_grid
+    from mediatorize.formats.tensors import write_beside
+
     written = {}
     shown = _shown_pictures(samples)
+    noise_levels = sampler.noise_levels(model.arch)
+    titles = [f"teacher ({results[0].title})", *(row.title for row in results[1:])]
     if shown is not None:
-        teacher, *students = results
-        names = [f"teacher ({teacher.title})", *(row.title for row in students)]
-        write_comparison(out / "comparison.png", list(zip(names, shown, captions(results), strict=True)))
+        classes = class_names(samples.labels[: len(shown[0])].tolist(), model.arch.classes)
+        write_comparison(out / "comparison.png", list(zip(titles, shown, captions(results), strict=True)), classes)
         written["comparison.png"] = "Samples; each column has the same noise and class"
+        for row, name, pictures in zip(samples.rows, titles, shown, strict=True):
+            file = f"{SHEET}{row.file_name}.png"
+            side = pictures.shape[1]
+            write_grid(out / file, pictures, 10 if side <= SMALL else 4, max(1, 64 // side), classes)
+            written[file] = name
     if len(results) > 1:
         write_error_cost(out / "error-cost.png", results)
         written["error-cost.png"] = "Error against cost of each level and schedule"
         write_trajectory_errors(out / "trajectory.png", results, noise_levels)
         written["trajectory.png"] = "Distance of each level and schedule from the teacher, along the trajectory"
-    schedules = [(row.name, row.levels) for row in samples.rows if not isinstance(row.levels, int | str)]
-    for index, (name, schedule) in enumerate(schedules):
+    scheduled = [row for row in samples.rows if row.kind == "schedule"]
+    for index, row in enumerate(scheduled):
         file = f"schedule-{index}.png" if index else "schedule.png"
-        write_schedule_map(out / file, schedule, name)
-        sample = ", in the median of the samples that the rule was calibrated on" if isinstance(schedule, RuleSchedule) else ""
-        written[file] = f"{name}: the level of every layer at every noise level{sample}"
+        if shown is None:
+            assert not isinstance(row.levels, int | str), "the row is a schedule"
+            write_schedule_map(out / file, row.levels, row.name)
+            sample = ", in the median of the samples that the rule was calibrated on" if isinstance(row.levels, RuleSchedule) else ""
+            written[file] = f"{row.name}: the level of every layer{sample}"
+            continue
+        calls = calls_of_sample_0(model, samples, row, sampler)
+        after = shown_calls(len(calls))
+        states = [(name, samples.states(one)) for name, one in (("teacher", samples.rows[0]), ("student", row))]
+        write_trajectory(out / file, calls, after, states, f"{row.name}: {_counted(calls)}")
+        which = "each call" if len(after) == len(calls) else f"every {after[1] - after[0]} calls"
+        written[file] = (
+            f"{row.name}: the first sample after {which}, framed in black where the call was computed and in orange where it was forecast; "
+            "below, what every layer runs in every call"
+        )
+    candidates = None if calibration is None else calibration / CANDIDATES_FILE
+    if candidates is not None and candidates.exists():
+        write_beside(out / CANDIDATES_FILE, lambda beside: shutil.copyfile(candidates, beside))
+        written[CANDIDATES_FILE] = "The calibration's candidates: baselines are joined by dashes, what was kept is ringed"
     return written
+
+
+def _counted(calls: Sequence[Call]) -> str:
+    """How many calls are computed and forecast."""
+    computed = sum(call.computed for call in calls)
+    silent = sum(not call.levels for call in calls)
+    parts = [f"{computed} of {len(calls)} calls computed", f"{len(calls) - computed - silent} forecast"]
+    return ", ".join([*parts, f"{silent} without the model"] if silent else parts)
+
+
+SMALL = 64
+"""Pictures of at most so many pixels a side are small: more of them are shown."""
 
 
 def _shown_pictures(samples: Samples) -> list[Pictures] | None:
@@ -200,7 +261,7 @@ def _shown_pictures(samples: Samples) -> list[Pictures] | None:
 def first_pictures(samples: Samples, row: Row) -> Pictures | None:
     """The first samples of a row, where they are pictures: twenty small ones or eight large."""
     _, height, _, channels = next(samples.pictures(row)).shape
-    return _first(samples.pictures(row), 20 if height <= 64 else 8) if channels in (1, 3) else None
+    return _first(samples.pictures(row), 20 if height <= SMALL else 8) if channels in (1, 3) else None
 
 
 def _first(parts: Iterator[Pictures], count: int) -> Pictures:
@@ -239,12 +300,15 @@ def write_report(found: Evaluation) -> None:
 def document(found: Evaluation) -> Document:
     """The whole report."""
     how = f"{title(found)}, seed {found.sampler.seed}, {found.dtype} on {found.hardware['device']}."
-    blocks: list[Block] = [Text(how), *_pictures(found, "comparison.png")]
+    blocks: list[Block] = [Text(how), *_sides(found), *_pictures(found, "comparison.png")]
     blocks += [Heading("Cost"), table(found, COST), Text(_about_time(found)), Heading("Distance from the teacher, and quality")]
     blocks += [table(found, QUALITY), Text(_about_quality(found)), *_pictures(found, "error-cost.png", "trajectory.png")]
     maps = [file for file in found.pictures if file.startswith("schedule")]
     if maps:
-        blocks += [Heading("Schedule"), *_pictures(found, *maps), *map(Text, rules(found))]
+        blocks += [Heading("Schedules" if len(maps) > 1 else "Schedule"), Text(ABOUT_CALLS)]
+        blocks += [*_pictures(found, *maps), *map(Text, rules(found))]
+    if calibration := [*_calibrated(found.log), *_pictures(found, CANDIDATES_FILE)]:
+        blocks += [Heading("Calibration, and what one would have without it"), *calibration]
     if notes(found):
         blocks += [Heading("Notes"), *(Text(note) for note in notes(found))]
     blocks += [Heading("Repeat it"), Code(found.command)]
@@ -263,11 +327,52 @@ def document(found: Evaluation) -> Document:
     return Document(f"{found.name}, teacher and student", lead(found), blocks)
 
 
+ABOUT_CALLS = (
+    "A computed call runs every layer, as the pretrained model does or at a cheaper level. A forecast call takes what layers would give "
+    "from earlier computed calls: linear continues the last two, hold repeats the last one. In linear+4, 4 mediators run "
+    "in the forecast call too, and the forecast is of what they leave out; in linear+1/8, an eighth of the MLP does."
+)
+
+
+def _calibrated(log: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What was kept for every budget since the weights changed last, and the best of each kind of baseline within it.
+
+    Args:
+        log: of the bundle.
+    """
+    blocks: list[Block] = []
+    seen: set[str] = set()  # a file that was calibrated again holds the later schedule
+    for entry in takewhile(lambda entry: entry.get("command") == "calibrate", reversed(log)):
+        how, cost, rows = entry["arguments"]["sampler"], COSTS[entry["arguments"]["cost"]].name, []
+        for schedule in (schedule for schedule in entry["result"]["schedules"] if schedule["file"] not in seen):
+            seen.add(schedule["file"])
+            for place, each in enumerate(schedule["reported"]):
+                name, what = (each["kind"], "baseline") if place else (schedule["file"], each["kind"])
+                spent = each["relative_cost"] if each["share"] is None else each["share"]
+                errors = f"{each['median']:.4f}", f"{each['mean']:.4f}", f"{each['flipped']:.0%}"
+                rows.append((name, f"{schedule['budget']:.2%}", f"{spent:.2%}", *errors, what))
+        if rows:
+            count = max(each["samples"] for schedule in entry["result"]["schedules"] for each in schedule["reported"])
+            header = ("schedule or baseline", "budget", f"{cost} / softmax", "median error", "mean error", "flipped", "what it is")
+            about = (
+                f"Calibrated for {how['solver']}, {how['steps']} steps, guidance {how['cfg_scale']:g}. Under each schedule stands the best "
+                f"baseline of each kind within its budget. An error is |sample - teacher's| / |teacher's| of one of {count} samples from "
+                "noise that nothing was chosen by. A sample has flipped where its error is above 0.5."
+            )
+            blocks += [Text(about), Table(header, rows)]
+    return blocks
+
+
+def _sides(found: Evaluation) -> list[Block]:
+    """The teacher's pictures, and over them those of a student, where there are both."""
+    sheets = [Picture(found.out / file, caption) for file, caption in found.pictures.items() if file.startswith(SHEET)]
+    caption = "The same noise and class at each place. Move the line to see the teacher to its left and the student to its right."
+    return [Sides(sheets[0], sheets[1:], caption)] if len(sheets) > 1 else []
+
+
 def _pictures(found: Evaluation, *files: str) -> list[Block]:
     return [
-        Picture(found.out / file, found.pictures[file], wide=file in ("comparison.png", "error-cost.png"))
-        for file in files
-        if file in found.pictures
+        Picture(found.out / file, found.pictures[file], wide=not file.startswith("trajectory")) for file in files if file in found.pictures
     ]
 
 

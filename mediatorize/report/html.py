@@ -1,4 +1,4 @@
-"""A document as one HTML file that needs nothing beside it: style inline, pictures within, no network; readable on a phone."""
+"""A document as one HTML file that needs nothing beside it: style and script inline, pictures within, no network; readable on a phone."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ table.words th:first-child, table.words td:first-child { position: static; }
 figure { margin: 0 0 1.5rem; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
+.sides { width: fit-content; max-width: 100%; }
+.over { position: relative; --at: 50%; }
+.over > div + div { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--at)); }
+.over::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; margin-left: -1px; background: #c8553d; }
+.over span { display: none; }
+.sides input[type=range] { display: block; width: 100%; margin: .5rem 0 .1rem; accent-color: #c8553d; }
+.sides .controls, .sides figcaption { width: 0; min-width: 100%; font-size: .92rem; }
+.sides .ends { display: flex; justify-content: space-between; color: var(--soft); font-size: .85rem; }
+.sides label { display: inline-block; margin-right: 1rem; padding: .25rem 0; }
 pre { margin: 0 0 1.25rem; padding: .8rem 1rem; background: var(--tint); border-radius: .5rem;
   font: .84rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: 0 0 .6rem; }
@@ -43,7 +52,19 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem; margin-bottom:
   p.lead { font-size: 1.02rem; padding: .9rem 1rem; }
   .wide img { max-width: none; width: 44rem; }
 }
-@media print { details > * { display: block; } }
+@media print {
+  details > * { display: block; }
+  .over { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; width: 100%; }
+  .over > div, .over > div[hidden] { display: block; }
+  .over > div + div { position: static; clip-path: none; }
+  .over span { display: block; }
+  .scroll { overflow: visible; }
+  figure, tr { break-inside: avoid; }
+  table { font-size: .72rem; }
+  th { font-size: .68rem; white-space: normal; }
+  th, td { padding-right: .6rem; }
+  .over::after, .controls { display: none; }
+}
 </style>
 </head>
 <body>
@@ -68,6 +89,28 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem; margin-bottom:
 {% elif kind == "Picture" %}
 <figure>
 <div class="scroll{% if block.wide %} wide{% endif %}"><img alt="{{ block.caption }}" src="{{ block.path | data_url }}"></div>
+<figcaption>{{ block.caption }}</figcaption>
+</figure>
+{% elif kind == "Sides" %}
+<figure class="sides">
+<div class="over">
+<div><img alt="{{ block.first.caption }}" src="{{ block.first.path | data_url }}"><span>{{ block.first.caption }}</span></div>
+{% for other in block.others %}
+<div{% if not loop.first %} hidden{% endif %}>
+<img alt="{{ other.caption }}" src="{{ other.path | data_url }}"><span>{{ other.caption }}</span></div>
+{% endfor %}
+</div>
+<div class="controls">
+<input type="range" min="0" max="100" value="50" aria-label="How much of each is seen"
+ oninput="this.closest('figure').firstElementChild.style.setProperty('--at', this.value + '%')">
+<div class="ends"><span>{{ block.first.caption }}</span><output>{{ block.others[0].caption }}</output></div>
+{% for other in block.others %}
+<label><input type="radio" name="{{ block.first.path.name }}" value="{{ loop.index }}"{% if loop.first %} checked{% endif %}
+ onchange="const figure = this.closest('figure'); figure.querySelector('output').textContent = this.parentElement.textContent;
+ [...figure.firstElementChild.children].forEach((one, at) => one.hidden = at && at != this.value)">
+{{ other.caption }}</label>
+{% endfor %}
+</div>
 <figcaption>{{ block.caption }}</figcaption>
 </figure>
 {% elif block.summary %}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.evaluation.results import RowResult
-from mediatorize.model.levels import Level, forecasts, in_order, is_pretrained, read_level
+from mediatorize.model.levels import Level, forecasts, in_order, is_pretrained, parts_of, read_level
 from mediatorize.model.levels import title as title_of
-from mediatorize.model.schedule import AnySchedule, CallSchedule, RuleSchedule, Schedule
+from mediatorize.model.schedule import AnySchedule, Call, RuleSchedule, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
     from mediatorize.formats.images import Pixels
 
-INK, SOFT, STUDENT, SCHEDULED = "#1c2228", "#5b6670", "#2f6f9f", "#c8553d"
+INK, SOFT, STUDENT, SCHEDULED, FORECAST = "#1c2228", "#5b6670", "#2f6f9f", "#c8553d", "#fd9243"
 
 Colour = str | tuple[float, float, float, float]
 
 
-def write_comparison(path: Path, rows: Sequence[tuple[str, Pixels, str]]) -> None:
+def write_comparison(path: Path, rows: Sequence[tuple[str, Pixels, str]], classes: Sequence[str] = ()) -> None:
     """A PNG with one labelled row of pictures per sampler, the same noise in each column.
 
     Args:
         rows: name, pictures (n, height, width, channels) in bytes, and a line of figures that stands under the name; every row has the
             same n.
+        classes: what stands over each column.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,9 +48,18 @@ def write_comparison(path: Path, rows: Sequence[tuple[str, Pixels, str]]) -> Non
         line[0].text(0, 0.62, name, fontsize=11, fontweight="bold", va="center", transform=line[0].transAxes)
         line[0].text(0, 0.22, caption, fontsize=7.5, color="0.3", va="center", transform=line[0].transAxes)
         for axis, picture in zip(line[1:], pixels, strict=True):
-            axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    figure.subplots_adjust(left=0.01, right=0.995, top=0.99, bottom=0.01)
+            _show(axis, picture)
+    for axis, name in zip(axes[0, 1:], classes, strict=False):  # there may be fewer pictures
+        axis.set_title(name, fontsize=7.5, color="0.3", pad=3)
+    top = 0.99 - 0.2 / figure.get_figheight() * bool(classes)
+    figure.subplots_adjust(left=0.01, right=0.995, top=top, bottom=0.01)
     _write(path, figure)
+
+
+def _show(axis: Axes, picture: Pixels, extent: tuple[float, float, float, float] | None = None) -> None:
+    """A picture (height, width, channels) in bytes, of which every pixel is a sharp square."""
+    shown = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+    axis.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -61,10 +71,10 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _write(path: Path, figure: Figure) -> None:
+def _write(path: Path, figure: Figure, **how: Any) -> None:
     from mediatorize.formats.tensors import write_beside
 
-    write_beside(path, lambda beside: figure.savefig(beside, format="png"))
+    write_beside(path, lambda beside: figure.savefig(beside, format="png", **how))
 
 
 def _calm(axis: Axes) -> None:
@@ -88,6 +98,7 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
         measures.append(("Frechet distance", [float(distance or 0) for distance in distances]))
     figure = _figure(4.2 * len(measures), 3.4)
     for axis, (name, values) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        ceiling = 1.15 * max(*values, 1e-6)
         for row, value in zip(results, values, strict=True):
             level, teacher = row.kind == "level", row is results[0]
             colour = INK if teacher else STUDENT if level else SCHEDULED
@@ -95,15 +106,15 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
                 axis.plot([100 * row.relative_flops, 100 * row.relative_time], [value] * 2, color=colour, linewidth=0.8, alpha=0.35)
                 axis.plot(100 * row.relative_time, value, "o", color="white", markeredgecolor=colour, markersize=5.5)
             axis.plot(100 * row.relative_flops, value, "o" if level else "D", color=colour, markersize=6, clip_on=False)
-            # levels are named above their marks, schedules at the lower left: often one lies just below a level
-            offset, side, edge = ((0, 5), "center", "bottom") if level else ((-4, -3), "right", "top")
+            # levels are named above their marks, schedules at the lower left, if there is room: often one lies just below a level
+            offset, side, edge = ((0, 5), "center", "bottom") if level or value < 0.1 * ceiling else ((-4, -3), "right", "top")
             place = (100 * row.relative_flops, value)
             axis.annotate(row.title, place, offset, textcoords="offset points", fontsize=8, color=colour, ha=side, va=edge)
         timed = any(row.relative_time is not None for row in results[1:])
         axis.set_xlabel(f"% of softmax's FLOPs{' (filled) and time (open)' if timed else ''}", fontsize=8.5, color=SOFT)
         axis.set_title(name, fontsize=10, loc="left", color=INK)
         axis.margins(x=0.12)
-        axis.set_ylim(0, 1.15 * max(*values, 1e-6))
+        axis.set_ylim(0, ceiling)
         _calm(axis)
     _write(path, figure)
 
@@ -148,6 +159,8 @@ def _shade(index: int, count: int, colours: str = "Blues") -> Colour:
 
 
 NO_CALL = "no model call"
+MOST_OUTLINED = 120
+"""Cells of a map with more columns have no lines between them."""
 
 
 def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> None:
@@ -155,51 +168,118 @@ def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> No
 
     Where the halves of guided calls differ, a second panel shows the unconditional half. Of a step-wise rule it shows the median sample.
     """
+    if isinstance(schedule, RuleSchedule):
+        schedule = schedule.usual
+    panels = [("layer", list(schedule.levels))] if isinstance(schedule, Schedule) else _panels(schedule.of_calls)
+    figure = _figure(6.4, 1.4 + _map_height(schedule.depth, panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0].tolist()
+    _draw_map(axes, panels, schedule.edges if isinstance(schedule, Schedule) else None)
+    axes[0].set_title(title, fontsize=10, loc="left", color=INK)
+    _write(path, figure)
+
+
+def write_trajectory(path: Path, calls: Sequence[Call], shown: Sequence[int], rows: Sequence[tuple[str, Pixels]], title: str = "") -> None:
+    """A PNG: one trajectory's pictures after model calls, over the level of every layer (up) at every call (noise to the left).
+
+    Pictures of the last row are framed by what the call was: ink where it was computed, orange where it was forecast.
+
+    Args:
+        calls: of the whole trajectory, in order.
+        shown: the calls, from 0, after which there are pictures, at even distances.
+        rows: a name, and a picture (height, width, channels) in bytes after each of these calls.
+    """
+    from matplotlib.patches import Rectangle
+
+    panels = _panels(calls)
+    every = shown[1] - shown[0] if len(shown) > 1 else len(calls)
+    first, last = shown[0] + 1.5 - every, len(calls) + 0.5  # call k is between k + 0.5 and k + 1.5
+    tile = min(max(11 / len(shown), 0.4), 1.0)  # inches
+    width, map_height = tile * (last - first) / every, _map_height(len(calls[0].levels), panels) / len(panels)
+    heights = [tile] * len(rows) + [map_height] * len(panels)
+    below, gap = 0.5, 0.07
+    size = width + 1.0, below + sum(heights) + gap * len(heights) + 0.3
+    figure, axes, at = _figure(*size), [], size[1] - 0.3
+    figure.set_layout_engine("none")
+    for height in heights:
+        at -= height
+        axes.append(figure.add_axes((0.9 / size[0], at / size[1], width / size[0], height / size[1])))
+        at -= gap
+    for axis, (name, pictures) in zip(axes, rows, strict=False):
+        for call, picture in zip(shown, pictures, strict=True):
+            left, right = call + 1.5 - every, call + 1.5
+            if name == rows[-1][0]:
+                colour = INK if calls[call].computed else FORECAST
+                axis.add_patch(Rectangle((left + 0.02 * every, 0.02), 0.96 * every, 0.96, facecolor=colour, zorder=-1))
+            _show(axis, picture, (left + 0.1 * every, right - 0.1 * every, 0.1, 0.9))
+        axis.set(xlim=(first, last), ylim=(0, 1), aspect="auto", xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(name, fontsize=8.5, color=SOFT, rotation=0, ha="right", va="center")
+    _draw_map(axes[len(rows) :], panels)
+    for axis in axes[len(rows) :]:
+        axis.set_xlim(first, last)
+        axis.tick_params(labelbottom=axis is axes[-1])
+    axes[0].set_title(title, fontsize=10, loc="left", color=INK)
+    _write(path, figure, bbox_inches="tight")
+
+
+Panel = tuple[str, list[tuple[Level, ...]]]
+"""A part of a map: what stands beside it, and the levels of the layers in every column; none where the model is not called."""
+
+
+def _panels(calls: Sequence[Call]) -> list[Panel]:
+    """One of all calls, or two where the halves of guided calls differ."""
+    if all(call.unconditional is None for call in calls):
+        return [("layer", [call.levels for call in calls])]
+    conditional, unconditional = zip(*(call.streams for call in calls), strict=True)
+    return [("layer, conditional", list(conditional)), ("unconditional", list(unconditional))]
+
+
+def _map_height(depth: int, panels: Sequence[Panel]) -> float:
+    """Inches."""
+    return 0.16 * max(depth, 6) * len(panels)
+
+
+def _draw_map(axes: Sequence[Axes], panels: Sequence[Panel], edges: Sequence[float] | None = None) -> None:
+    """Draws each panel into its axis, and the legend beside the first.
+
+    Args:
+        edges: noise levels between the columns; None: columns are model calls.
+    """
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
-    if isinstance(schedule, RuleSchedule):
-        schedule = schedule.usual
-    depth = schedule.depth
-    panels: list[tuple[str, list[tuple[Level, ...]]]] = [("layer", list(schedule.levels) if isinstance(schedule, Schedule) else [])]
-    if isinstance(schedule, CallSchedule):
-        panels = [("layer", [call.levels for call in schedule.of_calls])]
-        if schedule.guided:
-            other = [call.levels if call.unconditional is None else call.unconditional for call in schedule.of_calls]
-            panels = [("layer, conditional", panels[0][1]), ("unconditional", other)]
     every = [levels for _, columns in panels for levels in columns]
-    used = {level for levels in every for level in levels}
+    used, depth = {level for levels in every for level in levels}, max(map(len, every))
     colours: dict[Level, Colour] = level_colours([level for level in used if not forecasts(level)])
     resting = in_order(level for level in used if forecasts(level))
     colours |= {level: _shade(index, len(resting) + 1, "Oranges") for index, level in enumerate(resting)}
     if not all(every):
         colours[NO_CALL] = "#f4f1ec"
     order = list(colours)
-    figure = _figure(6.4, 1.4 + 0.16 * max(depth, 6) * len(panels))
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     mesh: dict[str, Any] = {
         "cmap": ListedColormap(list(colours.values())),
         "vmin": -0.5,
         "vmax": len(order) - 0.5,
         "edgecolors": "white",
-        "linewidth": 0.4,
+        "linewidth": 0.4 if len(every) <= MOST_OUTLINED else 0,
     }
     for axis, (name, columns) in zip(axes, panels, strict=True):
         cells = np.array([[order.index(level) for level in (levels or [NO_CALL] * depth)] for levels in columns]).T  # (layers, columns)
-        places = [0.0, *schedule.edges, 1.0] if isinstance(schedule, Schedule) else np.arange(len(columns) + 1) + 0.5
+        places = np.arange(len(columns) + 1) + 0.5 if edges is None else [0.0, *edges, 1.0]
         axis.pcolormesh(places, np.arange(depth + 1) - 0.5, cells, **mesh)
         axis.set_ylabel(name, fontsize=8.5, color=SOFT)
         axis.set_yticks(range(0, depth, max(1, depth // 7)))
         axis.tick_params(colors=SOFT, labelsize=8)
         axis.spines[:].set_visible(False)
-    if isinstance(schedule, Schedule):
+        if edges is None:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if edges is not None:
         axes[0].invert_xaxis()
-        axes[0].set_xlabel("noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
-    else:
-        axes[-1].set_xlabel("model call (noise to the left)", fontsize=8.5, color=SOFT)
-    axes[0].set_title(title, fontsize=10, loc="left", color=INK)
-    patches = [Patch(color=colour, label=level if level == NO_CALL else title_of(level)) for level, colour in colours.items()]
+    axes[-1].set_xlabel("model call (noise to the left)" if edges is None else "noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
+    names = [level if level == NO_CALL else _in_legend(level) for level in order]
+    patches = [Patch(color=colour, label=name) for name, colour in zip(names, colours.values(), strict=True)]
     axes[0].legend(
         handles=patches,
         loc="center left",
@@ -210,7 +290,14 @@ def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> No
         title="level",
         title_fontsize=8,
     )
-    _write(path, figure)
+
+
+def _in_legend(level: Level) -> str:
+    if not forecasts(level):
+        return title_of(level)
+    parts = parts_of(level)
+    both_alike = parts.attention == parts.mlp
+    return f"forecast, {level}" if both_alike else f"forecast: attention {parts.attention}, MLP {parts.mlp}"
 
 
 def write_redundancy(
@@ -298,11 +385,13 @@ class Point:
     cost: float
     error: float
     kept: bool
+    baseline: bool
+    """Whether one could have it without a search."""
 
 
 def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error_label: str) -> None:
-    """A PNG of error against cost, kinds of candidates in their own colours, what was kept ringed."""
-    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+    """A PNG of error against cost, kinds of candidates in their own colours, baselines joined by dashes, what was kept ringed."""
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
     figure = _figure(8.0, 5.0)
     axis = figure.subplots()
@@ -310,7 +399,10 @@ def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error
     for place, kind in enumerate(kinds):
         those = sorted((point for point in points if point.kind == kind and point.error > 0), key=lambda point: point.cost)
         marker, colour = "osD^vPX*"[place % 8], f"C{place % 10}"
-        axis.plot([p.cost for p in those], [p.error for p in those], marker, color=colour, label=kind, markersize=7, alpha=0.85)
+        baseline = any(point.baseline for point in those)
+        line, label = ("--", f"{kind} (baseline)") if baseline else ("", kind)
+        place_of = [p.cost for p in those], [p.error for p in those]
+        axis.plot(*place_of, marker + line, color=colour, label=label, markersize=7, alpha=1 if baseline else 0.6, linewidth=1.2)
         for point in those:
             if point.label:
                 axis.annotate(point.label, (point.cost, point.error), xytext=(7, 5), textcoords="offset points", fontsize=9)
@@ -318,8 +410,9 @@ def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error
     axis.plot([p.cost for p in kept], [p.error for p in kept], "-", color="0.4", linewidth=1, zorder=0)
     axis.plot([p.cost for p in kept], [p.error for p in kept], "o", color="black", fillstyle="none", markersize=14, label="kept")
     axis.set_yscale("log")
-    axis.yaxis.set_minor_formatter(ScalarFormatter())
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.1, y=0.08)
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(which="both", color="0.9", linewidth=0.6)

@@ -79,6 +79,8 @@ def facts(found: SideBySide | Contribution) -> dict[str, Any]:
 
 def write_pictures(out: Path, contestants: Sequence[Contestant], results: Sequence[SideResult]) -> dict[str, str]:
     """Writes the first samples of every model, where they are pictures: file name -> caption."""
+    from mediatorize.formats.images import class_names
+
     shown = [first_pictures(one.samples, one.samples.rows[0]) for one in contestants]
     rows = [
         (row.name, pictures, f"{row.relative_flops:.0%} of FLOPs, distance {row.frechet_distance:.2f}")
@@ -87,7 +89,9 @@ def write_pictures(out: Path, contestants: Sequence[Contestant], results: Sequen
     ]
     if not rows:
         return {}
-    write_comparison(out / PICTURE_FILE, rows)
+    (_, pictures, _), first = rows[0], contestants[0]
+    classes = class_names(first.samples.labels[: len(pictures)].tolist(), first.models[0].arch.classes)
+    write_comparison(out / PICTURE_FILE, rows, classes)
     return {PICTURE_FILE: "Samples; each column has the same noise and class"}
 
 

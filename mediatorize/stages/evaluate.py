@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,10 @@ from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluatio
 from mediatorize.model.levels import Level, read_level
 from mediatorize.signatures import as_command, listed
 from mediatorize.stages import options
+from mediatorize.stages.calibrate import FOLDER
 from mediatorize.stages.options import DATA, OUTPUT, RESOURCES, WHAT, option
 from mediatorize.stages.running import hardware, progress_bar, versions
 from mediatorize.version import VERSION
-
-if TYPE_CHECKING:
-    pass
 
 SAMPLES_FOLDER = "samples"
 """A folder in the report's folder: the samples, in parts."""
@@ -130,7 +128,6 @@ def evaluate(
         if not world.is_first:
             return Contribution(rank=world.rank, processes=world.size, drawn=found.drawn)
 
-    noise_levels = sampler.noise_levels(arch)
     arrays = {f"{'teacher' if row is rows[0] else row.file_name}.npz": row for row in rows} if npz else {}
     for file, row in arrays.items():
         write_adm_array(out / file, samples, kept.pictures(row))
@@ -150,9 +147,9 @@ def evaluate(
         versions=versions(),
         source=config.source.to_json() if config else None,
         log=tuple(bundle.read_log(Path(model))) if config else (),
-        pictures=write_pictures(out, kept, found.results, noise_levels),
+        pictures=write_pictures(out, kept, found.results, loaded, sampler, Path(model) / FOLDER if config else None),
         arrays=tuple(arrays),
-        noise_levels=tuple(noise_levels),
+        noise_levels=tuple(sampler.noise_levels(arch)),
     )
     write_report(result)
     return result
