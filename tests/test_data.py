@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from mediatorize import Architecture, UserError
 from mediatorize.compression.trajectories import data_states
 from mediatorize.diffusion.process import process_of
 from mediatorize.formats import bundle
-from mediatorize.formats.data import LAYOUTS, open_data
+from mediatorize.formats.data import LAYOUTS, open_data, open_idx, read_idx
 from mediatorize.formats.images import VAE_SCALE, to_pixels
 from mediatorize.report.conversion import facts, words
 from mediatorize.stages.convert import convert
@@ -91,11 +92,25 @@ def write_images(path: Path, side: int = 8) -> Path:
     return path
 
 
+def idx(values: np.ndarray[Any, Any]) -> bytes:
+    """Bytes in MNIST's IDX format."""
+    return bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+
+
+def write_idx(path: Path, part: str = "train", packed: bool = True) -> Path:
+    path.mkdir(exist_ok=True)
+    for kind, values in (("images-idx3", to_pixels(latents(1).tanh())[..., 0]), ("labels-idx1", np.array(LABELS))):
+        file = path / f"{part}-{kind}-ubyte{'.gz' * packed}"
+        file.write_bytes(gzip.compress(idx(values)) if packed else idx(values))
+    return path
+
+
 WRITERS: dict[str, tuple[Callable[[Path], Path], Architecture]] = {
     "fast-DiT": (write_fast_dit, TINY),
     "REPA": (write_repa, TINY),
     "LightningDiT": (write_lightning_dit, TINY),
     "npz": (write_npz, PIXELS),
+    "IDX": (write_idx, GREY),
     "images": (write_images, PIXELS),
 }
 
@@ -175,6 +190,16 @@ def test_pixels_of_an_npz_come_back_bit_for_bit(channels: int, tmp_path: Path) -
     assert np.array_equal(open_data(other, arch).read(range(5), seed=0)[0].permute(0, 2, 3, 1).numpy(), floats)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_pixels_of_idx_files_come_back_bit_for_bit(packed: bool, tmp_path: Path) -> None:
+    path = write_idx(write_idx(tmp_path / "data", "t10k"), packed=packed)
+    x, y = open_data(path, GREY).read(range(5), seed=0)
+    assert np.array_equal(to_pixels(x), to_pixels(latents(1).tanh()))
+    assert y.tolist() == LABELS
+    (path / f"train-labels-idx1-ubyte{'.gz' * packed}").unlink()
+    assert open_idx(path, (1, 8, 8), 10, "t10k").labels.tolist() == LABELS  # the parts do not need each other
+
+
 def test_images_of_the_models_size_come_back_bit_for_bit_and_folders_are_classes(tmp_path: Path) -> None:
     data = open_data(write_images(tmp_path / "data"), PIXELS)
     x, y = data.read(range(5), seed=0)
@@ -239,6 +264,9 @@ def change_one_item(layout: str, path: Path) -> None:
         np.savez(path, arr_0=255 - np.load(path)["arr_0"], labels=np.array(LABELS))
     elif layout == "images":
         Image.new("RGB", (8, 8), "red").save(path / "n03" / "0.png")
+    elif layout == "IDX":
+        file = path / "train-images-idx3-ubyte.gz"
+        file.write_bytes(gzip.compress(idx(255 - read_idx(file, 3))))
     elif layout == "LightningDiT":
         changed = {"latents": latents()[:2] + 1, "latents_flip": latents()[:2], "labels": torch.tensor(LABELS[:2])}
         save_file(changed, path / "latents_rank00_shard000.safetensors")
@@ -441,6 +469,30 @@ def test_what_is_wrong_with_an_npz_is_said(tmp_path: Path) -> None:
     for content in (whole[:-30], b"", b"text", whole[:60] + b"\0" * 60 + whole[120:]):
         (tmp_path / "data.npz").write_bytes(content)
         refused(tmp_path / "data.npz", PIXELS, "data.npz: (not a whole .npz|cannot be read as an .npz)")
+
+
+def test_what_is_wrong_with_idx_files_is_said(tmp_path: Path) -> None:
+    path = write_idx(tmp_path / "data")
+    refused(path, TINY, "holds pictures, and .* works on latents of 4 channels. Pass --vae PATH")
+    refused(path, PIXELS, r"item 0: shape \[1, 8, 8\] where .* needs \[3, 8, 8\]")
+    refused(path, dataclasses.replace(GREY, classes=9), "item 2: label 9 is not one of 0 to 8")
+    pictures, labels = (path / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    whole = {file: file.read_bytes() for file in (pictures, labels)}
+    content = gzip.decompress(whole[pictures])
+    for file, changed, message in (
+        (pictures, whole[pictures][:-20], "cannot be read"),
+        (pictures, b"text", "cannot be read"),
+        (pictures, b"", "is no IDX file of bytes with 3 axes"),
+        (pictures, whole[labels], "is no IDX file of bytes with 3 axes"),
+        (pictures, gzip.compress(b"\0\0\x0d" + content[3:]), "is no IDX file of bytes with 3 axes"),
+        (pictures, gzip.compress(content[:-1]), r"holds 319 bytes, where \[5, 8, 8\] needs 320"),
+        (labels, gzip.compress(idx(np.array(LABELS[:4]))), "4 labels for 5 images"),
+    ):
+        file.write_bytes(changed)
+        refused(path, GREY, f"{file}: {message}")
+        file.write_bytes(whole[file])
+    labels.unlink()
+    refused(path, GREY, f"{labels.with_suffix('')}: cannot be read \\(No such file")
 
 
 def test_what_is_wrong_with_image_folders_is_said(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
 import zipfile
 import zlib
 from bisect import bisect_right
@@ -435,12 +437,14 @@ def read_floats(path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class PixelArrayItems:
-    """An .npz, held in memory: arr_0 or images (n, h, w, c), bytes or floats in [-1, 1]; labels or arr_1 (n,)."""
+    """Pictures held in memory."""
 
     shape: tuple[int, ...]
     path: Path
     images: NDArray[Any]
+    """(n, h, w, c), bytes or floats in [-1, 1]."""
     labels: NDArray[Any]
+    """(n,)"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -461,6 +465,7 @@ class PixelArrayItems:
 
 
 def open_pixel_array(path: Path, shape: Shape, classes: int) -> PixelArrayItems:
+    """An .npz: arr_0 or images, bytes or floats; labels or arr_1."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a whole .npz (no zip archive).", hint="Write it again with numpy.savez.")
     try:
@@ -482,6 +487,48 @@ def open_pixel_array(path: Path, shape: Shape, classes: int) -> PixelArrayItems:
     items = PixelArrayItems(shape, path, images, labels)
     refuse_labels(labels, classes, items.name)
     return items
+
+
+def open_idx(path: Path, shape: Shape, classes: int, part: str = "train") -> PixelArrayItems:
+    """MNIST's files, or another data set's in that form: PART-images-idx3-ubyte and PART-labels-idx1-ubyte, each with .gz or without.
+
+    Args:
+        part: `train`, or `t10k` for the test set.
+    """
+    files = [_idx_file(path, part, kind) for kind in ("images-idx3", "labels-idx1")]
+    images, labels = (read_idx(file, axes) for file, axes in zip(files, (3, 1), strict=True))
+    if len(images) != len(labels):
+        raise UserError(f"{files[1]}: {len(labels)} labels for {len(images)} images.", hint="Copy both files again.")
+    items = PixelArrayItems(shape, files[0], images[..., None], labels)
+    refuse_labels(labels, classes, items.name)
+    return items
+
+
+def _idx_file(folder: Path, part: str, kind: str) -> Path:
+    plain = folder / f"{part}-{kind}-ubyte"
+    packed = plain.with_name(f"{plain.name}.gz")
+    return packed if packed.is_file() else plain
+
+
+def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
+    """An array of bytes in MNIST's IDX format, unpacked if its name ends with .gz.
+
+    The bytes 0, 0, 8 (unsigned bytes) and the number of axes; the length of each axis as four bytes, the highest first; then the values.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}).", hint="Copy it again.") from error
+    begin = 4 * (axes + 1)
+    if len(content) < begin or content[:4] != bytes((0, 0, 8, axes)):
+        raise UserError(f"{path}: is no IDX file of bytes with {axes} axes.", hint="Copy it again.")
+    shape = np.frombuffer(content[4:begin], ">u4").tolist()
+    if len(content) - begin != math.prod(shape):
+        raise UserError(
+            f"{path}: holds {len(content) - begin} bytes, where {shape} needs {math.prod(shape)}.", hint="It is not whole: copy it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -555,6 +602,9 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "LightningDiT": Layout(lambda path: any(path.glob("*.safetensors")), open_lightning_dit, False, "latents_*.safetensors"),
     "npz": Layout(lambda path: path.is_file() and path.suffix == ".npz", open_pixel_array, True, "an .npz of arr_0 and labels"),
+    "IDX": Layout(
+        lambda path: _idx_file(path, "train", "images-idx3").is_file(), open_idx, True, "train-images-idx3-ubyte and its labels, as MNIST's"
+    ),
     "images": Layout(
         lambda path: path.is_dir() and any(folder.is_dir() for folder in path.iterdir()),
         open_images,

@@ -39,7 +39,9 @@ Weights = Annotated[str | None, option("weights to read from a training checkpoi
 Data = Annotated[
     Path | None,
     option(
-        "data on disk: latents in fast-DiT's, REPA's or LightningDiT's layout, an .npz of pixels, or a folder of images per class", DATA
+        "data on disk: latents in fast-DiT's, REPA's or LightningDiT's layout, an .npz of pixels, MNIST's IDX files, or a folder of images "
+        "per class",
+        DATA,
     ),
 ]
 Vae = Annotated[Path | None, option("folder of a diffusers AutoencoderKL, which turns pixels into latents and back", DATA)]
