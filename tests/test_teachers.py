@@ -74,12 +74,15 @@ def test_the_classifier_knows_real_digits_and_not_noise() -> None:
     assert digit_classifier().accuracy(noise, labels) < 0.3
 
 
-def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_resumes_to_the_same_weights(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DIGITS))
     import train
 
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    train.train("dit", 4, 4, 1e-3, 0, tmp_path / "whole.safetensors")
+    run = train.Training(steps=4, batch=4, peak_rate=1e-3, seed=0, optimizer=optimizer)
+    arguments = (train.teacher_architecture("dit"), *digit_images(), run, "digits")
+    train.train(*arguments, tmp_path / "whole.safetensors")
     real, calls = train.training_loss, []
 
     def interrupted(*arguments: object) -> torch.Tensor:
@@ -90,8 +93,8 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(train, "training_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train("dit", 4, 4, 1e-3, 0, tmp_path / "broken.safetensors")
-    train.train("dit", 4, 4, 1e-3, 0, tmp_path / "broken.safetensors")
+        train.train(*arguments, tmp_path / "broken.safetensors")
+    train.train(*arguments, tmp_path / "broken.safetensors")
     assert len(calls) == 6
     whole, broken = (load_model(tmp_path / f"{name}.safetensors").state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(value, broken[name]) for name, value in whole.items())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mediatorize.compression.distill import OPTIMIZERS
+from mediatorize.compression.records import Optimizer
 from mediatorize.diffusion.process import TRAIN_STEPS, alphas_cumprod, noised, process_of, variance_loss
 from mediatorize.evaluation.digits import digit_images
 from mediatorize.model.architecture import FAMILIES, Architecture, Family
@@ -79,49 +82,71 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train(
-    family: Family,
-    steps: int,
-    batch: int,
-    peak_rate: float,
-    seed: int,
-    destination: Path,
-    start: Path | None = None,
-    velocity_weighting: bool = False,
-) -> None:
-    model = DiffusionTransformer(teacher_architecture(family))
-    if start is None:
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One run: with the same data, the same run gives the same weights."""
+
+    steps: int
+    batch: int
+    peak_rate: float
+    seed: int
+    start: Path | None = None
+    """Weights to start from; None means fresh ones."""
+    velocity_weighting: bool = False
+    """Whether a DiT's noise errors are weighed as velocity errors."""
+    optimizer: Optimizer = "adamw"
+
+
+def train(arch: Architecture, images: Tensor, labels: Tensor, run: Training, trained_on: str, destination: Path) -> None:
+    """Trains a teacher and writes its averaged weights under their official names.
+
+    Args:
+        images, labels: (n, c, h, w) in [-1, 1] and (n,).
+        trained_on: what they are, for the file's metadata.
+
+    Raises:
+        SystemExit: the state beside `destination` is of another run.
+    """
+    steps, seed = run.steps, run.seed
+    model = DiffusionTransformer(arch)
+    if run.start is None:
         initialise_from_scratch(model, seed)
     else:
-        model.load_state_dict(load_file(start))
+        model.load_state_dict(load_file(run.start))
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    images, labels = digit_images()
+    optimizers = (
+        OPTIMIZERS["muon"](list(model.parameters()), run.peak_rate, arch.width)
+        if run.optimizer == "muon"
+        else [torch.optim.AdamW(model.parameters(), lr=run.peak_rate, betas=(0.9, 0.99), weight_decay=0.01)]
+    )
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
     state_path = destination.with_suffix(".training")
     first = 0
-    arguments = {"family": family, "steps": steps, "batch": batch, "peak_rate": peak_rate, "seed": seed}
-    arguments |= {"start": str(start), "velocity_weighting": velocity_weighting}
+    arguments = {"family": arch.family, "trained_on": trained_on, **asdict(run), "start": str(run.start)}
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         if state["arguments"] != arguments:
             raise SystemExit(f"{state_path} is of an unfinished run with other arguments: repeat its command, or delete it.")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["opt"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         first = state["step"]
 
-    progress = tqdm(range(first, steps), initial=first, total=steps, desc=f"training {family}", mininterval=10)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # resuming replaces them
+    progress = tqdm(range(first, steps), initial=first, total=steps, desc=f"training {arch.family}", mininterval=10)
     for step in progress:
         random = generator(seed, "training step", step)
-        chosen = torch.randint(0, len(images), (batch,), generator=random)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_rate)
-        loss = training_loss(model, images[chosen], labels[chosen], random, velocity_weighting)
-        optimizer.zero_grad()
+        chosen = torch.randint(0, len(images), (run.batch,), generator=random)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = learning_rate(step, steps, peak)
+        loss = training_loss(model, images[chosen], labels[chosen], random, run.velocity_weighting)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
@@ -132,7 +157,7 @@ def train(
             state = {
                 "model": model.state_dict(),
                 "ema": average.state_dict(),
-                "opt": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": step + 1,
                 "arguments": arguments,
             }
@@ -140,7 +165,7 @@ def train(
             torch.save(state, beside)
             beside.replace(state_path)
 
-    metadata = {"family": family, "num_heads": str(average.arch.heads), "trained_on": "scikit-learn digits, 16x16"}
+    metadata = {"family": arch.family, "num_heads": str(arch.heads), "trained_on": trained_on}
     beside = destination.with_suffix(".saving")
     save_file({name: value.contiguous() for name, value in average.state_dict().items()}, beside, metadata)
     beside.replace(destination)
@@ -158,7 +183,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where to write; default: beside this script.")] = None,
 ) -> None:
     """Trains one digits teacher."""
-    train(family, steps, batch, peak_rate, seed, out or Path(__file__).parent / f"{family}.safetensors", start, velocity_weighting)
+    run = Training(steps=steps, batch=batch, peak_rate=peak_rate, seed=seed, start=start, velocity_weighting=velocity_weighting)
+    destination = out or Path(__file__).parent / f"{family}.safetensors"
+    train(teacher_architecture(family), *digit_images(), run, "scikit-learn digits, 16x16", destination)
 
 
 if __name__ == "__main__":
