@@ -93,6 +93,6 @@ def resolved_toml(recipe: Recipe) -> str:
         lines += ["", f"[{name}]" if label == name else f"[[{name}]]"]
         for key, parameter in inspect.signature(STAGES[name].run).parameters.items():
             value = arguments.get(key, parameter.default)
-            if value is not None:
-                lines.append(f"{key} = {json.dumps(value if isinstance(value, bool | int | float | str | tuple) else str(value))}")
+            if value not in (None, ()):  # an option cannot be given an empty list
+                lines.append(f"{key} = {json.dumps(value, default=str)}")
     return "\n".join(lines) + "\n"
