@@ -180,7 +180,7 @@ def test_a_judge(register: Register, tmp_path: Path) -> None:
         flat = images.flatten(1).double()
         return torch.stack([flat.mean(1), flat.std(1)], 1).numpy(), None
 
-    register(judges.JUDGES, "brightness", lambda device: Extractor(name="brightness", extract=extract))
+    register(judges.JUDGES, "brightness", judges.Judge(lambda device: Extractor(name="brightness", extract=extract)))
     result = evaluate(str(TEACHER), tmp_path / "out", features="brightness", samples=20, steps=4, pairs=0, device="cpu")
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from mediatorize.errors import UserError
-from mediatorize.evaluation.digits import SIDE
+from mediatorize.evaluation import digits, fashion
 from mediatorize.evaluation.features import Extractor, Reference, digits_extractor, inception_extractor, network_extractor, reference_of
-from mediatorize.evaluation.metrics import Statistics
+from mediatorize.evaluation.metrics import Statistics, statistics_of
+from mediatorize.formats.tensors import read_safetensors
 from mediatorize.model.architecture import Architecture
 
 
@@ -26,8 +28,11 @@ def refuse_unfit(
         model: where it was loaded from, for messages.
         npz: whether pictures are to be written as an array.
     """
-    if features == "digits" and inception is None and (arch.channels, arch.input_size, arch.classes) != (1, (SIDE, SIDE), 10):
-        raise UserError(f"{model}: the digits classifier judges 16x16 digits, not {arch.name}.", hint="Pass --features none.")
+    own = JUDGES[features].pictures if features in JUDGES and inception is None else None
+    if own is not None and (arch.channels, arch.input_size, arch.classes) != (1, (own.side, own.side), 10):
+        raise UserError(
+            f"{model}: the {features} classifier judges {own.side}x{own.side} {own.of}, not {arch.name}.", hint="Pass --features none."
+        )
     has_pictures = arch.channels in (1, 3) or vae is not None
     if vae is not None and arch.channels in (1, 3):
         raise UserError(f"{model}: makes pixels, which no VAE decodes.", hint="Leave --vae out.")
@@ -40,9 +45,52 @@ def refuse_unfit(
             raise UserError(f"{path}: no such file.", hint="Nothing is downloaded: give a file on disk.")
 
 
-JUDGES: dict[str, Callable[[torch.device], Extractor | None]] = {
-    "digits": lambda device: digits_extractor(),
-    "none": lambda device: None,
+FASHION = Path(__file__).with_name("fashion.safetensors")
+"""The weights of the fashion classifier, and `reference`: its features (n, 64) of Fashion-MNIST's test set: recipes/fashion/train.py."""
+
+
+def open_fashion(device: torch.device) -> Extractor:
+    """The classifier of Fashion-MNIST, once it is trained; compares with the real products of the test set, whose features are in its file.
+
+    Raises:
+        UserError: it is not trained yet, or its file is damaged.
+    """
+    if not FASHION.is_file():
+        raise UserError(
+            f"{FASHION}: no such file; the fashion classifier is not trained yet.",
+            hint=f"In the repository, run python -m recipes.fashion.train classifier --out {FASHION}",
+        )
+    stored = {name: tensor.read() for name, tensor in read_safetensors(FASHION)[0].items()}
+    real = stored.pop("reference").double().numpy()
+    network = fashion.FashionClassifier()
+    network.load_state_dict(stored)
+    extractor = network_extractor(network.eval().to(device), "the fashion classifier", device)
+    return replace(extractor, own_reference=lambda: Reference("the real products", statistics_of(real), real))
+
+
+@dataclass(frozen=True)
+class GreyPictures:
+    """Square grey pictures of ten classes."""
+
+    side: int
+    """In pixels."""
+    of: str
+    """What they show, for messages."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What judges samples, by name."""
+
+    open: Callable[[torch.device], Extractor | None]
+    pictures: GreyPictures | None = None
+    """What it is for; None if it is for any pictures."""
+
+
+JUDGES: dict[str, Judge] = {
+    "digits": Judge(lambda device: digits_extractor(), GreyPictures(digits.SIDE, "digits")),
+    "fashion": Judge(open_fashion, GreyPictures(fashion.SIDE, "products")),
+    "none": Judge(lambda device: None),
 }
 """What `--features` can name beside a file. To add one: a function that gives an `Extractor`, and an entry."""
 
@@ -53,13 +101,13 @@ def open_extractor(features: str, inception_weights: Path | None, device: torch.
         from mediatorize.evaluation.inception import load_inception
 
         return inception_extractor(load_inception(inception_weights).to(device), inception_weights.name, device)
-    return JUDGES[features](device) if features in JUDGES else read_program(Path(features), device)
+    return JUDGES[features].open(device) if features in JUDGES else read_program(Path(features), device)
 
 
 def read_program(path: Path, device: torch.device) -> Extractor:
     """A torch.export program: images (b, channels, h, w) in [-1, 1] -> features, or a pair of features and class scores."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file.", hint="Pass --features digits, none or a .pt2 file of torch.export.")
+        raise UserError(f"{path}: no such file.", hint=f"Pass --features {', '.join(JUDGES)} or a .pt2 file of torch.export.")
     try:
         network: Any = torch.export.load(path).module().to(device)
     except Exception as error:

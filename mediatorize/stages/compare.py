@@ -41,7 +41,7 @@ def compare(
     features: options.Features = "digits",
     inception_weights: options.Inception = None,
     reference: Annotated[
-        Path | None, option("a .npz with mu and sigma, or with pictures in arr_0; default: the data of --features digits", DATA)
+        Path | None, option("a .npz with mu and sigma, or with pictures in arr_0; default: the data of --features digits or fashion", DATA)
     ] = None,
     vae: options.Vae = None,
     solver: options.Solver = None,
@@ -109,6 +109,7 @@ def compare(
     schedules = {file: None if one.schedule is None else one.schedule.to_json() for file, one in loaded.items()}
 
     with processes(pick_device(device)) as world:
+        extractor = open_extractor(features, inception_weights, world.device) if world.is_first else None
         decoder = load_vae(vae, world.device) if vae else None
         for one in loaded.values():
             one.to(device=world.device, dtype=DTYPES[dtype])
@@ -139,7 +140,6 @@ def compare(
         world.barrier()
         if not world.is_first:
             return Contribution(rank=world.rank, processes=world.size, drawn=drawn)
-        extractor = open_extractor(features, inception_weights, world.device)
         assert extractor is not None, "features are judged"
         given = read_reference(reference, extractor, batch) if reference else None
         results, compared_with = judge_side_by_side(contestants, extractor, given, progress_bar)

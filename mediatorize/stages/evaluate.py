@@ -38,7 +38,7 @@ def evaluate(
     inception_weights: options.Inception = None,
     reference: Annotated[
         Path | None,
-        option("a .npz with mu and sigma, or with pictures in arr_0; default: the teacher's samples (digits: real digits)", DATA),
+        option("a .npz with mu and sigma, or with pictures in arr_0; default: the teacher's samples (digits, fashion: real ones)", DATA),
     ] = None,
     npz: Annotated[bool, option("write pictures for the ADM evaluator: teacher.npz and one per level", OUTPUT, "--npz")] = False,
     vae: options.Vae = None,

@@ -56,7 +56,10 @@ Level = Annotated[
 ]
 Features = Annotated[
     str,
-    option("feature extractor: digits (a classifier), none, or a torch.export .pt2 file: images in [-1, 1] to features[, scores]", WHAT),
+    option(
+        "feature extractor: digits or fashion (classifiers), none, or a torch.export .pt2 file: images in [-1, 1] to features[, scores]",
+        WHAT,
+    ),
 ]
 Inception = Annotated[Path | None, option("pytorch-fid's pt_inception-2015-12-05 file: uses FID's Inception in place of --features", WHAT)]
 Ratios = Annotated[
