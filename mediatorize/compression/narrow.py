@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mediatorize.model.block import Block, NarrowMlp
+from mediatorize.model.block import Block
+from mediatorize.model.mlp import UNITS, NarrowMlp, layers_of_mlp, rows_of_units
 
 DAMPING = 1e-3
 """Of the least squares, as a share of the mean square of a unit."""
@@ -30,12 +28,13 @@ def start_from_units(block: Block, narrow: NarrowMlp, inputs: Tensor, gates: Ten
     every = max(1, inputs.shape[0] * inputs.shape[1] // MOST_ROWS)
     x = inputs.flatten(0, 1)[::every]
     weight = gates.square().mean(0).squeeze(0)  # of a channel of the output, (c,)
-    hidden = F.gelu(block.mlp.fc1(x), approximate="tanh")  # (rows, units)
-    out = block.mlp.fc2.weight  # (c, units)
+    first, last = layers_of_mlp(block.mlp, narrow.kind)
+    hidden = UNITS[narrow.kind](first(x))  # (rows, units)
+    out = last.weight  # (c, units)
     size = (hidden - hidden.mean(0)).square().mean(0) * (out.square() * weight.unsqueeze(1)).sum(0)
-    chosen = size.argsort(descending=True)[: narrow.fc1.out_features]
-    narrow.fc1.weight.copy_(block.mlp.fc1.weight[chosen])
-    narrow.fc1.bias.copy_(cast(Tensor, block.mlp.fc1.bias)[chosen])
+    chosen = size.argsort(descending=True)[: narrow.fc2.in_features]
+    narrow.fc1.weight.copy_(rows_of_units(first.weight, narrow.kind, chosen))
+    narrow.fc1.bias.copy_(rows_of_units(first.bias, narrow.kind, chosen))
     kept = hidden[:, chosen]
     mean_unit = kept.mean(0)
     left = block.mlp(x)

@@ -92,8 +92,8 @@ def attention_redundancy(
 
 def attention_matrices(layer: SwitchableAttention, x: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) of the pretrained layer, in float32: (b, n, c) -> (b, h, n, n)"""
-    q, k, _ = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4).float()
-    return (q @ k.mT * layer.scale).softmax(-1)
+    q, k = layer.queries_and_keys(x)
+    return (q.float() @ k.float().mT * layer.scale).softmax(-1)
 
 
 def effective_rank(singular: Tensor) -> Tensor:

@@ -189,6 +189,7 @@ class LinearFlow:
 PROCESSES: dict[Family, Callable[[Architecture], Process]] = {
     "dit": lambda arch: DDPM(),
     "sit": lambda arch: LinearFlow(arch.reversed_time),
+    "lightningdit": lambda arch: LinearFlow(arch.reversed_time),
 }
 """The process of every family."""
 

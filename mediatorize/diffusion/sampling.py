@@ -325,7 +325,9 @@ def switcher_of(rule: SwitchRule, models: Sequence[DiffusionTransformer], sample
     """
     if sampler.how.adaptive:
         raise UserError(f"{sampler.solver} takes as many steps as it needs; the rule needs fixed ones.", hint="Pass --solver sde.")
-    same = {replace(model.arch, depth=1, width=1, heads=1, patch=1, grid=(1, 1), mlp_width=1, mediators=0) for model in models}
+    sizes: dict[str, Any] = {"depth": 1, "width": 1, "heads": 1, "patch": 1, "grid": (1, 1), "mlp_width": 1, "mediators": 0}
+    parts: dict[str, Any] = {"norm": "layer", "mlp": "gelu", "rotary": False, "qk_norm": False}
+    same = {replace(model.arch, **sizes, **parts) for model in models}
     if len(same) > 1 or len({model.arch.input_size for model in models}) > 1:
         raise UserError("The checkpoints are not for the same latents, classes and process.", hint="Pass checkpoints of one kind.")
     return Switcher(rule, models, batch, sampler.how.calls_per_step)

@@ -1,4 +1,4 @@
-"""Export as an official DiT's or SiT's `.pt`: the pretrained weights, bit for bit as they came in."""
+"""Export as an official DiT's, SiT's or LightningDiT's `.pt`: the pretrained weights, bit for bit as they came in."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mediatorize.export.pretrained import pretrained_part, refuse_changed_base
 from mediatorize.formats.bundle import hash_of_weights
 from mediatorize.formats.checkpoint import Hints, open_checkpoint
 from mediatorize.formats.tensors import own_copies
+from mediatorize.model.architecture import FAMILIES
 from mediatorize.model.levels import is_pretrained
 
 OFFICIAL_FILE = "model.pt"
@@ -47,10 +48,10 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
 
 
 def usage(subject: Subject, choices: Choices) -> str:
-    models = "models.py of DiT or SiT"
+    facts = FAMILIES[subject.arch.family]
     return f"""```python
 import torch
-model = ...  # {subject.arch.name}, from {models}
+model = ...  # {subject.arch.name}, from {facts.code} of {facts.name}
 model.load_state_dict(torch.load("DEST/{OFFICIAL_FILE}", weights_only=True))
 ```
 

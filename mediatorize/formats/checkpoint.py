@@ -15,7 +15,7 @@ import torch
 
 from mediatorize.errors import UserError, about
 from mediatorize.formats.tensors import StoredTensor, Weight, load_weights, read_pickle, read_safetensors, refuse_non_finite
-from mediatorize.model.architecture import FAMILIES, HEADS_OF_WIDTH, Architecture, Family
+from mediatorize.model.architecture import FAMILIES, HEADS_OF_WIDTH, MLPS, Architecture, Family
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
 FOREIGN = {
@@ -26,7 +26,6 @@ FOREIGN = {
     "RAE": r"(^|\.)t_embedder\.W$",
     "DDT": r"(^|\.)s_embedder\.proj\.|\.adaLN_modulation\.0\.weight$",
     "JiT": r"(^|\.)x_embedder\.proj[12]\.|(^|\.)in_context_posemb",
-    "LightningDiT": r"\.mlp\.w12\.|(^|\.)feat_rope\.freqs_",
     "FiT": r"\.mlp\.fc1_[gx]\.|(^|\.)global_adaLN_modulation\.",
     "U-ViT": r"(^|\.)(mid_block\.attn\.|decoder_pred\.)",
     "Sana": r"\.mlp\.(depth|point)_conv\.",
@@ -36,7 +35,6 @@ FOREIGN = {
     "FLUX": r"(^|\.)(double_blocks\.\d+\.img_attn|single_blocks\.\d+\.linear1)\.",
     "VAR": r"\.attn\.mat_qkv\.|(^|\.)lvl_embed\.",
     "LlamaGen": r"\.attention\.wqkv\.|(^|\.)tok_embeddings\.",
-    "a SiT with normalised queries and keys": r"\.attn\.[qk]_norm\.weight$",
 }
 """Parameter names of architectures that look like this one and are not, from their public code; the first that matches names it."""
 
@@ -93,8 +91,8 @@ def open_checkpoint(path: str | Path, hints: Hints | None = None, weights: str |
     """Recognises a checkpoint and checks every name and shape in it, without reading its weights.
 
     Args:
-        path: an official DiT or SiT `.pt` or safetensors file, flat or from training; a REPA SiT; a SiT of Attention-Mediators; a diffusers
-            `DiTPipeline` folder or its transformer folder.
+        path: an official DiT, SiT or LightningDiT `.pt` or safetensors file, flat or from training; a REPA SiT; a SiT of
+            Attention-Mediators; a diffusers `DiTPipeline` folder or its transformer folder.
         hints: what the file cannot tell.
         weights: `ema` or `model` of a training checkpoint; `None` takes `ema` where it is there.
     """
@@ -105,7 +103,7 @@ def open_checkpoint(path: str | Path, hints: Hints | None = None, weights: str |
             return form.open(name, source, hints or Hints())
     raise UserError(
         f"{source.path}: not a DiT or SiT ({len(source.tensors)} tensors, such as {_some(source.tensors)}).",
-        hint="`mediatorize` reads official DiT and SiT files, REPA's and Attention-Mediators' SiT and diffusers' DiT.",
+        hint="`mediatorize` reads official DiT, SiT and LightningDiT files, REPA's and Attention-Mediators' SiT and diffusers' DiT.",
     )
 
 
@@ -243,6 +241,8 @@ def infer_architecture(
 ) -> tuple[Architecture, list[str]]:
     """Sizes from the shapes of officially named tensors; and what had to be assumed."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    parts = parts_of_blocks(source)
+    mlp = MLPS[parts["mlp"]]
     notes = []
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     heads = _first(hints.num_heads, _count(source, "num_heads"), _count(source, "num_attention_heads"), HEADS_OF_WIDTH.get(width))
@@ -276,10 +276,22 @@ def infer_architecture(
             classes=classes,
             null_class=rows > classes,
             learn_sigma=multiple == 2,
-            mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
+            mlp_width=shapes[f"blocks.0.mlp.{mlp.first}.weight"][0] // mlp.rows,
+            **parts,
             **conventions,
         )
     return arch, notes
+
+
+def parts_of_blocks(source: Source) -> dict[str, Any]:
+    """What blocks are made of, as fields of `Architecture`, by the names of the weights."""
+    names = source.tensors
+    return {
+        "norm": "rms" if "blocks.0.norm1.weight" in names else "layer",
+        "mlp": next((kind for kind, facts in MLPS.items() if f"blocks.0.mlp.{facts.first}.weight" in names), "gelu"),
+        "rotary": "feat_rope.freqs_cos" in names,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in names,
+    }
 
 
 def _first(*candidates: int | None) -> int | None:
@@ -351,14 +363,14 @@ AXES = {
     "x_embedder.proj.weight": 4,
     "final_layer.linear.weight": 2,
     "y_embedder.embedding_table.weight": 2,
-    "blocks.0.mlp.fc1.weight": 2,
     "pos_embed": 3,
 }
 """What sizes are read from, and how many axes each has."""
 
 
 def _refuse_unreadable_sizes(source: Source, *, positions: bool) -> None:
-    needed = {name: axes for name, axes in AXES.items() if positions or name != "pos_embed"}
+    first = MLPS[parts_of_blocks(source)["mlp"]].first
+    needed = {name: axes for name, axes in AXES.items() if positions or name != "pos_embed"} | {f"blocks.0.mlp.{first}.weight": 2}
     if missing := [name for name in needed if name not in source.tensors]:
         raise UserError(f"{source.path}: weights are missing: {_some(missing)}.", hint="It is damaged, or not a DiT or SiT.")
     for name, axes in needed.items():
@@ -384,6 +396,16 @@ def _open_repa(name: str, source: Source, hints: Hints) -> Checkpoint:
         raise UserError(f"{source.path}: a REPA checkpoint is a SiT.", hint="Leave --family out.")
     source = Source(source.path, tensors, source.facts | {"family": "sit"}, source.part)
     return _open_official(name, source, hints, reversed_time=True)
+
+
+def _open_lightningdit(name: str, source: Source, hints: Hints) -> Checkpoint:
+    """LightningDiT: SiT's flow and names, with RMSNorm, SwiGLU and rotary positions, each of which a file may have or not."""
+    if hints.family not in (None, "lightningdit"):
+        raise UserError(f"{source.path}: a LightningDiT checkpoint is no {FAMILIES[hints.family].name}.", hint="Leave --family out.")
+    modulation, width = source.tensors.get("blocks.0.adaLN_modulation.1.weight"), source.tensors.get("x_embedder.proj.weight")
+    if modulation is not None and width is not None and modulation.shape[:1] == (4 * width.shape[0],):
+        raise UserError(f"{source.path}: a LightningDiT whose blocks have no shifts (wo_shift).", hint="It is not supported.")
+    return _open_official(name, replace(source, facts=source.facts | {"family": "lightningdit"}), hints)
 
 
 PUBLISHED_TERMS = r"\.attn\.((an|na|ah|aw|ha|wa)_bias|dwc\.(weight|bias))$"
@@ -495,6 +517,10 @@ FORMATS: dict[str, Format] = {
     ),
     "Attention-Mediators SiT": Format(
         lambda source: any(re.search(PUBLISHED_TERMS, key) and key.endswith("an_bias") for key in source.tensors), _open_attention_mediators
+    ),
+    "LightningDiT": Format(
+        lambda source: any(re.search(r"^feat_rope\.freqs_|\.mlp\.w12\.|^blocks\.\d+\.norm1\.weight$", key) for key in source.tensors),
+        _open_lightningdit,
     ),
     "official": Format(lambda source: any(re.match(r"blocks\.\d+\.attn\.", key) for key in source.tensors), _open_official),
 }

@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mediatorize.errors import UserError
 
-Family = Literal["dit", "sit"]
+Family = Literal["dit", "sit", "lightningdit"]
+NormKind = Literal["layer", "rms"]
+MlpKind = Literal["gelu", "swiglu"]
 
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """What a family of models is called, and what its forward gives."""
+    """What a family of models is called, what its forward gives, and what its published models are made of."""
 
     name: str
     keeps_variance: bool
     """Whether the rows for the variance are part of the output, where the last layer has them."""
+    code: str = "models.py"
+    """The file of its code that holds the model."""
+    cell: int = 8
+    """Pixels to a side of one latent of its published models."""
+    mlp_ratio: float = 4
+    """Hidden width of the MLP of its published models, as a multiple of the width."""
+    published: dict[str, Any] = field(default_factory=dict)
+    """Fields of `Architecture` in which its published models differ from DiT's."""
 
 
-FAMILIES: dict[Family, FamilyFacts] = {"dit": FamilyFacts("DiT", keeps_variance=True), "sit": FamilyFacts("SiT", keeps_variance=False)}
+FAMILIES: dict[Family, FamilyFacts] = {
+    "dit": FamilyFacts("DiT", keeps_variance=True),
+    "sit": FamilyFacts("SiT", keeps_variance=False),
+    "lightningdit": FamilyFacts(
+        "LightningDiT",
+        keeps_variance=False,
+        code="models/lightningdit.py",
+        cell=16,
+        mlp_ratio=8 / 3,
+        published={"channels": 32, "learn_sigma": False, "norm": "rms", "mlp": "swiglu", "rotary": True},
+    ),
+}
 """Families of models. What their outputs mean is in `diffusion/process.py`."""
 
-HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Head counts of DiT's and SiT's published sizes; a checkpoint's tensors do not hold them."""
 
-SIZE_OF_WIDTH_AND_DEPTH = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
+@dataclass(frozen=True)
+class MlpFacts:
+    """How a kind of MLP is stored, and what it costs."""
+
+    first: str
+    last: str
+    """Names of its two linear layers."""
+    rows: int
+    """Rows of the first layer for each hidden unit."""
+
+
+MLPS: dict[MlpKind, MlpFacts] = {"gelu": MlpFacts("fc1", "fc2", 1), "swiglu": MlpFacts("w12", "w3", 2)}
+"""Kinds of MLP. What they compute is in `model/mlp.py`."""
+
+HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
+"""Head counts of the published sizes of DiT, SiT and LightningDiT; a checkpoint's tensors do not hold them."""
+
+SIZE_OF_WIDTH_AND_DEPTH = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL", (1536, 24): "1p0B", (1792, 28): "1p6B"}
 
 FREQUENCIES = 256
 """Width of the sinusoidal timestep embedding in every published DiT and SiT."""
@@ -38,9 +74,14 @@ COARSE_GRID = 16
 """Longest side of the position grid that pooling matrices and position terms are stored on."""
 
 
+CELLS = {1: 1, 3: 1, 4: 8, 32: 16}
+"""Pixels to a side of one value of a model's input, by its channels: 1 and 3 are pixels, 4 the SD VAE's latents, 32 those of VA-VAE and of
+REPA-E's VAEs."""
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and conventions of a DiT (arXiv 2212.09748) or SiT (arXiv 2401.08740).
+    """Sizes and conventions of a DiT (arXiv 2212.09748), SiT (arXiv 2401.08740) or LightningDiT (arXiv 2501.01423).
 
     The last fields hold what differs between implementations: diffusers' DiT divides the timestep frequencies by one less and has a larger
     epsilon in the norm before the MLP; REPA's SiT runs time backwards (t = 1 is noise, the output is noise - data).
@@ -65,6 +106,14 @@ class Architecture:
     reversed_time: bool = False
     mediators: int = 0
     """Mediators of the checkpoint's own attention, in the published form (arXiv 2408.05710); 0: it is softmax attention."""
+    norm: NormKind = "layer"
+    """Of tokens, and of queries and keys where they have one. layer: without weights for tokens, with weights for queries and keys. rms:
+    always with a weight."""
+    mlp: MlpKind = "gelu"
+    rotary: bool = False
+    """Whether softmax attention rotates queries and keys by their row and column."""
+    qk_norm: bool = False
+    """Whether softmax attention normalises queries and keys, head by head."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -80,6 +129,15 @@ class Architecture:
             raise UserError(f"{self.mediators} mediators have no square grid, which the published form pools into.", hint="It is damaged.")
         if self.width % self.heads:
             raise UserError(f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads.")
+        if self.norm not in ("layer", "rms") or self.mlp not in MLPS:
+            raise UserError(f"A block of {self.norm!r} norms and a {self.mlp!r} MLP is not known.", hint="It is damaged.")
+        if self.mediators and (self.rotary or self.qk_norm):
+            raise UserError("Attention in the published form has no rotary positions and no normalised queries.", hint="It is damaged.")
+        if self.rotary and self.head_width % 4:
+            raise UserError(
+                f"Heads of width {self.head_width} do not divide into pairs for rows and for columns, which rotary positions need.",
+                hint="Pass the right --num-heads.",
+            )
 
     @property
     def tokens(self) -> int:
@@ -106,10 +164,9 @@ class Architecture:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of the pictures, where the channels tell: 1 and 3 are pixels, 4 is an SD VAE's latents."""
-        if self.channels in (1, 3):
-            return self.input_size
-        return (8 * self.input_size[0], 8 * self.input_size[1]) if self.channels == 4 else None
+        """Height and width of the pictures, where the channels tell."""
+        cell = CELLS.get(self.channels)
+        return None if cell is None else (cell * self.input_size[0], cell * self.input_size[1])
 
     @property
     def name(self) -> str:
@@ -126,31 +183,32 @@ class Architecture:
 
 
 def preset(name: str) -> Architecture:
-    """The architecture of a published model by name and pixels, as `DiT-XL/2@256` (latents have an eighth of the pixels)."""
+    """The architecture of a published model by name and pixels, as `DiT-XL/2@256`."""
     try:
         model, image_size = name.split("@")
         prefix, size = model.split("-")
         letter, patch = size.split("/")
-        family = next(family for family, facts in FAMILIES.items() if facts.name.lower() == prefix.lower())
-        width, depth = {letter: sizes for sizes, letter in SIZE_OF_WIDTH_AND_DEPTH.items()}[letter.upper()]
-        side, rest = divmod(int(image_size), 8 * int(patch))
+        family, facts = next((family, facts) for family, facts in FAMILIES.items() if facts.name.lower() == prefix.lower())
+        width, depth = {letter.lower(): sizes for sizes, letter in SIZE_OF_WIDTH_AND_DEPTH.items()}[letter.lower()]
+        side, rest = divmod(int(image_size), facts.cell * int(patch))
         if rest or side < 1:
-            raise ValueError(f"{image_size} pixels are not a multiple of {8 * int(patch)}")
+            raise ValueError(f"{image_size} pixels are not a multiple of {facts.cell * int(patch)}")
     except (KeyError, StopIteration, ValueError, ZeroDivisionError) as error:
         raise UserError(f"No preset is called {name!r}.", hint="They look like DiT-XL/2@256 or SiT-S/4@512.") from error
-    return Architecture(
-        family=family,
-        depth=depth,
-        width=width,
-        heads=HEADS_OF_WIDTH[width],
-        patch=int(patch),
-        channels=4,
-        grid=(side, side),
-        classes=1000,
-        null_class=True,
-        learn_sigma=True,
-        mlp_width=4 * width,
-    )
+    fields: dict[str, Any] = {
+        "family": family,
+        "depth": depth,
+        "width": width,
+        "heads": HEADS_OF_WIDTH[width],
+        "patch": int(patch),
+        "channels": 4,
+        "grid": (side, side),
+        "classes": 1000,
+        "null_class": True,
+        "learn_sigma": True,
+        "mlp_width": int(facts.mlp_ratio * width),
+    }
+    return Architecture(**fields | facts.published)
 
 
 def default_local_rank(width: int) -> int:

@@ -11,11 +11,67 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from mediatorize.errors import UserError
+from mediatorize.model.architecture import NormKind
 from mediatorize.model.levels import Level, MediatorSettings, kind_of
 from mediatorize.model.mediators import MediatorLevel, PublishedLevel
 
 flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
 """torch's counter knows the product, but not in place, where it saves a copy of the layer's output."""
+
+
+def rotary_tables(head_width: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid, (n, d) each: pairs of channels turn together.
+
+    The first half of a head turns by the row, the second by the column, at frequencies 10000^(-2i / (d/2)) (EVA-02, as in LightningDiT).
+    """
+    half = head_width // 2
+    frequencies = 10000 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = torch.cat([place.flatten().outer(frequencies).repeat_interleave(2, dim=1) for place in (rows, columns)], dim=1)
+    return angles.cos().float(), angles.sin().float()
+
+
+class Rotary(nn.Module):
+    """Turns queries or keys by their row and column. The whole model has one; its tables have LightningDiT's names."""
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        cosines, sines = rotary_tables(head_width, grid)
+        self.register_buffer("freqs_cos", cosines)
+        self.register_buffer("freqs_sin", sines)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, n, d) -> (b, h, n, d)"""
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * self.freqs_cos + torch.stack([-second, first], dim=-1).flatten(-2) * self.freqs_sin
+
+
+class HeadNorm(nn.Module):
+    """What queries or keys go through in softmax attention before they meet: a norm of every head, a rotation, or both."""
+
+    def __init__(self, head_width: int, norm: NormKind | None, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.norm, self.rotary = norm, (rotary,)  # in a tuple, where torch does not register it
+        if norm is not None:
+            self.weight = nn.Parameter(torch.ones(head_width))
+        if norm == "layer":
+            self.bias = nn.Parameter(torch.zeros(head_width))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """(b, h, n, d) -> (b, h, n, d), as mediators meet them: without the rotation."""
+        if self.norm is None:
+            return x
+        if self.norm == "rms":
+            return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, n, d) -> (b, h, n, d)"""
+        (rotary,) = self.rotary
+        return self.normalised(x) if rotary is None else rotary(self.normalised(x))
 
 
 class LocalBranch(nn.Module):
@@ -126,6 +182,9 @@ class MediatorAttention(nn.Module):
     assigned by distance (without the |T|^2 / 2 in key space, where T stands for keys); a low-rank local branch stands for the
     convolution on v; q, k and v are absorbed into the mediators, so that no projection runs on all n tokens.
 
+    A model's rotary positions are left out: R, B1 and B2 stand for them. (A rotation between T and every key could not be absorbed.)
+    Where a model normalises queries and keys, T is pooled from normalised ones, and the plain form runs.
+
     `form="published"` is the paper's own: R is average pooling, so that mediators are averages of queries, s1 = s2 = 1/sqrt(d), queries are
     assigned by dot product (without |T|^2 / 2), and a depthwise convolution of v is added before the output projection.
     """
@@ -137,12 +196,15 @@ class MediatorAttention(nn.Module):
         grid: tuple[int, int],
         settings: MediatorSettings,
         pretrained: tuple[nn.Linear, nn.Linear] | None = None,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> None:
         """
         Args:
             pretrained: the projections, qkv and output, that `settings.projection_rank` is about.
+            norms: of the pretrained layer's queries and keys. With them only the plain form runs.
         """
         super().__init__()
+        self.norms = (norms,)  # in a tuple, where torch does not register them: they belong to the pretrained layer
         self.heads, self.grid, self.settings = heads, grid, settings
         self.qkv: nn.Linear | ChangedLinear | SharedLinear
         self.proj: nn.Linear | ChangedLinear | SharedLinear
@@ -230,6 +292,7 @@ class MediatorAttention(nn.Module):
         b, n, c = x.shape
         h, d, m = self.heads, c // self.heads, mediators
         level: MediatorLevel | PublishedLevel = self.count(m)
+        (head_norms,) = self.norms
         qkv = self.qkv.without_bias(x) if isinstance(self.qkv, ChangedLinear) else F.linear(x, self.qkv.weight)
         q, k, v = qkv.view(b, n, 3, h, d).permute(2, 0, 3, 1, 4)  # (b, h, n, d) each
         bq, bk, bv = self.qkv.bias.view(3, h, 1, d)
@@ -237,6 +300,9 @@ class MediatorAttention(nn.Module):
         key_scale, query_scale = level.scales()
 
         in_queries = self.settings.space == "queries"
+        if head_norms is not None:
+            q, k = head_norms[0].normalised(q + bq), head_norms[1].normalised(k + bk)
+            bq, bk = torch.zeros_like(bq), torch.zeros_like(bk)
         t = pool @ (q if in_queries else k) + (bq if in_queries else bk)  # (b, h, m, d)
         u = (t * key_scale @ k.mT + key_bias).softmax(-1) @ v + bv  # (b, h, m, d)
         by_distance = in_queries and self.settings.form != "published"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import cast
 
 import torch
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import Architecture
-from mediatorize.model.attention import ChangedLinear, MediatorAttention
+from mediatorize.model.architecture import Architecture, NormKind
+from mediatorize.model.attention import ChangedLinear, HeadNorm, MediatorAttention, Rotary
 from mediatorize.model.levels import (
     FULL,
     MODULATION,
@@ -25,10 +24,10 @@ from mediatorize.model.levels import (
     changes_modulation,
     in_full,
     is_pretrained,
-    mlp_share,
     parts_of,
 )
 from mediatorize.model.memory import BlockMemory, SubLayerMemory
+from mediatorize.model.mlp import NarrowMlp, block_mlp
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -36,20 +35,38 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def token_norm(arch: Architecture, eps: float = 1e-6) -> nn.Module:
+    """The norm of tokens before a sub-layer or the last layer."""
+    return nn.RMSNorm(arch.width, eps=eps) if arch.norm == "rms" else nn.LayerNorm(arch.width, elementwise_affine=False, eps=eps)
+
+
 class SwitchableAttention(Attention):
-    """timm's attention, as DiT and SiT use it, that can run at any of its mediator levels instead.
+    """timm's attention, as DiT, SiT and LightningDiT use it, that can run at any of its mediator levels instead.
 
     Until `add_mediators` is called it has the pretrained layer's parameters and only level `softmax`. That stands for the pretrained layer,
     also where the pretrained one has mediators itself.
     """
 
-    def __init__(self, width: int, heads: int, grid: tuple[int, int], mediators: int = 0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        grid: tuple[int, int],
+        mediators: int = 0,
+        norm: NormKind | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
         """
         Args:
             mediators: of the pretrained layer, in the published form; 0: it is softmax attention.
+            norm: of its queries and keys; None: they have none.
+            rotary: turns them by their positions; it belongs to the whole model.
         """
         super().__init__(width, num_heads=heads, qkv_bias=True)
         self.grid, self.mediators = grid, mediators
+        if norm is not None or rotary is not None:
+            self.q_norm, self.k_norm = HeadNorm(width // heads, norm, rotary), HeadNorm(width // heads, norm, rotary)
+        self.normalised = norm is not None
         self.published: MediatorAttention | None = None
         if mediators:
             settings = MediatorSettings((mediators,), form="published", projection_rank=None)
@@ -59,7 +76,8 @@ class SwitchableAttention(Attention):
     def add_mediators(self, settings: MediatorSettings, draw: torch.Generator | None = None) -> MediatorAttention:
         """Gives the layer a mediator path that starts from its own projections. `draw` is of what starts at random."""
         width = self.qkv.in_features
-        mediator = MediatorAttention(width, self.num_heads, self.grid, settings, (self.qkv, self.proj))
+        norms = (cast(HeadNorm, self.q_norm), cast(HeadNorm, self.k_norm)) if self.normalised else None
+        mediator = MediatorAttention(width, self.num_heads, self.grid, settings, (self.qkv, self.proj), norms)
         if not self.qkv.weight.is_meta:
             if mediator.local is not None:
                 mediator.local.reset(draw or torch.Generator().manual_seed(0))
@@ -95,6 +113,11 @@ class SwitchableAttention(Attention):
             return super().forward(x) if self.published is None else self.published(x, self.mediators)
         return self.mediated()(x, level)
 
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, n, c) -> the pretrained layer's queries and keys as they meet in softmax attention, (b, h, n, d) each."""
+        q, k, _ = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k)
+
     def mediated(self) -> MediatorAttention:
         """The mediator path; an error where the model was never converted."""
         if self.mediator is None:
@@ -122,52 +145,6 @@ class ModulationUpdate(nn.Module):
         return self.up(self.down(F.silu(conditioning)))
 
 
-class NarrowMlp(nn.Module):
-    """A narrow MLP in place of a block's own (design 4). Its levels are nested: a narrower one is the first hidden units of the widest."""
-
-    def __init__(self, arch: Architecture, shares: Sequence[int]) -> None:
-        """
-        Args:
-            shares: 8 is an eighth of the hidden width; in descending order.
-        """
-        super().__init__()
-        self.hidden = arch.mlp_width
-        self.fc1 = nn.Linear(arch.width, self.hidden // shares[-1])
-        self.fc2 = nn.Linear(self.hidden // shares[-1], arch.width, bias=False)
-        self.biases = nn.ParameterDict({str(share): nn.Parameter(torch.zeros(arch.width)) for share in shares})
-
-    def start_from(self, mlp: Mlp) -> None:
-        """Takes the MLP's first hidden units."""
-        units = self.fc1.out_features
-        self.fc1.load_state_dict({name: value[:units] for name, value in mlp.fc1.state_dict().items()})
-        self.fc2.load_state_dict({"weight": mlp.fc2.weight[:, :units]})
-        for bias in self.biases.values():
-            bias.data.copy_(cast(Tensor, mlp.fc2.bias))
-
-    def keep(self, parts: Collection[Level]) -> None:
-        """Drops the hidden units and biases of all levels but the kept ones, of which there must be one."""
-        for share in [share for share in self.biases if f"1/{share}" not in parts]:
-            del self.biases[share]
-        units = self.hidden // min(map(int, self.biases))
-        self.fc1.out_features = self.fc2.in_features = units
-        self.fc1.weight, self.fc1.bias = (_cut(value, slice(units)) for value in (self.fc1.weight, self.fc1.bias))
-        self.fc2.weight = _cut(self.fc2.weight, (slice(None), slice(units)))
-
-    def forward(self, x: Tensor, level: Level) -> Tensor:
-        """(b, n, c) -> (b, n, c) at one of its levels."""
-        share = mlp_share(level)
-        if str(share) not in self.biases:
-            raise UserError(f"This model has no MLP of width {level}.", hint="Run `mediatorize convert` with --mlp-widths.")
-        units = self.hidden // share
-        hidden = F.gelu(F.linear(x, self.fc1.weight[:units], self.fc1.bias[:units]), approximate="tanh")
-        return F.linear(hidden, self.fc2.weight[:, :units], self.biases[str(share)])
-
-
-def _cut(value: Tensor, where: slice | tuple[slice, ...]) -> nn.Parameter:
-    """A piece of a parameter, in memory of its own."""
-    return nn.Parameter(value.detach()[where].clone(memory_format=torch.contiguous_format), requires_grad=value.requires_grad)
-
-
 class BlockMediator(nn.Module):
     """What a block has of its own at mediator levels, beside its attention: a change of the modulation, its MLP, and narrow MLPs."""
 
@@ -192,11 +169,13 @@ class BlockMediator(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, rotary: Rotary | None = None) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
-        self.attn = SwitchableAttention(arch.width, arch.heads, arch.grid, arch.mediators)
-        self.norm2 = nn.LayerNorm(arch.width, elementwise_affine=False, eps=arch.mlp_norm_eps)
+        self.norm1 = token_norm(arch)
+        self.attn = SwitchableAttention(
+            arch.width, arch.heads, arch.grid, arch.mediators, arch.norm if arch.qk_norm else None, rotary if arch.rotary else None
+        )
+        self.norm2 = token_norm(arch, arch.mlp_norm_eps)
         self.mlp = block_mlp(arch)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 6 * arch.width))
         self.mediator: BlockMediator | None = None
@@ -295,11 +274,6 @@ def _run(
     if memory is not None:
         memory.remember(y, {level: run(x, level) for level in memory.watched})
     return y
-
-
-def block_mlp(arch: Architecture) -> Mlp:
-    """timm's MLP as DiT and SiT use it."""
-    return Mlp(arch.width, arch.mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
 
 
 Run = Callable[[Block, Tensor, Tensor, Level], Tensor]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mediatorize.model.architecture import FREQUENCIES, Architecture, coarse_grid
+from mediatorize.model.architecture import FREQUENCIES, MLPS, Architecture, coarse_grid
 from mediatorize.model.forms import published_parameters
 from mediatorize.model.levels import (
     LINEAR,
@@ -39,7 +39,7 @@ def mlp_flops(arch: Architecture, level: Level) -> int:
 
 
 def _mlp_flops(arch: Architecture, runs: Level) -> int:
-    return 4 * arch.tokens * arch.width * (arch.mlp_width // mlp_share(runs))
+    return 2 * (MLPS[arch.mlp].rows + 1) * arch.tokens * arch.width * (arch.mlp_width // mlp_share(runs))
 
 
 def modulation_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
@@ -165,7 +165,10 @@ def count_parameters(arch: Architecture, settings: MediatorSettings | None = Non
     embedders += (arch.classes + arch.null_class + arch.tokens) * width
     block = _linear(width, 3 * width) + _linear(width, width) + _mlp_parameters(arch) + _linear(width, 6 * width)
     block += published_parameters(width, arch.heads, arch.grid, arch.mediators) if arch.mediators else 0
+    block += (2 if arch.norm == "rms" else 4) * arch.head_width if arch.qk_norm else 0
     last = _linear(width, arch.last_rows) + _linear(width, 2 * width)
+    if arch.norm == "rms":
+        block, last = block + 2 * width, last + width
     added = added_parameters(arch, settings) if settings else 0
     return embedders + arch.depth * block + last + added
 
@@ -182,7 +185,7 @@ def added_parameters(arch: Architecture, settings: MediatorSettings) -> int:
     block += _mlp_parameters(arch) if settings.mlp == "own" else 0
     if settings.mlp_widths:
         hidden = arch.mlp_width // settings.mlp_widths[-1]
-        block += _linear(width, hidden) + hidden * width + width * len(settings.mlp_widths)
+        block += MLPS[arch.mlp].rows * _linear(width, hidden) + hidden * width + width * len(settings.mlp_widths)
     return len(settings.converted(arch.depth)) * block
 
 
@@ -191,4 +194,4 @@ def _linear(inputs: int, outputs: int) -> int:
 
 
 def _mlp_parameters(arch: Architecture) -> int:
-    return _linear(arch.width, arch.mlp_width) + _linear(arch.mlp_width, arch.width)
+    return _linear(arch.width, MLPS[arch.mlp].rows * arch.mlp_width) + _linear(arch.mlp_width, arch.width)

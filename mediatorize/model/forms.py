@@ -51,6 +51,8 @@ def plain_change_flops(tokens: int, width: int, rank: int) -> int:
 
 
 def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
+    """Whether the absorbed form costs no more. It needs scores that are linear in the input: a layer that normalises queries and keys
+    runs the published order."""
     return absorbed_flops(tokens, width, heads, mediators) <= plain_flops(tokens, width, heads, mediators)
 
 

@@ -226,7 +226,7 @@ def _mediator_flops(arch: Architecture, level: Level, settings: MediatorSettings
     rank = (settings.projection_rank or 0) if settings else 0
     if settings and settings.form == "published":
         return forms.published_flops(*sizes) + forms.plain_change_flops(arch.tokens, arch.width, rank)
-    if forms.absorbed_is_cheaper(*sizes):
+    if not arch.qk_norm and forms.absorbed_is_cheaper(*sizes):
         product = forms.absorbed_flops(*sizes) + forms.absorbed_change_flops(arch.width, arch.heads, int(level), rank)
     else:
         product = forms.plain_flops(*sizes) + forms.plain_change_flops(arch.tokens, arch.width, rank)

@@ -44,7 +44,7 @@ class MediatorLevel(nn.Module):
     def forward(self, x: Tensor, layer: MediatorAttention) -> Tensor:
         """(b, n, c) -> (b, n, c) through `layer`'s projections, in the form that costs fewer FLOPs, and its local branch."""
         local = None if layer.local is None else layer.local(x, layer.grid)
-        if forms.absorbed_is_cheaper(x.shape[1], x.shape[2], layer.heads, self.mediators):
+        if layer.norms == (None,) and forms.absorbed_is_cheaper(x.shape[1], x.shape[2], layer.heads, self.mediators):
             return layer.absorbed(x, self.mediators, onto=local)
         out = layer.plain(x, self.mediators)
         return out if local is None else out + local

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mediatorize.errors import UserError
-from mediatorize.model.architecture import Architecture, coarse_grid
+from mediatorize.model.architecture import CELLS, Architecture, coarse_grid
+from mediatorize.model.attention import rotary_tables
 from mediatorize.model.levels import most_mediators
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
 
@@ -23,7 +24,7 @@ def grid_of_image(arch: Architecture, height: int, width: int) -> tuple[int, int
     Raises:
         UserError: patches (of latents, where there are four or more channels) do not divide it.
     """
-    cell = arch.patch * (1 if arch.channels in (1, 3) else 8)
+    cell = arch.patch * CELLS.get(arch.channels, 8)
     if height % cell or width % cell or min(height, width) < 2 * cell:
         raise UserError(
             f"{height}x{width} pixels are no grid of patches of {cell} pixels.", hint=f"Pass multiples of {cell}, at least {2 * cell}."
@@ -35,8 +36,9 @@ def grid_of_image(arch: Architecture, height: int, width: int) -> tuple[int, int
 def resized(model: DiffusionTransformer, grid: tuple[int, int]) -> DiffusionTransformer:
     """The model for another token grid (rows, columns): eval mode, its unchanged weights shared with `model`.
 
-    The position embedding is that of the new grid. Position terms of the published form are interpolated as the original code does
-    (`train_256to512.py` of LeapLabTHU/Attention-Mediators); learned pooling and position terms bilinearly, where their coarse grid changes.
+    The position embedding and rotary tables are those of the new grid. The published form's position terms are interpolated as the original
+    code does (`train_256to512.py` of LeapLabTHU/Attention-Mediators). Learned pooling and position terms are interpolated bilinearly, where
+    their coarse grid changes.
     """
     arch, (rows, columns) = replace(model.arch, grid=grid), coarse_grid(grid)
     most = max(arch.mediators, most_mediators(model.settings.levels) if model.settings else 0)
@@ -47,6 +49,9 @@ def resized(model: DiffusionTransformer, grid: tuple[int, int]) -> DiffusionTran
     wanted = {name: tuple(value.shape) for name, value in other.state_dict().items()}
     state = {name: _fitted(name, value, wanted[name]) for name, value in model.state_dict().items()}
     state["pos_embed"] = sincos_position_embedding(arch.width, grid).to(model.pos_embed)
+    if model.feat_rope is not None:
+        tables = zip(("feat_rope.freqs_cos", "feat_rope.freqs_sin"), rotary_tables(arch.head_width, grid), strict=True)
+        state |= {name: table.to(model.pos_embed) for name, table in tables}
     other.load_state_dict(state, assign=True)
     return other.requires_grad_(False).eval()
 
@@ -54,7 +59,7 @@ def resized(model: DiffusionTransformer, grid: tuple[int, int]) -> DiffusionTran
 def _fitted(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A weight for a layer of that shape."""
     kind = name.rpartition(".")[2]
-    if tuple(value.shape) == shape or name == "pos_embed":
+    if tuple(value.shape) == shape or name == "pos_embed" or name.startswith("feat_rope."):
         return value
     if kind in AXES_OF_TERMS:
         axis = AXES_OF_TERMS[kind]

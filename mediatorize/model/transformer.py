@@ -1,4 +1,4 @@
-"""DiT and SiT in one module, with the parameter names of the official checkpoints."""
+"""DiT, SiT and LightningDiT in one module, with the parameter names of the official checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import FREQUENCIES, Architecture
-from mediatorize.model.block import Block, Run, SwitchableAttention, call, modulate, walk
+from mediatorize.model.attention import Rotary
+from mediatorize.model.block import Block, Run, SwitchableAttention, call, modulate, token_norm, walk
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, in_full, levels_per_layer, refuse_lacking
 from mediatorize.model.mediators import PublishedLevel
 from mediatorize.model.memory import Memory
@@ -55,7 +56,7 @@ class LastLayer(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(arch.width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = token_norm(arch)
         self.linear = nn.Linear(arch.width, arch.last_rows)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(arch.width, 2 * arch.width))
 
@@ -65,7 +66,7 @@ class LastLayer(nn.Module):
 
 
 class DiffusionTransformer(nn.Module):
-    """A class-conditional DiT or SiT whose attention layers can each run at any of their levels.
+    """A class-conditional DiT, SiT or LightningDiT whose attention layers can each run at any of their levels.
 
     Without mediators (`settings` None) its parameters are exactly those of an official checkpoint.
     """
@@ -79,7 +80,8 @@ class DiffusionTransformer(nn.Module):
         self.t_embedder = TimestepEmbedder(arch.width, arch.frequency_shift)
         self.y_embedder = LabelEmbedder(arch.classes + arch.null_class, arch.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, arch.tokens, arch.width), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
+        self.feat_rope = Rotary(arch.head_width, arch.grid) if arch.rotary else None
+        self.blocks = nn.ModuleList(Block(arch, self.feat_rope) for _ in range(arch.depth))
         self.final_layer = LastLayer(arch)
         if settings is not None:
             self.add_mediators(settings)
@@ -123,7 +125,7 @@ class DiffusionTransformer(nn.Module):
 
         Args:
             x: noisy latents (b, channels, height, width).
-            t: (b,). DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
+            t: (b,). DiT: 0 to 999, 999 is noise. SiT and LightningDiT: 0 to 1, 1 is data (REPA: 1 is noise).
             y: class labels (b,); `arch.classes` is the null class.
             levels: one level for the whole model, which is softmax in layers that conversion left alone; or one per layer.
             memory: of the trajectory that this call is a part of: computed sub-layers are remembered in it, forecasts read it. Without one
@@ -131,7 +133,7 @@ class DiffusionTransformer(nn.Module):
 
         Returns:
             DiT with learned variance: noise and variance logits (b, 2 channels, height, width).
-            SiT: velocity (b, channels, height, width), data - noise (REPA: noise - data).
+            SiT and LightningDiT: velocity (b, channels, height, width), data - noise (REPA: noise - data).
         """
         conditioning = self.condition(t, y)
         return self.finish(self.run_blocks(self.embed(x), conditioning, levels, memory=memory), conditioning)

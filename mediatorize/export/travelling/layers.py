@@ -26,12 +26,15 @@ class Attention(nn.Module, AttentionModuleMixin):  # type: ignore[misc, unused-i
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.processor: Any = AttentionBackend()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, c)"""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (b, n, h, d)
+        q, k = self.q_norm(q.transpose(1, 2)).transpose(1, 2), self.k_norm(k.transpose(1, 2)).transpose(1, 2)
         return self.proj(dispatch_attention_fn(q, k, v, backend=self.processor._attention_backend).flatten(2))
 
 

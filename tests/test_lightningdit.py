@@ -1,0 +1,237 @@
+"""LightningDiT: equal to the original code, at every level that conversion adds, and refused in one line where a file does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import model_inputs, official_state, relative_error, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import mediatorize
+from mediatorize.compression.redundancy import attention_matrices
+from mediatorize.errors import UserError
+from mediatorize.model import cost
+from mediatorize.model.architecture import Architecture, preset
+from mediatorize.model.attention import Rotary, rotary_tables
+from mediatorize.model.levels import Level, MediatorSettings
+from mediatorize.model.resize import resized
+from mediatorize.model.transformer import DiffusionTransformer
+
+GOLDEN = Path(__file__).parent / "golden"
+FILES = ("lightningdit", "lightningdit-qk-norm", "lightningdit-layer-norm")
+"""As released; with RMSNorm of queries and keys; with LayerNorm everywhere and a GELU MLP. All have rotary positions."""
+
+PARTS: dict[str, Any] = {"family": "lightningdit", "learn_sigma": False, "norm": "rms", "mlp": "swiglu", "rotary": True, "mlp_width": 128}
+SETTINGS = MediatorSettings((1, 4, 16), local_rank=6, modulation_rank=5, projection_rank=3, mlp="own", mlp_widths=(8, 4))
+
+
+def golden(file: str) -> tuple[DiffusionTransformer, dict[str, Tensor], dict[str, Any]]:
+    """A model with a golden file's weights, the file's tensors, and what the original code's runs are."""
+    path = GOLDEN / f"{file}.safetensors"
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    return mediatorize.load_model(path, num_heads=3), load_file(path), json.loads(metadata["model_t"])
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_forward_equals_the_original_code(file: str) -> None:
+    model, stored, _ = golden(file)
+    assert model.arch.family == "lightningdit"
+    assert relative_error(model(stored["x"], stored["t"], stored["y"]), stored["out"]) < 1e-5
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_samples_equal_the_original_code(file: str) -> None:
+    model, stored, _ = golden(file)
+    latents = mediatorize.sample(model, stored["labels"], solver="euler", steps=10, noise=stored["noise"])
+    assert relative_error(latents, stored["euler10"]) < 1e-5
+
+
+def test_rotary_tables_equal_the_original_code_and_matter() -> None:
+    model, stored, _ = golden("lightningdit")
+    for name, table in zip(("freqs_cos", "freqs_sin"), rotary_tables(16, (4, 4)), strict=True):
+        torch.testing.assert_close(table, stored[f"model.feat_rope.{name}"])
+    assert model.feat_rope is not None
+    model.feat_rope.freqs_sin.zero_()
+    model.feat_rope.freqs_cos.fill_(1)
+    assert relative_error(model(stored["x"], stored["t"], stored["y"]), stored["out"]) > 1e-3
+
+
+def test_scores_of_rotated_queries_and_keys_depend_on_distances_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=draw).expand(-1, -1, -1, 15, -1)
+    rotary = Rotary(16, (3, 5))
+    scores = (rotary(q) @ rotary(k).mT).view(3, 5, 3, 5)
+    torch.testing.assert_close(scores[0, 0, 1, 2], scores[1, 2, 2, 4])
+    torch.testing.assert_close(scores[2, 3, 0, 1], scores[2, 4, 0, 2])
+    assert not torch.isclose(scores[0, 0, 1, 2], scores[0, 0, 2, 1])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_matrices_are_those_that_the_layer_attends_with(qk_norm: bool) -> None:
+    layer = tiny_model(**PARTS, qk_norm=qk_norm).attention_layers()[1]
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
+    values = layer.qkv(x).unflatten(2, (3, 3, 16))[:, :, 2].transpose(1, 2)
+    mixed = (attention_matrices(layer, x) @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer.proj(mixed), layer(x), rtol=1e-4, atol=1e-5)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a training checkpoint as LightningDiT does, some of its weights changed; gives its path."""
+
+    def write(changed: dict[str, Tensor | None] | None = None, **changes: Any) -> Path:
+        state = official_state(tiny_model(**PARTS | changes)) | (changed or {})
+        path = tmp_path / "lightning.pt"
+        kept = {name: value for name, value in state.items() if value is not None}
+        torch.save({"model": {}, "ema": {f"module.{name}": value for name, value in kept.items()}, "opt": {}}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_blocks_are_made_of_is_read_from_the_names(lightning_file: Callable[..., Path], norm: str, qk_norm: bool) -> None:
+    original = tiny_model(**PARTS | {"norm": norm}, qk_norm=qk_norm)
+    model = mediatorize.load_model(lightning_file(norm=norm, qk_norm=qk_norm), num_heads=3)
+    assert model.arch == original.arch
+    assert torch.equal(model(*model_inputs(original)), original(*model_inputs(original)))
+
+
+def test_a_sit_with_normalised_queries_and_keys_is_timms(lightning_file: Callable[..., Path]) -> None:
+    from timm.layers import Attention
+
+    model = tiny_model(qk_norm=True)
+    theirs = Attention(48, 3, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).eval().requires_grad_(False)
+    theirs.load_state_dict(model.attention_layers()[0].state_dict())
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.attention_layers()[0](x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"feat_rope.freqs_cos": torch.ones(64, 16)}, r"feat_rope\.freqs_cos is \[64, 16\] where LightningDiT-3x48/2 needs \[16, 16\]"),
+        ({"feat_rope.freqs_sin": None}, r"1 weights are missing: feat_rope\.freqs_sin"),
+        ({"blocks.1.mlp.w12.weight": torch.ones(200, 48)}, r"blocks\.1\.mlp\.w12\.weight is \[200, 48\] where .* needs \[256, 48\]"),
+        ({"blocks.0.mlp.w3.weight": torch.ones(48, 100)}, r"blocks\.0\.mlp\.w3\.weight is \[48, 100\] where .* needs \[48, 128\]"),
+        ({"blocks.2.norm2.weight": None}, r"1 weights are missing: blocks\.2\.norm2\.weight"),
+        ({"blocks.0.adaLN_modulation.1.weight": torch.ones(192, 48)}, "blocks have no shifts"),
+    ],
+    ids=["other tables", "half a table", "other w12", "other w3", "no norm", "no shifts"],
+)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(
+    lightning_file: Callable[..., Path], changed: dict[str, Tensor | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        mediatorize.load_model(lightning_file(changed), num_heads=3)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lightningdit_is_no_sit_and_its_heads_are_of_a_width_for_rotations(lightning_file: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"a LightningDiT checkpoint is no SiT.*Leave --family out"):
+        mediatorize.load_model(lightning_file(), num_heads=3, family="sit")
+    with pytest.raises(UserError, match=r"Heads of width 6 do not divide into pairs.*--num-heads"):
+        mediatorize.load_model(lightning_file(), num_heads=8)
+
+
+# --- sizes and cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_sizes() -> None:
+    arch = preset("LightningDiT-XL/1@256")
+    assert (arch.name, arch.grid, arch.channels, arch.image_size) == ("LightningDiT-XL/1", (16, 16), 32, (256, 256))
+    assert arch.mlp_width == int(2 / 3 * 4 * 1152)
+    assert Architecture.from_json(json.loads(json.dumps(arch.to_json()))) == arch
+    assert preset("lightningdit-1p0b/2@512").width == 1536
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_parameters_in_closed_form_are_those_of_the_model(norm: str, qk_norm: bool) -> None:
+    model = tiny_model(SETTINGS, **PARTS | {"norm": norm}, qk_norm=qk_norm)
+    assert cost.count_parameters(model.arch, SETTINGS) == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.added_parameters(model.arch, SETTINGS) == sum(p.numel() for p in model.mediator_parameters().values())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("level", ["softmax", 1, 4, 16, "softmax|1/8", "4|1/4"])
+def test_closed_form_equals_torchs_count(level: Level, qk_norm: bool) -> None:
+    model = tiny_model(SETTINGS, **PARTS, qk_norm=qk_norm)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        DiffusionTransformer(model.arch, SETTINGS)(torch.empty(1, 4, 8, 8), torch.empty(1), torch.zeros(1, dtype=torch.long), levels=level)
+    assert cost.forward_flops(model.arch, level, SETTINGS) == counter.get_total_flops()
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_softmax_of_a_converted_model_is_the_model_bit_for_bit() -> None:
+    plain, converted = tiny_model(**PARTS), tiny_model(**PARTS)
+    converted.add_mediators(SETTINGS)
+    assert torch.equal(converted(*model_inputs(plain)), plain(*model_inputs(plain)))
+
+
+@pytest.mark.parametrize("space", ["queries", "keys"])
+def test_absorbed_mediators_equal_plain_ones_without_rotations(space: Any) -> None:
+    model = tiny_model(MediatorSettings((1, 4), space=space), **PARTS)
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
+    for level in (1, 4):
+        layer = model.attention_layers()[0].mediated()
+        assert relative_error(layer.absorbed(x, level), layer.plain(x, level)) < 1e-5
+        assert model.feat_rope is not None
+        before = layer(x, level)
+        model.feat_rope.freqs_cos.zero_()
+        assert torch.equal(layer(x, level), before)
+
+
+def test_as_many_sharp_mediators_as_tokens_are_softmax_attention_with_normalised_queries() -> None:
+    """Assignment by distance becomes softmax attention as mediators grow to the tokens: also where queries and keys are normalised."""
+    model = tiny_model(MediatorSettings((16,)), **PARTS | {"rotary": False}, qk_norm=True)
+    layer = model.attention_layers()[0]
+    layer.mediator = None
+    level = layer.add_mediators(MediatorSettings((16,))).count(16)
+    level.log_query_scale.data.fill_(8.0)
+    layer.requires_grad_(False)
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
+    assert relative_error(layer(x, 16), layer(x)) < 1e-4
+
+
+def test_a_narrow_swiglu_of_all_units_is_the_mlp() -> None:
+    """The widest narrow MLP starts from the first half of the units; with the other half silent that is the whole MLP."""
+    model = tiny_model(**PARTS)
+    block = model.layers()[0]
+    block.mlp.w3.weight.data[:, 64:] = 0  # type: ignore[union-attr, operator]
+    block.add_mediators(model.arch, MediatorSettings((1,), mlp_widths=(4, 2)), lambda: torch.Generator().manual_seed(0))
+    model.requires_grad_(False)
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block.run_mlp(x, "1/2"), block.run_mlp(x, "full"))
+    assert relative_error(block.run_mlp(x, "1/4"), block.run_mlp(x, "full")) > 1e-2
+
+
+# --- resolution ------------------------------------------------------------------------------------------------------------------
+
+
+def test_another_resolution_has_tables_of_its_own_grid() -> None:
+    model = tiny_model(SETTINGS, **PARTS)
+    other, fresh = resized(model, (6, 4)), tiny_model(**PARTS, grid=(6, 4))
+    of_grid = {name: value for name, value in fresh.state_dict().items() if name.startswith(("pos_embed", "feat_rope."))}
+    fresh.load_state_dict(official_state(model) | of_grid)
+    assert other(*model_inputs(other), levels=4).isfinite().all()
+    assert torch.equal(other(*model_inputs(other)), fresh(*model_inputs(fresh)))
