@@ -17,13 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mediatorize
 from mediatorize.compression.redundancy import attention_matrices
+from mediatorize.diffusion.driver import Driver
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.attention import Rotary, rotary_tables
 from mediatorize.model.levels import Level, MediatorSettings
 from mediatorize.model.resize import resized
+from mediatorize.model.schedule import Call
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.stages.convert import convert
+from mediatorize.stages.export import export
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = ("lightningdit", "lightningdit-qk-norm", "lightningdit-layer-norm")
@@ -235,3 +239,70 @@ def test_another_resolution_has_tables_of_its_own_grid() -> None:
     fresh.load_state_dict(official_state(model) | of_grid)
     assert other(*model_inputs(other), levels=4).isfinite().all()
     assert torch.equal(other(*model_inputs(other)), fresh(*model_inputs(fresh)))
+
+
+# --- forecasts -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_stated_flops_of_forecast_calls_are_those_that_run(qk_norm: bool) -> None:
+    model = tiny_model(SETTINGS, **PARTS, qk_norm=qk_norm)
+    for layer in model.attention_layers():
+        layer.fused_attn = False  # whose products the counter does not see on the CPU
+    calls = [Call(("softmax",) * 3)] * 2 + [Call(("linear+4|linear+1/8", "linear", "hold+1|1/4"))]
+    noise_levels = [0.9, 0.6, 0.5]
+    x, _, y = model_inputs(model, batch=1)
+    with FlopCounterMode(display=False) as counter:
+        driver = Driver(model, 3, calls, noise_levels, [1] * 3, 1)
+        outputs = [driver(x, torch.tensor([1 - noise]), y) for noise in noise_levels]
+    assert counter.get_total_flops() == cost.calls_flops(model.arch, calls, noise_levels, [1] * 3, SETTINGS)
+    assert torch.equal(outputs[1], model(x, torch.tensor([0.4]), y))
+
+
+# --- from a checkpoint to an export ----------------------------------------------------------------------------------------------
+
+
+def test_a_converted_file_comes_back_from_every_export(lightning_file: Callable[..., Path], tmp_path: Path) -> None:
+    file = lightning_file(depth=1, grid=(8, 8))
+    conversion = convert(
+        str(file),
+        tmp_path / "out",
+        num_heads=3,
+        levels=(1,),
+        states=16,
+        trajectories=16,
+        fit_steps=2,
+        batch=8,
+        sampler_steps=2,
+        cfg_scale=1.0,
+    )
+    assert set(conversion.errors[0].after) == {1, "1/8", "1/4"}
+    bundle = mediatorize.load_model(tmp_path / "out")
+    for target in ("safetensors", "official", "diffusers"):
+        assert export(tmp_path / "out", tmp_path / target, to=target).out == tmp_path / target
+    back = mediatorize.load_model(tmp_path / "official" / "model.pt", num_heads=3)
+    assert back.arch == bundle.arch
+    assert torch.equal(back(*model_inputs(back)), bundle(*model_inputs(back)))
+    written, read = torch.load(tmp_path / "official" / "model.pt"), torch.load(file)["ema"]
+    assert {f"module.{name}" for name in written} == read.keys()  # the rotary tables too, which its code loads strictly
+    with pytest.raises(UserError, match="runs SiTs, and this is a LightningDiT"):
+        export(tmp_path / "out", tmp_path / "other", to="attention-mediators", level=1)
+
+
+def test_a_sit_with_normalised_queries_is_not_exported_to_code_that_lacks_them(tmp_path: Path) -> None:
+    torch.save(official_state(tiny_model(depth=1, grid=(8, 8), qk_norm=True)), tmp_path / "sit.pt")
+    convert(
+        str(tmp_path / "sit.pt"),
+        tmp_path / "out",
+        family="sit",
+        num_heads=3,
+        levels=(1,),
+        local_rank=0,
+        states=16,
+        fit_steps=0,
+        sampler_steps=2,
+    )
+    for target, message in (("official", "which SiT's code does not"), ("attention-mediators", "does not normalise queries and keys")):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "out", tmp_path / target, to=target)
+        assert not (tmp_path / target).exists()

@@ -87,6 +87,8 @@ def _level(subject: Subject, choices: Choices) -> Level:
     arch, settings = subject.arch, subject.config.settings
     if arch.family != "sit" or arch.reversed_time:
         raise UserError(f"Attention-Mediators' code runs SiTs, and this is a {arch.name}.", hint="Export to diffusers or safetensors.")
+    if arch.qk_norm:
+        raise UserError("Attention-Mediators' code does not normalise queries and keys.", hint="Export to diffusers or safetensors.")
     level = SOFTMAX if choices.level is None and arch.mediators else choices.level
     if level is None:
         raise UserError("An Attention-Mediators checkpoint has one count of mediators.", hint=f"Pass --level {settings.levels[0]}.")

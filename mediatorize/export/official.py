@@ -32,6 +32,11 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
         )
     if arch.mediators:
         raise UserError("The weights are of a SiT with mediators, which SiT's code does not run.", hint="Pass --to attention-mediators.")
+    if arch.family == "sit" and arch.qk_norm:
+        raise UserError(
+            "The weights are of a SiT that normalises queries and keys, which SiT's code does not.",
+            hint="Export to diffusers or safetensors.",
+        )
     refuse_changed_base(subject)
     torch.save(own_copies(pretrained_part(subject.model).state_dict()), folder / OFFICIAL_FILE)
 
