@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import model_inputs, official_state, relative_error, tiny_model
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import mediatorize
 from mediatorize.compression.redundancy import attention_matrices
 from mediatorize.diffusion.driver import Driver
+from mediatorize.diffusion.process import LinearFlow
+from mediatorize.diffusion.sampling import Sampler
 from mediatorize.errors import UserError
+from mediatorize.export.travelling.pipeline import flow_steps
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.attention import Rotary, rotary_tables
@@ -60,6 +64,40 @@ def test_samples_equal_the_original_code(file: str) -> None:
     model, stored, _ = golden(file)
     latents = mediatorize.sample(model, stored["labels"], solver="euler", steps=10, noise=stored["noise"])
     assert relative_error(latents, stored["euler10"]) < 1e-5
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("run", "solver"), [("euler10_shift", "euler"), ("heun10_shift", "heun"), ("euler10_cfg", "euler")])
+def test_shifted_and_guided_samples_equal_the_original_code(file: str, run: str, solver: str) -> None:
+    """Also where guidance begins at a time: its cfg_interval_start 0.125 is the noise level 0.875."""
+    model, stored, times = golden(file)
+    guided: dict[str, Any] = {"cfg_scale": 2.5, "cfg_interval": (0.0, 0.875)} if run == "euler10_cfg" else {}
+    how: dict[str, Any] = {"solver": solver, "steps": 10, "timestep_shift": 0.3} | guided
+    assert Sampler.resolve(model.arch, **how).times() == pytest.approx(times[run], abs=1e-6)
+    latents = mediatorize.sample(model, stored["labels"], noise=stored["noise"], **how)
+    assert relative_error(latents, stored[run]) < 1e-5
+    assert relative_error(latents, stored["euler10"]) > 1e-3
+
+
+def test_a_scheduler_with_the_inverse_shift_takes_the_same_steps() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / 0.3)
+    times = flow_steps(LinearFlow(), scheduler, 10, torch.device("cpu"))[:10]
+    assert times.tolist() == pytest.approx(Sampler.resolve(tiny_model(**PARTS).arch, steps=10, timestep_shift=0.3).times(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"timestep_shift": 0.0}, r"shift of 0 cannot be.*1 is no shift"),
+        ({"timestep_shift": float("nan")}, r"shift of nan cannot be"),
+        ({"timestep_shift": 0.3, "solver": "sde"}, r"steps of sde cannot be shifted; those of euler, heun can.*--timestep-shift"),
+        ({"cfg_interval": (0.9, 0.1)}, r"No noise level is in the interval 0\.9,0\.1"),
+    ],
+    ids=["no shift", "nan", "sde", "empty interval"],
+)
+def test_samplers_that_cannot_be_are_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampler.resolve(tiny_model(**PARTS).arch, **how)
 
 
 def test_rotary_tables_equal_the_original_code_and_matter() -> None:

@@ -82,7 +82,7 @@ def probe(
         return output + changes[-1]
 
     with torch.enable_grad():
-        end = sampler.how.run(predict, draw(-1), sampler.steps, draw)
+        end = sampler.run(predict, draw(-1), draw)
     gradients = []
     for direction in range(directions):
         toward = gaussian(sampler.seed, "direction", indices, shape, direction).to(device)

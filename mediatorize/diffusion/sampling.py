@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,8 @@ class Sampler:
     """How many channels are guided."""
     cfg_interval: Interval = EVERYWHERE
     """Noise levels from the lowest to the highest at which calls are guided (arXiv 2404.07724); the others cost half."""
+    timestep_shift: float = 1.0
+    """Warp of a flow's steps (`solvers.flow_times`): below 1 more of them are where there is noise; 1 is none."""
     seed: int = 0
     """Seed of the initial noise and of every step's noise."""
 
@@ -65,6 +68,7 @@ class Sampler:
         cfg_scale: float = 1.0,
         cfg_channels: Channels = 3,
         cfg_interval: Interval = EVERYWHERE,
+        timestep_shift: float = 1.0,
         seed: int = 0,
         fixed_for: str = "",
     ) -> Sampler:
@@ -76,7 +80,7 @@ class Sampler:
             fixed_for: what needs a fixed number of steps, for the message if the solver has none; empty if nothing does.
 
         Raises:
-            UserError: the solver is for another process or adaptive, or steps, guidance, channels or seed cannot be.
+            UserError: the solver is for another process or adaptive, or steps, guidance, channels, shift or seed cannot be.
         """
         name, chosen = find_solver(process_of(arch), solver)
         if fixed_for and chosen.adaptive:
@@ -91,7 +95,20 @@ class Sampler:
             raise UserError(f"No noise level is in the interval {low:g},{high:g}.", hint="Pass --cfg-interval LOW,HIGH between 0 and 1.")
         if chosen.adaptive and cfg_interval != EVERYWHERE:
             raise UserError(f"{name} takes its steps by both halves of a guided call.", hint="Pass --solver euler with --cfg-interval.")
-        return cls(solver=name, steps=steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=(low, high), seed=seed)
+        if not 0 < timestep_shift < math.inf:
+            raise UserError(f"A timestep shift of {timestep_shift:g} cannot be.", hint="Pass a number above 0; 1 is no shift.")
+        if timestep_shift != 1 and not chosen.shifts:
+            able = ", ".join(known for known, solver in SOLVERS.items() if solver.shifts)
+            raise UserError(f"The steps of {name} cannot be shifted; those of {able} can.", hint="Leave --timestep-shift out.")
+        return cls(
+            solver=name,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            cfg_channels=cfg_channels,
+            cfg_interval=(low, high),
+            timestep_shift=timestep_shift,
+            seed=seed,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"cfg_interval": list(self.cfg_interval)}
@@ -116,6 +133,11 @@ class Sampler:
             return self.rows
         return self.rows if low - SAME_PLACE <= noise_level <= high + SAME_PLACE else 1
 
+    def run(self, predict: Callable[[Tensor, float], Tensor], x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """Runs the solver from a first state (b, c, h, w) to the last."""
+        shift = {"shift": self.timestep_shift} if self.how.shifts else {}
+        return self.how.run(predict, x, self.steps, draw, **shift)
+
     def times(self) -> list[float]:
         """The times at which the solver calls the model, by running it on nothing."""
         times: list[float] = []
@@ -124,7 +146,7 @@ class Sampler:
             times.append(t)
             return torch.zeros_like(x)
 
-        self.how.run(record, torch.zeros(1, 1, 1, 1), self.steps, lambda count: torch.zeros(1, 1, 1, 1))
+        self.run(record, torch.zeros(1, 1, 1, 1), lambda count: torch.zeros(1, 1, 1, 1))
         return times
 
     def noise_levels(self, arch: Architecture) -> list[float]:
@@ -211,6 +233,7 @@ def sample(
     cfg_scale: float = 1.0,
     cfg_channels: Channels = 3,
     cfg_interval: Interval = EVERYWHERE,
+    timestep_shift: float = 1.0,
     noise: Tensor | None = None,
     seed: int = 0,
     schedule: AnySchedule | Level | None = None,
@@ -226,6 +249,7 @@ def sample(
         cfg_scale: classifier-free guidance; 1 is none, and costs half.
         cfg_channels: how many channels are guided. DiT and SiT guide the first 3, whatever there are; REPA and diffusers all.
         cfg_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
+        timestep_shift: warps the steps of euler and heun: below 1 more of them are where there is noise. LightningDiT samples with 0.3.
         noise: the initial state (b, c, h, w); `None` draws it from `seed`.
         seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
         schedule: a `Schedule`, `CallSchedule` or `RuleSchedule`; one level for everything; or `None`: the model's own where it has one,
@@ -236,7 +260,7 @@ def sample(
         Latents (b, c, h, w), on the model's device.
     """
     guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
-    sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, seed=seed, **guidance)
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, timestep_shift=timestep_shift, seed=seed, **guidance)
     return sample_batch(model, labels, sampler, schedule, noise=noise, first_index=first_index, observe=observe)
 
 
@@ -279,7 +303,7 @@ def sample_batch(
 
     if sampler.rows == 2 and sampler.how.adaptive:
         x = torch.cat([x, x])  # the originals integrate both halves, and step sizes depend on both
-    return sampler.how.run(predict, x, sampler.steps, draw)[: len(labels)]
+    return sampler.run(predict, x, draw)[: len(labels)]
 
 
 def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None, batch: int) -> Drive:

@@ -85,20 +85,27 @@ def dpm_solver(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
 # --- SiT -----------------------------------------------------------------------------------------------------------------------
 
 
-def euler(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
-    """x + dt v on an even grid from noise (0) to data (1)."""
+def flow_times(steps: int, shift: float) -> list[float]:
+    """Times of a flow's steps from noise (0) to data (1): even ones u, warped to s u / (1 + (s - 1) u) (LightningDiT's transport).
+
+    A shift s below 1 puts more steps where there is noise; 1 leaves them even.
+    """
     import torch
 
-    for t, after in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
+    even = torch.linspace(0, 1, steps + 1)
+    return even.tolist() if shift == 1 else (shift * even / (1 + (shift - 1) * even)).tolist()
+
+
+def euler(predict: Predict, x: Tensor, steps: int, draw: Draw, shift: float = 1.0) -> Tensor:
+    """x + dt v at `flow_times`."""
+    for t, after in pairwise(flow_times(steps, shift)):
         x = x + (after - t) * predict(x, t)
     return x
 
 
-def heun(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
-    """Heun's second-order method on an even grid: two calls per step."""
-    import torch
-
-    for t, after in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
+def heun(predict: Predict, x: Tensor, steps: int, draw: Draw, shift: float = 1.0) -> Tensor:
+    """Heun's second-order method at `flow_times`: two calls per step."""
+    for t, after in pairwise(flow_times(steps, shift)):
         first = predict(x, t)
         second = predict(x + (after - t) * first, after)
         x = x + (after - t) / 2 * (first + second)
@@ -134,7 +141,8 @@ def sde(predict: Predict, x: Tensor, steps: int, draw: Draw) -> Tensor:
 
 @dataclass(frozen=True)
 class Solver:
-    run: Callable[[Predict, Tensor, int, Draw], Tensor]
+    run: Callable[..., Tensor]
+    """(predict, x, steps, draw) -> x; where it `shifts`, also with `shift`."""
     process: str
     """The name of the process whose models it samples."""
     default_steps: int
@@ -142,6 +150,8 @@ class Solver:
     fewest: int = 1
     most: int | None = None
     """How many steps can be taken; None is as many as you like."""
+    shifts: bool = False
+    """Whether its steps can be warped towards noise or data."""
     calls_per_step: int = 1
     """Model calls in a step. The first one gets the latents that the step begins with."""
 
@@ -150,8 +160,8 @@ SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(ddpm, "ddpm", 250, most=TRAIN_STEPS),
     "ddim": Solver(ddim, "ddpm", 50, most=TRAIN_STEPS),
     "dpm-solver++": Solver(dpm_solver, "ddpm", 20, most=TRAIN_STEPS - 1),
-    "euler": Solver(euler, "flow", 25),
-    "heun": Solver(heun, "flow", 25, calls_per_step=2),
+    "euler": Solver(euler, "flow", 25, shifts=True),
+    "heun": Solver(heun, "flow", 25, calls_per_step=2, shifts=True),
     "dopri5": Solver(dopri5, "flow", 1, adaptive=True),
     "sde": Solver(sde, "flow", 250, fewest=2),
 }

@@ -107,6 +107,7 @@ def calibrate(
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
+    timestep_shift: options.Shift = 1.0,
     seed: options.Seed = 0,
     trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 16,
     verify: Annotated[int, option("held-out samples to measure each candidate's error on; 0 uses predicted errors", SAMPLING, min=0)] = 32,
@@ -153,6 +154,7 @@ def calibrate(
         "cfg_scale": cfg_scale,
         "cfg_channels": cfg_channels,
         "cfg_interval": cfg_interval,
+        "timestep_shift": timestep_shift,
     }
     sampler = Sampler.resolve(arch, **how, seed=seed, fixed_for="a budget needs" if rule is None else "a rule needs")
     measuring = samplers(sampler)[0]

@@ -49,6 +49,7 @@ def compare(
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
+    timestep_shift: options.Shift = 1.0,
     seed: options.Seed = 0,
     batch: options.Batch = 128,
     family: options.Family = None,
@@ -96,6 +97,7 @@ def compare(
     loaded = {file: load_model(file, **({} if bundle.is_bundle(Path(file)) else hints)) for file in dict.fromkeys((*files, *switch))}
     arch = loaded[model].arch
     guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    guidance["timestep_shift"] = timestep_shift
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, fixed_for="a comparison needs", **guidance)
     for file in files:
         refuse_unfit(file, loaded[file].arch, features, inception_weights, reference, vae, npz=False)

@@ -51,6 +51,7 @@ def evaluate(
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
+    timestep_shift: options.Shift = 1.0,
     seed: options.Seed = 0,
     batch: options.Batch = 128,
     family: options.Family = None,
@@ -89,6 +90,7 @@ def evaluate(
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
     guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    guidance["timestep_shift"] = timestep_shift
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, fixed_for="a comparison needs", **guidance)
     rows = rows_of(loaded, levels, bundle.read_schedules(schedule, loaded, reserved=(OWN_SCHEDULE,)))
     where = pick_device(device)

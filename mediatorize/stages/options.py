@@ -67,7 +67,7 @@ Ratios = Annotated[
     option("a stage begins when the change is below this share of the first ones", SWITCHING, parser=listed(number), metavar="R,R,..."),
 ]
 First = Annotated[int, option("how many first changes are averaged", SWITCHING)]
-Solver = Annotated[str | None, option("solver; default: ddim (DiT), euler (SiT)", SAMPLING), OneOf(SOLVERS)]
+Solver = Annotated[str | None, option("solver; default: ddim (DiT), euler (SiT, LightningDiT)", SAMPLING), OneOf(SOLVERS)]
 Steps = Annotated[int | None, option("steps of the solver; default: the solver's own", SAMPLING)]
 Guidance = Annotated[float, option("classifier-free guidance scale; 1 is no guidance, at half the cost", SAMPLING)]
 Channels = Annotated[
@@ -82,6 +82,10 @@ Interval = Annotated[
         parser=one(interval),
         metavar="LOW,HIGH",
     ),
+]
+Shift = Annotated[
+    float,
+    option("warp of the steps of euler and heun: below 1, more of them are where there is noise; LightningDiT samples with 0.3", SAMPLING),
 ]
 Seed = Annotated[int, option("seed of all random numbers", SAMPLING)]
 Batch = Annotated[int, option("samples per batch", RESOURCES)]

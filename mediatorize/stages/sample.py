@@ -78,6 +78,7 @@ def sample(
     cfg_scale: options.Guidance = 1.0,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
+    timestep_shift: options.Shift = 1.0,
     seed: options.Seed = 0,
     batch: options.Batch = 64,
     vae: options.Vae = None,
@@ -125,6 +126,7 @@ def sample(
     if schedule is not None:
         (loaded.schedule,) = read_schedules((schedule,), loaded).values()
     guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    guidance["timestep_shift"] = timestep_shift
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, **guidance)
     as_pixels = vae is not None or arch.channels in (1, 3)
     if out.suffix == ".png" and not as_pixels:
