@@ -1,10 +1,11 @@
-"""LightningDiT: equal to the original code, at every level that conversion adds, and refused in one line where a file does not fit."""
+"""LightningDiT and REPA-E: as in the original code, at all added levels, and refused in one line where a file does not fit."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ from mediatorize.diffusion.process import LinearFlow
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.errors import UserError
 from mediatorize.export.travelling.pipeline import flow_steps
+from mediatorize.formats.checkpoint import Hints, open_checkpoint
+from mediatorize.formats.images import decode, encode
+from mediatorize.formats.samples import decoder_of
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.attention import Rotary, rotary_tables
@@ -32,6 +36,7 @@ from mediatorize.model.schedule import Call
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.stages.convert import convert
 from mediatorize.stages.export import export
+from mediatorize.stages.resize import resize
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = ("lightningdit", "lightningdit-qk-norm", "lightningdit-layer-norm")
@@ -344,3 +349,90 @@ def test_a_sit_with_normalised_queries_is_not_exported_to_code_that_lacks_them(t
         with pytest.raises(UserError, match=message):
             export(tmp_path / "out", tmp_path / target, to=target)
         assert not (tmp_path / target).exists()
+
+
+# --- statistics of latents -------------------------------------------------------------------------------------------------------
+
+MEAN, STD = torch.tensor([0.5, -1.0, 2.0, 0.25]), torch.tensor([1.5, 0.5, 3.0, 2.0])
+
+
+class DoublingVae:
+    """Stands for a VAE: three channels of its latents, doubled."""
+
+    def to(self, device: torch.device) -> DoublingVae:
+        return self
+
+    def decode(self, latents: Tensor) -> Any:
+        return SimpleNamespace(sample=2 * latents[:, :3])
+
+    def encode(self, pixels: Tensor) -> Any:
+        posterior = SimpleNamespace(mean=torch.cat([pixels, pixels[:, :1]], dim=1) / 2, std=torch.ones(()))
+        return SimpleNamespace(latent_dist=posterior)
+
+
+@pytest.fixture
+def repa_e_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a training checkpoint as REPA-E does, with its VAE beside it; gives its path."""
+
+    def write(**changed: Tensor | None) -> Path:
+        bn = {"bn.running_mean": MEAN, "bn.running_var": STD.square(), "bn.num_batches_tracked": torch.tensor(7)}
+        bn |= {name.replace("_", ".", 1): value for name, value in changed.items()}  # type: ignore[misc]
+        state = official_state(tiny_model(learn_sigma=False, patch=1)) | {"projectors.0.0.weight": torch.ones(8, 48)} | bn
+        path = tmp_path / "repa-e.pt"
+        torch.save(
+            {"ema": {name: value for name, value in state.items() if value is not None}, "vae": {"conv.weight": torch.ones(2)}}, path
+        )
+        return path
+
+    return write
+
+
+def test_the_statistics_of_a_repa_e_file_stay_with_the_model_and_its_vae_is_left_alone(
+    repa_e_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    opened = open_checkpoint(repa_e_file(), Hints(num_heads=3))
+    assert opened.arch.reversed_time
+    assert (opened.arch.latent_mean, opened.arch.latent_std) == (tuple(MEAN.tolist()), tuple(STD.tolist()))
+    assert any("VAE in the file was left alone" in note for note in opened.notes)
+    assert Architecture.from_json(json.loads(json.dumps(opened.arch.to_json()))) == opened.arch
+    resize(str(repa_e_file()), tmp_path / "large.pt", image_size=(48, 48), num_heads=3)
+    assert mediatorize.load_model(tmp_path / "large.pt").arch.latent_std == pytest.approx(opened.arch.latent_std)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bn_running_var": None}, "do not go together"),
+        ({"bn_running_var": torch.zeros(4)}, "variance that is not above 0"),
+        ({"bn_running_mean": torch.ones(5), "bn_running_var": torch.ones(5)}, "Latents of 4 channels have 5 means and 5 deviations"),
+    ],
+    ids=["one alone", "zero", "other channels"],
+)
+def test_statistics_that_cannot_be_are_refused(repa_e_file: Callable[..., Path], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        mediatorize.load_model(repa_e_file(**changed), num_heads=3)
+
+
+def test_decoding_undoes_the_statistics_and_encoding_applies_them() -> None:
+    arch = tiny_model(latent_mean=tuple(MEAN.tolist()), latent_std=tuple(STD.tolist())).arch
+    draw = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 2, 4, 8, 8, generator=draw)
+    normalised = (z - MEAN.view(-1, 1, 1)) / STD.view(-1, 1, 1)
+    torch.testing.assert_close(decode(DoublingVae(), normalised, arch), 2 * z[:, :3])
+    pixels = 2 * z[:, :3]
+    drawn = torch.cat([z[:, :3], z[:, :1]], dim=1) + noise
+    torch.testing.assert_close(encode(DoublingVae(), pixels, noise, arch), (drawn - MEAN.view(-1, 1, 1)) / STD.view(-1, 1, 1))
+    torch.testing.assert_close(decode(DoublingVae(), 0.18215 * z, tiny_model().arch), 2 * z[:, :3])
+
+
+def test_statistics_are_asked_for_once_and_kept_in_the_bundle(lightning_file: Callable[..., Path], tmp_path: Path) -> None:
+    file = lightning_file(depth=1, channels=32, grid=(8, 8))
+    with pytest.raises(UserError, match=r"normalised latents of 32 channels.*--latent-stats latents_stats\.pt"):
+        decoder_of(DoublingVae(), torch.device("cpu"), mediatorize.load_model(file, num_heads=3).arch)
+    stats = {"mean": torch.arange(32.0).view(1, -1, 1, 1), "std": 1 + torch.arange(32.0).view(1, -1, 1, 1)}
+    torch.save(stats, tmp_path / "latents_stats.pt")
+    few: dict[str, Any] = {"states": 16, "trajectories": 16, "fit_steps": 0, "sampler_steps": 2}
+    convert(str(file), tmp_path / "out", num_heads=3, levels=(1,), local_rank=0, latent_stats=tmp_path / "latents_stats.pt", **few)
+    arch = mediatorize.load_model(tmp_path / "out").arch
+    assert (arch.latent_mean, arch.latent_std) == (tuple(map(float, range(32))), tuple(map(float, range(1, 33))))
+    assert decoder_of(DoublingVae(), torch.device("cpu"), arch)(torch.zeros(1, 32, 8, 8)).shape == (1, 8, 8, 3)

@@ -22,7 +22,7 @@ from mediatorize.export.safetensors import reference as reference  # the weights
 from mediatorize.export.safetensors import stored_weights
 from mediatorize.export.standalone import standalone
 from mediatorize.formats.bundle import save_tensors, write_json, write_text
-from mediatorize.formats.images import load_vae
+from mediatorize.formats.images import load_vae, refuse_unknown_scale
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX
@@ -127,6 +127,7 @@ def _copy_vae(path: Path, folder: Path, arch: Architecture) -> str:
             f"{path}: a VAE of {vae.config.latent_channels} channels, where the model has {arch.channels}.",
             hint="Pass the one it was made with.",
         )
+    refuse_unknown_scale(arch)
     vae.save_pretrained(folder)
     return type(vae).__name__
 

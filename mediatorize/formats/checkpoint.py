@@ -140,6 +140,8 @@ def _unwrap(path: Path, content: dict[str, Any], facts: dict[str, Any], weights:
             inside = {key.removeprefix(prefix): value for key, value in content.items() if str(key).startswith(prefix)}
             if inside:
                 sets[name] = inside
+    if isinstance(content.get("vae"), dict):
+        facts = facts | {"holds_vae": True}
     part = ""
     if sets:
         part = weights or next(iter(sets))
@@ -390,12 +392,32 @@ def _open_official(name: str, source: Source, hints: Hints, **conventions: Any) 
 
 
 def _open_repa(name: str, source: Source, hints: Hints) -> Checkpoint:
-    """REPA's SiT: projectors are dropped; time runs from data (0) to noise (1), the output is noise - data."""
-    tensors = {key: value for key, value in source.tensors.items() if not key.startswith("projectors.")}
+    """REPA's and REPA-E's SiT: projectors are dropped; time runs from data (0) to noise (1), the output is noise - data.
+
+    REPA-E's latents are normalised by the running statistics of a BatchNorm, `bn`, which its `generate.py` undoes before decoding.
+    """
+    tensors = {key: value for key, value in source.tensors.items() if not key.startswith(("projectors.", "bn."))}
     if hints.family not in (None, "sit"):
         raise UserError(f"{source.path}: a REPA checkpoint is a SiT.", hint="Leave --family out.")
+    statistics = _batch_statistics(source)
+    own_vae = ("the VAE in the file was left alone; --vae takes one of diffusers",) if source.facts.get("holds_vae") else ()
     source = Source(source.path, tensors, source.facts | {"family": "sit"}, source.part)
-    return _open_official(name, source, hints, reversed_time=True)
+    opened = _open_official(name, source, hints, reversed_time=True, **statistics)
+    return replace(opened, notes=(*opened.notes, *own_vae))
+
+
+def _batch_statistics(source: Source) -> dict[str, Any]:
+    """The mean and deviation of latents that REPA-E's BatchNorm holds, as fields of `Architecture`; nothing where it has none."""
+    stored = [source.tensors.get(f"bn.{name}") for name in ("running_mean", "running_var")]
+    if stored == [None, None]:
+        return {}
+    values = [value.read().float() for value in stored if value is not None and value.is_weight]
+    if len(values) != 2 or values[0].ndim != 1 or values[0].shape != values[1].shape:
+        raise UserError(f"{source.path}: bn.running_mean and bn.running_var do not go together.", hint="It is damaged.")
+    mean, variance = values
+    if not (mean.isfinite().all() and variance.isfinite().all() and (variance > 0).all()):
+        raise UserError(f"{source.path}: bn has a mean that is not finite, or a variance that is not above 0.", hint="It is damaged.")
+    return {"latent_mean": tuple(mean.tolist()), "latent_std": tuple(variance.sqrt().tolist())}
 
 
 def _open_lightningdit(name: str, source: Source, hints: Hints) -> Checkpoint:
@@ -513,7 +535,8 @@ def _open_diffusers(name: str, source: Source, hints: Hints) -> Checkpoint:
 FORMATS: dict[str, Format] = {
     "diffusers DiT": Format(lambda source: any(key.startswith("transformer_blocks.") for key in source.tensors), _open_diffusers),
     "REPA SiT": Format(
-        lambda source: "enc_type" in source.facts or any(key.startswith("projectors.") for key in source.tensors), _open_repa
+        lambda source: "enc_type" in source.facts or any(key.startswith(("projectors.", "bn.running_")) for key in source.tensors),
+        _open_repa,
     ),
     "Attention-Mediators SiT": Format(
         lambda source: any(re.search(PUBLISHED_TERMS, key) and key.endswith("an_bias") for key in source.tensors), _open_attention_mediators

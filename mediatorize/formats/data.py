@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mediatorize import randomness
 from mediatorize.errors import UserError
-from mediatorize.formats.images import VAE_SCALE, encode, load_vae
+from mediatorize.formats.images import VAE_SCALE, encode, load_vae, refuse_unknown_scale
 from mediatorize.formats.tensors import StoredTensor, read_pickle, read_safetensors
 from mediatorize.model.architecture import Architecture
 
@@ -134,11 +134,12 @@ class Encoder:
     picture: Shape
     latent: Shape
     device: torch.device
+    arch: Architecture
 
     def encode(self, picture: Tensor, generator: torch.Generator) -> Tensor:
         """(3, 8h, 8w) in [-1, 1] -> (4, h, w), one at a time, so that no result hangs on its batch."""
         noise = torch.randn(self.latent, generator=generator)
-        return encode(self.vae, picture[None].to(self.device), noise[None].to(self.device))[0].float().cpu()
+        return encode(self.vae, picture[None].to(self.device), noise[None].to(self.device), self.arch)[0].float().cpu()
 
     def sha256(self) -> str:
         """Of the encoder's weights: sd-vae-ft-ema and -mse differ in their decoders only."""
@@ -185,6 +186,11 @@ def open_data(path: Path, arch: Architecture, vae: Path | None = None, device: t
         shape = encoder.picture
     elif layout.pixels and arch.channels not in (1, 3):
         raise UserError(f"{path}: holds pictures, and {arch.name} works on latents of {arch.channels} channels.", hint="Pass --vae PATH.")
+    elif arch.latent_std and arch.channels == 4 and not layout.pixels:
+        raise UserError(
+            f"{path}: latents in the layout {name} are multiplied by {VAE_SCALE}; {arch.name} has a mean and deviation of its own.",
+            hint="Pass pictures and --vae PATH.",
+        )
     items = layout.open(path, shape, arch.classes)
     if not len(items):
         raise UserError(f"{path}: is laid out as {name}, but holds no items.", hint="Check the path of --data.")
@@ -201,9 +207,10 @@ def open_encoder(path: Path, arch: Architecture, device: torch.device) -> Encode
             f"{path}: its latents have {vae.config.latent_channels} channels, those of {arch.name} {arch.channels}.",
             hint="Pass the VAE that the model was trained with.",
         )
+    refuse_unknown_scale(arch)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = arch.input_size
-    return Encoder(vae, (vae.config.in_channels, factor * height, factor * width), (arch.channels, height, width), device)
+    return Encoder(vae, (vae.config.in_channels, factor * height, factor * width), (arch.channels, height, width), device, arch)
 
 
 def refuse_labels(labels: ArrayLike, classes: int, name: Callable[[int], str]) -> None:

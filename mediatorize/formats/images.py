@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mediatorize.errors import UserError
 from mediatorize.evaluation.features import as_bytes
 from mediatorize.formats.tensors import write_beside
+from mediatorize.model.architecture import Architecture
 
 VAE_SCALE = 0.18215
 """What latents of the SD VAE were multiplied by for DiT and SiT."""
@@ -44,17 +45,34 @@ def load_vae(path: Path, device: torch.device) -> Any:
     return vae.to(device).eval()
 
 
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """(b, 4, h, w) -> (b, 3, 8h, 8w) in [-1, 1]"""
-    return vae.decode(latents / VAE_SCALE).sample
+def refuse_unknown_scale(arch: Architecture) -> None:
+    """Refuses a model of which nothing says in what scale it takes a VAE's latents."""
+    if not arch.latent_std and arch.channels != 4:
+        raise UserError(
+            f"{arch.name} works on normalised latents of {arch.channels} channels, and nothing here holds their mean and deviation.",
+            hint="Convert it with --latent-stats latents_stats.pt, and use the bundle.",
+        )
+
+
+def scale_of_latents(arch: Architecture, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c, 1, 1) of a VAE's latents z: the model works on (z - mean) / std. 0 and 1 / 0.18215 for the SD VAE."""
+    mean, std = arch.latent_mean or (0.0,), arch.latent_std or (1 / VAE_SCALE,)
+    return like.new_tensor(mean).view(-1, 1, 1), like.new_tensor(std).view(-1, 1, 1)
 
 
 @torch.no_grad()
-def encode(vae: Any, pixels: Tensor, noise: Tensor) -> Tensor:
-    """(b, 3, 8h, 8w) in [-1, 1] -> (b, 4, h, w): drawn from the VAE's posterior with `noise` (b, 4, h, w)"""
+def decode(vae: Any, latents: Tensor, arch: Architecture) -> Tensor:
+    """Latents (b, c, h, w) of a model -> (b, 3, height, width) in [-1, 1]"""
+    mean, std = scale_of_latents(arch, latents)
+    return vae.decode(latents * std + mean).sample
+
+
+@torch.no_grad()
+def encode(vae: Any, pixels: Tensor, noise: Tensor, arch: Architecture) -> Tensor:
+    """(b, 3, height, width) in [-1, 1] -> latents (b, c, h, w) of a model: drawn from the VAE's posterior with `noise` (b, c, h, w)"""
     posterior = vae.encode(pixels).latent_dist
-    return (posterior.mean + posterior.std * noise) * VAE_SCALE
+    mean, std = scale_of_latents(arch, noise)
+    return (posterior.mean + posterior.std * noise - mean) / std
 
 
 IMAGENET_CLASSES = 1000

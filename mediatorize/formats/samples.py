@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mediatorize.errors import UserError
-from mediatorize.formats.images import Pixels, decode, to_pixels, write_arrays
+from mediatorize.formats.images import Pixels, decode, refuse_unknown_scale, to_pixels, write_arrays
 from mediatorize.formats.tensors import write_beside
+from mediatorize.model.architecture import Architecture
 
 DECODED_AT_A_TIME = 8
 
@@ -49,10 +50,15 @@ class SampleFiles:
             ) from error
 
 
-def decoder_of(vae: Any, device: torch.device) -> Callable[[Tensor], Pixels]:
-    """Latents (b, 4, h, w) on any device -> bytes (b, 8h, 8w, 3), by a VAE that is moved to `device`."""
+def decoder_of(vae: Any, device: torch.device, arch: Architecture) -> Callable[[Tensor], Pixels]:
+    """A model's latents (b, c, h, w) on any device -> bytes (b, height, width, 3), by a VAE that is moved to `device`.
+
+    Raises:
+        UserError: nothing says in what scale the model takes latents.
+    """
+    refuse_unknown_scale(arch)
     vae = vae.to(device)
-    return lambda latents: np.concatenate([to_pixels(decode(vae, few.to(device))) for few in latents.split(DECODED_AT_A_TIME)])
+    return lambda latents: np.concatenate([to_pixels(decode(vae, few.to(device), arch)) for few in latents.split(DECODED_AT_A_TIME)])
 
 
 def write_adm_array(path: Path, count: int, parts: Iterable[Pixels]) -> None:

@@ -114,6 +114,9 @@ class Architecture:
     """Whether softmax attention rotates queries and keys by their row and column."""
     qk_norm: bool = False
     """Whether softmax attention normalises queries and keys, head by head."""
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+    """By channel, of the VAE's latents z: the model works on (z - mean) / std. Empty: on 0.18215 z with 4 channels, else not known."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -131,6 +134,14 @@ class Architecture:
             raise UserError(f"Width {self.width} does not divide into {self.heads} heads.", hint="Pass the right --num-heads.")
         if self.norm not in ("layer", "rms") or self.mlp not in MLPS:
             raise UserError(f"A block of {self.norm!r} norms and a {self.mlp!r} MLP is not known.", hint="It is damaged.")
+        means, deviations = len(self.latent_mean), len(self.latent_std)
+        if {means, deviations} not in ({0}, {self.channels}):
+            raise UserError(
+                f"Latents of {self.channels} channels have {means} means and {deviations} deviations.",
+                hint="Take the model's own statistics.",
+            )
+        if not all(0 < deviation < math.inf for deviation in self.latent_std):
+            raise UserError("A deviation of latents is not above 0.", hint="It is damaged.")
         if self.mediators and (self.rotary or self.qk_norm):
             raise UserError("Attention in the published form has no rotary positions and no normalised queries.", hint="It is damaged.")
         if self.rotary and self.head_width % 4:
@@ -175,11 +186,12 @@ class Architecture:
         return f"{FAMILIES[self.family].name}-{size}/{self.patch}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"grid": list(self.grid)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("grid", "latent_mean", "latent_std")}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Architecture:
-        return cls(**(fields | {"grid": tuple(fields["grid"])}))
+        lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("grid", "latent_mean", "latent_std") if name in fields}
+        return cls(**(fields | lists))
 
 
 def preset(name: str) -> Architecture:

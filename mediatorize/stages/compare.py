@@ -125,6 +125,7 @@ def compare(
         contestants = []
         for index, (name, shown) in enumerate([*((names[file], (file,)) for file in files), *([("step-wise", switch)] if switch else [])]):
             own: dict[str, Any] = {"models": [[hashes[file], schedules[file]] for file in shown]}
+            own |= {"latents": [loaded[shown[0]].arch.latent_mean, loaded[shown[0]].arch.latent_std]}
             own |= {"ratios": list(ratios), "first": first} if shown is switch else {}
             folder = out / SAMPLES_FOLDER / f"{index}"
             work = Work.open(folder, plan | own, force=force, refusal=partial(_another_plan, folder), world=world)
@@ -133,7 +134,7 @@ def compare(
                 labels=torch.arange(samples) % arch.classes,
                 batch=batch,
                 parts=SampleFiles(work.folder),
-                decode=decoder_of(decoder, world.device) if decoder is not None else None,
+                decode=decoder_of(decoder, world.device, loaded[shown[0]].arch) if decoder is not None else None,
             )
             models = tuple(loaded[file] for file in shown)
             entrant = Contestant(name=name, models=models, samples=kept, rule=rule if shown is switch else None)

@@ -97,6 +97,10 @@ def convert(
     ] = (8, 4),
     data: options.Data = None,
     vae: options.Vae = None,
+    latent_stats: Annotated[
+        Path | None,
+        option("LightningDiT's latents_stats.pt: mean and deviation of its latents, which decoding needs; kept in the bundle", DATA),
+    ] = None,
     states: Annotated[
         int, option("states to fit on, from the model's own trajectories or from --data; fewer with --fit-steps 0", DATA, min=16)
     ] = 1024,
@@ -140,7 +144,7 @@ def convert(
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle
     from mediatorize.formats.checkpoint import Hints, open_checkpoint
-    from mediatorize.formats.data import open_data
+    from mediatorize.formats.data import open_data, read_statistics
     from mediatorize.model.transformer import from_scratch
     from mediatorize.report.card import model_card
     from mediatorize.report.conversion import fitted_on
@@ -161,6 +165,12 @@ def convert(
     published = (dry_run or random) and "@" in checkpoint and not source.exists()
     opened = None if published else open_checkpoint(source, Hints(family, num_heads, num_classes), None if random else weights)
     arch = preset(checkpoint) if opened is None else opened.arch
+    if latent_stats is not None:
+        if arch.latent_std:
+            raise UserError(f"{source}: holds statistics of its own.", hint="Leave --latent-stats out.")
+        mean, std = (tuple(values.flatten().tolist()) for values in read_statistics(latent_stats, arch.channels))
+        arch = replace(arch, latent_mean=mean, latent_std=std)
+        opened = None if opened is None else replace(opened, arch=arch)
 
     if form == "published" and init not in (None, "pool"):
         raise UserError(f"--init {init} says nothing to --form published, which pools on a grid.", hint="Leave --init out.")

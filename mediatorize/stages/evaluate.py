@@ -102,6 +102,7 @@ def evaluate(
         plan = {
             "weights": bundle.hash_of_tensors(loaded.state_dict()),
             "vae": bundle.hash_of_tensors(decoder.state_dict()) if decoder is not None else None,
+            "latents": [arch.latent_mean, arch.latent_std],
             "sampling": {**sampler.to_json(), "batch": batch},
             "device": world.device.type,
             "dtype": dtype,
@@ -114,7 +115,7 @@ def evaluate(
             labels=torch.arange(samples) % arch.classes,
             batch=batch,
             parts=SampleFiles(work.folder),
-            decode=decoder_of(decoder, world.device) if decoder is not None else None,
+            decode=decoder_of(decoder, world.device, arch) if decoder is not None else None,
         )
         found = compare(
             loaded.to(device=world.device, dtype=DTYPES[dtype]),

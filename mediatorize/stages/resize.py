@@ -94,6 +94,9 @@ def _resize_checkpoint(source: Path, out: Path, image_size: tuple[int, int], hin
     state = {published_name(name): value for name, value in own_copies(after.state_dict()).items()}
     facts: dict[str, Any] = {"family": after.arch.family, "num_heads": after.arch.heads, "num_classes": after.arch.classes}
     facts |= {"enc_type": "resized"} if after.arch.reversed_time else {}  # REPA's files are known by it
+    if after.arch.latent_std:
+        mean, std = torch.tensor(after.arch.latent_mean), torch.tensor(after.arch.latent_std)
+        state |= {"bn.running_mean": mean, "bn.running_var": std.square()}
     write_beside(out, lambda path: torch.save({"ema": state, "args": facts}, path))
     return Resized(out=out, before=before.arch, after=after.arch, settings=None, teacher="")
 

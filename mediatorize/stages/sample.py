@@ -134,7 +134,7 @@ def sample(
             f"{model}: makes latents of {arch.channels} channels.", hint="Pass --vae PATH, or --out something.npz for the latents."
         )
     where = pick_device(device)
-    decoded = decoder_of(load_vae(vae, where), where) if vae else to_pixels
+    decoded = decoder_of(load_vae(vae, where), where, arch) if vae else to_pixels
     loaded = loaded.to(device=where, dtype=DTYPES[dtype])
 
     own = loaded.schedule if level is None else level

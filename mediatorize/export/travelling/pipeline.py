@@ -183,7 +183,13 @@ class MediatorPipeline(SavedWithCode, DiffusionPipeline):
         if output_type == "latent":
             return x
         if self.vae is not None:
-            x = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+            arch = self.transformer.arch
+            if arch.latent_std:
+                mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (arch.latent_mean, arch.latent_std))
+                x = x * std + mean
+            else:
+                x = x / self.vae.config.scaling_factor
+            x = self.vae.decode(x.to(self.vae.dtype)).sample
         images = (x.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
