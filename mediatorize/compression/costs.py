@@ -28,6 +28,7 @@ from mediatorize.model.levels import (
     in_order,
     kind_of,
     layers_in_short,
+    levels_per_layer,
     parts_of,
     title,
 )
@@ -95,7 +96,8 @@ class Costs:
         total: Any = 0
         for begins, count in Counter(map(tuple, switches)).items():
             stages = rule.stages_of_calls(begins, len(self.rows), calls_per_step)
-            total += count * self.of_calls([Call((rule.levels[stage],) * self.depth) for stage in stages])
+            calls = [Call(tuple(levels_per_layer(rule.levels[stage], self.depth, self.settings))) for stage in stages]
+            total += count * self.of_calls(calls)
         return float(total / len(switches))
 
     def share(self, schedule: AnySchedule | Level) -> float:

@@ -147,10 +147,11 @@ class DiffusionTransformer(nn.Module):
         memory: Memory | None = None,
     ) -> Iterator[Tensor]:
         """The tokens (b, n, c) before every block, and after the last. `levels` as in `forward`."""
-        per_layer = levels_per_layer(levels, self.arch.depth, self.settings)
+        blocks = self.layers()
+        per_layer = levels_per_layer(levels, len(blocks), self.settings)
         if memory is None and self.settings is not None and self.settings.kept is not None:
             refuse_lacking(list(map(in_full, per_layer)), self.settings)
-        return walk(self.layers(), tokens, conditioning, per_layer, run, None if memory is None else memory.blocks)
+        return walk(blocks, tokens, conditioning, per_layer, run, None if memory is None else memory.blocks)
 
     def run_blocks(self, tokens: Tensor, conditioning: Tensor, levels: Level | Sequence[Level], memory: Memory | None = None) -> Tensor:
         """The tokens (b, n, c) after the last block, from those before the first."""

@@ -19,7 +19,7 @@ from mediatorize.diffusion.switching import Switcher
 from mediatorize.export.travelling.code import SavedWithCode
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import CallSchedule, RuleSchedule, Schedule, calls_at, is_computed, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer
@@ -209,7 +209,7 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
 
     def _level_of_joined_blocks(self, levels: Levels, memory: Memory | None) -> Level:
         """The level of all blocks where a tool such as cache-dit has joined them into one, which it calls with one level."""
-        distinct = {levels} if isinstance(levels, int | str) else set(levels)
+        distinct = set(levels_per_layer(levels, self.arch.depth, self.settings))
         if len(distinct) > 1 or memory is not None:
             raise ValueError(
                 "Another tool runs this model's blocks as one, and the schedule is of each: "
