@@ -125,7 +125,7 @@ def compare(
         contestants = []
         for index, (name, shown) in enumerate([*((names[file], (file,)) for file in files), *([("step-wise", switch)] if switch else [])]):
             own: dict[str, Any] = {"models": [[hashes[file], schedules[file]] for file in shown]}
-            own |= {"latents": [loaded[shown[0]].arch.latent_mean, loaded[shown[0]].arch.latent_std]}
+            own |= {"latents": [list(loaded[shown[0]].arch.latent_mean), list(loaded[shown[0]].arch.latent_std)]}
             own |= {"ratios": list(ratios), "first": first} if shown is switch else {}
             folder = out / SAMPLES_FOLDER / f"{index}"
             work = Work.open(folder, plan | own, force=force, refusal=partial(_another_plan, folder), world=world)

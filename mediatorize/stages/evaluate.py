@@ -102,7 +102,7 @@ def evaluate(
         plan = {
             "weights": bundle.hash_of_tensors(loaded.state_dict()),
             "vae": bundle.hash_of_tensors(decoder.state_dict()) if decoder is not None else None,
-            "latents": [arch.latent_mean, arch.latent_std],
+            "latents": [list(arch.latent_mean), list(arch.latent_std)],
             "sampling": {**sampler.to_json(), "batch": batch},
             "device": world.device.type,
             "dtype": dtype,
