@@ -656,8 +656,8 @@ def test_one_schedule_per_budget_the_wanted_one_in_use(bundle: Callable[..., Pat
     content = json.loads((path / "schedule.json").read_text())
     assert content["budget"] == 0.9
     assert content["relative_cost"] <= 0.9
-    how = {"solver": "euler", "steps": 4, "cfg_scale": 1.0, "cfg_channels": 3, "cfg_interval": [0.0, 1.0], "seed": None}
-    assert content["calibrated_for"] == how
+    how = {"solver": "euler", "steps": 4, "cfg_scale": 1.0, "cfg_channels": 3, "cfg_interval": [0.0, 1.0]}
+    assert content["calibrated_for"] == how | {"timestep_shift": 1.0, "seed": None}
     for outcome in found_by(report).outcomes:
         assert bundles.read_schedule_file(report.files[outcome.budget], model_of().arch, SETTINGS) == outcome.schedule
     for name in ("schedule-0.90.png", "sensitivity.png", "candidates.png"):
