@@ -292,11 +292,14 @@ def _outputs(memory: Memory, surrogates: Surrogates) -> Tensor:
     """
     layers = []
     for block in memory.blocks:
-        given = [part.outputs.values[-1] for part in (block.attention, block.mlp)]
-        for part, output, wanted in zip((block.attention, block.mlp), tuple(given), (surrogates.attention, surrogates.mlp), strict=True):
-            left_out = [part.surrogates[level].values[-1] if level in part.surrogates else output for level in wanted]
-            given += [output - rest for rest in left_out]
-        layers.append(torch.stack(given))
+        parts = (block.attention, surrogates.attention), (block.mlp, surrogates.mlp)
+        given = [(part, part.outputs.values[-1], wanted) for part, wanted in parts]
+        stand_ins = [
+            output - part.surrogates[level].values[-1] if level in part.surrogates else torch.zeros_like(output)
+            for part, output, wanted in given
+            for level in wanted
+        ]
+        layers.append(torch.stack([output for _, output, _ in given] + stand_ins))
     return torch.stack(layers).detach()
 
 
