@@ -24,7 +24,7 @@ from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, preset
 from mediatorize.model.attention import MediatorAttention
 from mediatorize.model.levels import MediatorSettings
-from mediatorize.stages.running import text_table
+from mediatorize.report.tables import text_table
 
 
 def measure(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_data import idx, write_idx
 from test_recipes import QUICK
 
-from mediatorize import UserError, load_model
+from mediatorize import UserError, load_model, sample
 from mediatorize.evaluation.features import judge
 from mediatorize.formats import judges
 from mediatorize.formats.checkpoint import open_checkpoint
@@ -79,6 +79,25 @@ def test_the_judge_knows_the_products_it_was_trained_with(
     assert f"recognises {quality.accuracy:.1%} of the test set" in capsys.readouterr().out
     grey = extractor.extract(images.expand(-1, 3, -1, -1))[0]  # as three channels
     assert grey == pytest.approx(features, rel=1e-4, abs=1e-4)
+
+
+def test_what_ships_makes_products(script: ModuleType) -> None:
+    """The teacher's samples are recognised, those of other labels are not; and it is the model that the script trains."""
+    teacher = load_model(ROOT / "recipes" / "fashion" / "dit.safetensors")
+    assert teacher.arch == script.teacher_architecture()
+    extractor = judges.open_extractor("fashion", None, CPU)
+    assert extractor is not None and extractor.own_reference is not None
+    labels = torch.arange(40) % 10
+    samples = sample(teacher, labels, solver="ddim", steps=10, cfg_scale=1.5, seed=3)
+    features, scores = extractor.extract(samples)
+    assert scores is not None
+    accuracy = (scores.argmax(1) == labels.numpy()).mean()
+    assert accuracy > 0.7
+    reference = extractor.own_reference()
+    assert reference.features.shape == (10000, 64)
+    noise, _ = extractor.extract(torch.randn(40, 1, 28, 28))
+    of_samples, of_noise = (judge(each, None, None, reference).frechet_distance for each in (features, noise))
+    assert of_samples < of_noise / 3
 
 
 def test_the_judge_refuses_other_pictures_and_says_how_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

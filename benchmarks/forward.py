@@ -1,0 +1,186 @@
+"""Time of one whole model call relative to the pretrained one, side by side in one process: levels, forecasts, and the limits of both.
+
+    python benchmarks/forward.py --json forward.json
+    python benchmarks/forward.py --models DiT-XL/2@512 --batches 1,32 --device cuda --dtype bfloat16 --compile
+
+The weights are random. A call and softmax (timm's fused attention) run in turn, A B A B ..., and a ratio is a median over pairs. The limit
+of mediators is the same model without its attention layers; the limit of forecasts is reading what they must read as fast as memory copies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from mediatorize.evaluation.timing import paired_time
+from mediatorize.model import cost
+from mediatorize.model.architecture import Architecture, default_local_rank, preset
+from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
+from mediatorize.model.memory import Memory
+from mediatorize.model.transformer import DiffusionTransformer, from_scratch, initialise_from_scratch
+from mediatorize.report.tables import text_table
+from mediatorize.stages.running import hardware, versions
+
+SIZES = ("DiT-S/2@256", "DiT-S/2@512", "DiT-S/2@1024", "DiT-B/2@256", "DiT-L/2@256", "DiT-XL/2@256", "DiT-XL/2@512")
+LEVELS = (1, 4, 16, 64)
+WITHOUT_ATTENTION = "no attention layers"
+COPY = "copy of what a forecast reads"
+SURROGATES = "linear+4|linear+1/8"
+"""A forecast of what four mediators and an eighth of the MLP leave out."""
+
+
+class Nothing(nn.Module):
+    """Stands for an attention layer that is not there."""
+
+    def forward(self, x: Tensor, level: Level) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way of running a model call."""
+
+    name: str
+    run: Callable[[], object]
+    flops: int
+
+
+def kinds(arch: Architecture, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[Kind, Iterator[Kind]]:
+    """The softmax call, and all others one after another; what one needs alone is freed before the next."""
+    torch.manual_seed(0)
+    settings = MediatorSettings(LEVELS, local_rank=default_local_rank(arch.width), mlp_widths=(8, 4))
+    inputs = (
+        torch.randn(batch, arch.channels, *arch.input_size, device=device, dtype=dtype),
+        torch.full((batch,), 0.5, device=device, dtype=dtype),
+        torch.zeros(batch, dtype=torch.long, device=device),
+    )
+
+    def on_device(model: DiffusionTransformer) -> DiffusionTransformer:
+        model = model.to(device, dtype).requires_grad_(False).eval()
+        if compiled:
+            model.compile(dynamic=False)
+        return model
+
+    model = on_device(from_scratch(arch, settings))
+
+    def at(level: Level, used: DiffusionTransformer = model, memory: Memory | None = None) -> Callable[[], object]:
+        return partial(used, *inputs, level, memory=memory)
+
+    def forecast(level: Level, name: str) -> Kind:
+        memory = Memory(arch.depth)
+        watched = [((4,), ("1/8",))] * arch.depth if level == SURROGATES else None
+        for place in (0.0, 1.0):
+            memory.begin(place, watched)
+            model(*inputs, SOFTMAX, memory=memory)
+        memory.begin(2.0)
+        return Kind(name, at(level, memory=memory), cost.forward_flops(arch, level, settings))
+
+    def others() -> Iterator[Kind]:
+        for level in LEVELS:
+            yield Kind(f"m = {level}", at(level), cost.forward_flops(arch, level, settings))
+        yield forecast(LINEAR, "forecast")
+        yield forecast(SURROGATES, "forecast with m = 4 and MLP 1/8")
+        published = MediatorSettings(LEVELS, form="published", projection_rank=None)
+        their = on_device(from_scratch(arch, published))
+        for level in LEVELS:
+            yield Kind(f"published form, m = {level}", at(level, their), cost.forward_flops(arch, level, published))
+        del their
+        bare = DiffusionTransformer(arch)
+        initialise_from_scratch(bare, 0)
+        for block in bare.layers():
+            block.attn = Nothing()  # type: ignore[assignment]
+        rest = cost.forward_flops(arch) - cost.forward_flops_by_part(arch)["attention"]
+        yield Kind(WITHOUT_ATTENTION, at(SOFTMAX, on_device(bare)), rest)
+
+    return Kind("softmax", at(SOFTMAX), cost.forward_flops(arch)), others()
+
+
+def copying(arch: Architecture, batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """Moves as much as a forecast call must read, two remembered outputs per sub-layer: a copy reads one half and writes another."""
+    source = torch.randn(2 * arch.depth, batch, arch.tokens, arch.width, device=device, dtype=dtype)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def measure(name: str, batch: int, pairs: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> list[dict[str, Any]]:
+    """A row for every kind of call."""
+    arch = preset(name)
+    about = {"model": arch.name, "image_size": arch.image_size[0], "batch": batch}
+    about |= {"tokens": arch.tokens, "width": arch.width, "depth": arch.depth}
+    softmax, others = kinds(arch, batch, device, dtype, compiled)
+    rows = []
+    for kind in chain([softmax], others, [Kind(COPY, copying(arch, batch, device, dtype), 0)]):
+        times = paired_time(kind.run, softmax.run, pairs, device)
+        figures = {"time": times.ratio, "quartiles": times.quartiles, "softmax_seconds": times.reference_seconds}
+        rows.append(about | {"kind": kind.name, "flops": kind.flops / softmax.flops} | figures)
+        print(f"{name}, batch {batch}, {kind.name}: {times.ratio:.3f} of {times.reference_seconds:.3f} s", file=sys.stderr)
+    return rows
+
+
+def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The exponents with which a kind's time grows with tokens (of one model) and a layer's with width (at one image size).
+
+    Of batches of one, by least squares of logarithms.
+    """
+    found = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind and row["batch"] == 1]
+        smallest = min(row["width"] for row in mine), min(row["tokens"] for row in mine)
+        exponents = {"kind": kind}
+        for axis, same, value in (("tokens", "width", smallest[0]), ("width", "tokens", smallest[1])):
+            line = [row for row in mine if row[same] == value]
+            if len({row[axis] for row in line}) > 1:
+                times = [math.log(row["softmax_seconds"] * row["time"] / row["depth"]) for row in line]
+                exponents[axis] = statistics.linear_regression([math.log(row[axis]) for row in line], times).slope
+        found.append(exponents)
+    return found
+
+
+def main(
+    models: Annotated[str, typer.Option(help="published sizes, with commas")] = ",".join(SIZES),
+    batches: Annotated[str, typer.Option(help="with commas")] = "1,8",
+    pairs: int = 5,
+    device: str = "cpu",
+    dtype: str = "float32",
+    compiled: Annotated[bool, typer.Option("--compile")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="its rows of other measurements are kept")] = None,
+) -> None:
+    """Prints and writes the ratios."""
+    where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    how = {"device": device, "dtype": dtype, "compiled": compiled}
+    with torch.inference_mode():
+        for name in models.split(","):
+            for batch in map(int, batches.split(",")):
+                rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled)]
+                table = [
+                    (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", "{:.3f} to {:.3f}".format(*row["quartiles"])) for row in rows
+                ]
+                typer.echo(f"\n{name}, batch {batch}: softmax {rows[0]['softmax_seconds']:.3f} s")
+                typer.echo(text_table(("call", "FLOPs", "time", "quartiles"), table))
+                if json_file is not None:
+                    keep(json_file, rows, where, pairs)
+
+
+def keep(path: Path, rows: list[dict[str, Any]], device: torch.device, pairs: int) -> None:
+    """Puts rows into the file, in the place of those of the same model, batch, type and device."""
+    facts = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    same = ("model", "image_size", "batch", "device", "dtype", "compiled")
+    rows = [row for row in facts["rows"] if any(row[key] != rows[0][key] for key in same)] + rows
+    told = {"hardware": hardware(device), "versions": versions(), "pairs": pairs}
+    alike = [row for row in rows if all(row[key] == rows[-1][key] for key in ("device", "dtype", "compiled"))]
+    path.write_text(json.dumps(told | {"exponents": slopes(alike), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

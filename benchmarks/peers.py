@@ -1,0 +1,245 @@
+"""Calibrated schedules beside the caches that diffusers users know, on one exported pipeline: error, Frechet distance, FLOPs and time.
+
+    pip install '.[peers]'
+    python benchmarks/peers.py runs/digits-dit/bundle --steps 50 --cfg-scale 1.2 --json peers-50.json --picture peers-50.png
+
+Every contender is the same diffusers pipeline on the same noise: with a schedule of ours, with fewer steps, or at softmax with a cache of
+diffusers (FirstBlockCache, TaylorSeer) or of cache-dit (DBCache, alone and with its TaylorSeer) at several settings. FLOPs are counted
+while it samples. Time is that of one batch, in turn with the pipeline at softmax. The noise is none that a search has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mediatorize.compression.search import Errors, costs_of, search
+from mediatorize.compression.sensitivity import spread_labels
+from mediatorize.diffusion.process import process_of
+from mediatorize.diffusion.sampling import Sampler
+from mediatorize.evaluation.digits import digit_classifier, digit_images
+from mediatorize.evaluation.metrics import frechet_distance
+from mediatorize.evaluation.timing import paired_time
+from mediatorize.export.pipelines import SCHEDULERS
+from mediatorize.export.travelling.pipeline import MediatorPipeline
+from mediatorize.export.travelling.transformer import MediatorTransformer2DModel
+from mediatorize.formats.bundle import load_bundle
+from mediatorize.model.levels import SOFTMAX
+from mediatorize.model.schedule import AnySchedule
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.randomness import gaussian
+from mediatorize.report.tables import text_table
+from mediatorize.stages.running import hardware, versions
+from mediatorize.version import VERSION
+
+OTHER_SEED = 90210
+"""Of the noise of all contenders: no search has seen it."""
+OURS, FEWER = "mediatorize", "fewer steps"
+INTERVALS = (2, 3, 4, 6)
+"""One step in so many is computed."""
+FIRST = 2
+"""Steps that every cache computes before it skips any: a line needs two."""
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
+"""Of FirstBlockCache and DBCache: how much the first block's output may change while the others are skipped."""
+
+Setup = Callable[[Any], None]
+"""What is switched on in a pipeline."""
+
+
+def pipeline_of(model: DiffusionTransformer, schedule: AnySchedule | None, setup: Setup | None = None) -> MediatorPipeline:
+    """The pipeline that `export --to diffusers` writes, in this process. Without a schedule its level is softmax."""
+    plan = None if schedule is None else schedule.to_json()
+    transformer = MediatorTransformer2DModel(model.arch.to_json(), model.added().to_json(), plan, version=VERSION)
+    transformer.load_state_dict(model.state_dict())
+    transformer.level = SOFTMAX if schedule is None else None
+    pipe = MediatorPipeline(transformer.eval(), SCHEDULERS[process_of(model.arch).name]())
+    pipe.set_progress_bar_config(disable=True)
+    if setup is not None:
+        setup(pipe)
+    return pipe
+
+
+def with_cache(config: Any) -> Setup:
+    return lambda pipe: pipe.transformer.enable_cache(config)
+
+
+def with_cache_dit(threshold: float, taylor: bool) -> Setup:
+    """DBCache with one block computed always (F1B0), as FirstBlockCache has it."""
+    settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": FIRST, "residual_diff_threshold": threshold}
+
+    def setup(pipe: Any) -> None:
+        import cache_dit
+
+        blocks = cache_dit.BlockAdapter(
+            pipe=pipe,
+            transformer=pipe.transformer,
+            blocks=pipe.transformer.blocks,
+            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+            check_forward_pattern=False,
+        )
+        config = cache_dit.DBCacheConfig(**settings)
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+        cache_dit.enable_cache(blocks, cache_config=config, calibrator_config=calibrator)
+
+    return setup
+
+
+def peers() -> Iterator[tuple[str, str, Setup]]:
+    """Method, setting, and what switches it on."""
+    for interval in INTERVALS:
+        config = TaylorSeerCacheConfig(
+            cache_interval=interval,
+            disable_cache_before_step=FIRST,
+            cache_identifiers=[r"blocks\.\d+\.(attn|mlp)"],  # attention alone by default, which saves little
+            taylor_factors_dtype=torch.float32,
+        )
+        yield "TaylorSeer (diffusers)", f"one step in {interval}", with_cache(config)
+    for threshold in THRESHOLDS:
+        yield "FirstBlockCache (diffusers)", f"threshold {threshold}", with_cache(FirstBlockCacheConfig(threshold=threshold))
+    for threshold in THRESHOLDS:
+        yield "DBCache (cache-dit)", f"threshold {threshold}", with_cache_dit(threshold, taylor=False)
+    for threshold in THRESHOLDS:
+        yield "DBCache + TaylorSeer (cache-dit)", f"threshold {threshold}", with_cache_dit(threshold, taylor=True)
+
+
+def contenders(
+    model: DiffusionTransformer, sampler: Sampler, budgets: list[float]
+) -> Iterator[tuple[str, str, Callable[[], MediatorPipeline], int]]:
+    """Method, setting, how its pipeline is made, and its steps."""
+    found = search(model, sampler, budgets, costs_of("flops", model, sampler))
+    for outcome in found.outcomes:
+        chosen = outcome.chosen
+        yield OURS, f"budget {outcome.budget:.0%}", partial(pipeline_of, model, chosen.schedule), chosen.steps or sampler.steps
+    for part in INTERVALS:
+        yield FEWER, f"{sampler.steps // part} steps", partial(pipeline_of, model, None), sampler.steps // part
+    for method, setting, setup in peers():
+        yield method, setting, partial(pipeline_of, model, None, setup), sampler.steps
+
+
+def cheaper(rows: list[dict[str, Any]], row: dict[str, Any], axis: str) -> float | None:
+    """The smallest error of ours at no more than a row's cost; None where all of ours cost more."""
+    errors = [own["median"] for own in rows if own["method"] == OURS and own[axis] <= row[axis]]
+    return min(errors, default=None)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A PNG: error against FLOPs and against time, a line for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4), dpi=150, layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    colours = dict(zip(methods, ("#c8553d", "#8a8f98", "#2f6f9f", "#5fa777", "#9a6fb0", "#d0a030"), strict=True))
+    for axis, (cost, label) in zip(figure.subplots(1, 2, sharey=True), (("flops", "FLOPs"), ("time", "time")), strict=True):
+        for method in methods:
+            places = sorted((100 * row[cost], row["median"]) for row in rows if row["method"] == method and row["median"] > 0)
+            if places:
+                width = 2.2 if method == OURS else 1.2
+                axis.plot(*zip(*places, strict=True), "-o", color=colours[method], linewidth=width, markersize=4, label=method)
+        axis.set_yscale("log")
+        axis.set_xlabel(f"% of softmax's {label}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.92", linewidth=0.8, which="both")
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8)
+    figure.axes[0].set_ylabel("median sample error", fontsize=9)
+    figure.axes[0].legend(fontsize=7.5, frameon=False)
+    figure.savefig(path)
+
+
+def main(
+    bundle: Path,
+    steps: int = 50,
+    cfg_scale: float = 1.2,
+    budgets: str = "0.7,0.6,0.5,0.4,0.3,0.2",
+    samples: int = 200,
+    frechet: int = 0,
+    batch: int = 20,
+    pairs: int = 5,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    picture: Path | None = None,
+) -> None:
+    """Prints, writes and draws the figures. `--frechet` is of how many samples the distance to the real digits is taken."""
+    model = load_bundle(bundle)
+    arch = model.arch
+    sampler = Sampler.resolve(arch, steps=steps, cfg_scale=cfg_scale)
+    labels = spread_labels(arch.classes, max(samples, frechet), OTHER_SEED)
+    noise = gaussian(OTHER_SEED, "initial noise", range(len(labels)), (arch.channels, *arch.input_size))
+    real = digit_classifier().features(digit_images()[0]) if frechet else None
+
+    def run(pipe: MediatorPipeline, count: int, part: slice) -> Tensor:
+        how = {"guidance_scale": cfg_scale, "num_inference_steps": count, "output_type": "latent"}
+        return pipe(labels[part].tolist(), latents=noise[part], **how).images  # type: ignore[arg-type, union-attr, return-value]
+
+    def drawn(pipe: MediatorPipeline, count: int) -> Tensor:
+        return torch.cat([run(pipe, count, slice(start, start + batch)) for start in range(0, len(labels), batch)])
+
+    def flops(pipe: MediatorPipeline, count: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run(pipe, count, slice(batch))
+        return counter.get_total_flops()
+
+    def distance(images: Tensor) -> float | None:
+        return None if real is None else frechet_distance(digit_classifier().features(images), real)
+
+    softmax = pipeline_of(model, None)
+    teacher, whole = drawn(softmax, steps), flops(softmax, steps)
+    base = distance(teacher)
+    rows: list[dict[str, Any]] = []
+    for method, setting, make, count in contenders(model, sampler, [float(budget) for budget in budgets.split(",")]):
+        pipe = make()
+        first, reference = partial(run, pipe, count, slice(batch)), partial(run, softmax, steps, slice(batch))
+        times = paired_time(first, reference, pairs, torch.device("cpu"))
+        row = {"method": method, "setting": setting, "flops": flops(pipe, count) / whole, "time": times.ratio, "quartiles": times.quartiles}
+        images = drawn(pipe, count)
+        own = distance(images)
+        row |= vars(Errors.of(images[:samples], teacher[:samples]))
+        rows.append(row | {"frechet_of_the_teachers": own / base if own is not None and base else None})
+    for row in rows:
+        row["ours_at_its_flops"], row["ours_at_its_time"] = (cheaper(rows, row, axis) for axis in ("flops", "time"))
+
+    def cell(value: float | None, digits: int = 4) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    header = ("method", "setting", "FLOPs", "time", "median", "flipped", "Frechet", "ours, no more FLOPs", "ours, no more time")
+    table = [
+        (
+            row["method"],
+            row["setting"],
+            f"{row['flops']:.1%}",
+            f"{row['time']:.2f}",
+            cell(row["median"]),
+            f"{row['flipped']:.1%}",
+            cell(row["frechet_of_the_teachers"], 3),
+            *((cell(row[name]) for name in ("ours_at_its_flops", "ours_at_its_time")) if row["method"] != OURS else ("", "")),
+        )
+        for row in rows
+    ]
+    typer.echo(text_table(header, table))
+    for name, what in (("ours_at_its_flops", "FLOPs"), ("ours_at_its_time", "time")):
+        skipping = [row for row in rows if row["method"] != OURS and row["median"] > 0]
+        met = [row for row in skipping if row[name] is not None]
+        ahead = sum(row[name] < row["median"] for row in met)
+        rest = len(skipping) - len(met)
+        typer.echo(
+            f"At no more {what}, ours has the smaller error than {ahead} of {len(met)} settings of others. {rest} cost less than ours."
+        )
+    if json_file is not None:
+        facts = {"hardware": hardware(torch.device("cpu")), "versions": versions() | {"cache-dit": version("cache-dit")}}
+        facts |= {"sampler": sampler.to_json(), "samples": samples, "frechet_samples": frechet, "batch": batch, "pairs": pairs}
+        json_file.write_text(json.dumps(facts | {"teacher_frechet": base, "rows": rows}, indent=2) + "\n")
+    if picture is not None:
+        draw(rows, picture)
+
+
+if __name__ == "__main__":
+    typer.run(main)
