@@ -48,7 +48,7 @@ OURS, FEWER = "mediatorize", "fewer steps"
 INTERVALS = (2, 3, 4, 6)
 """One step in so many is computed."""
 FIRST = 2
-"""Steps that every cache computes before it skips any: a line needs two."""
+"""Steps that TaylorSeer and DBCache compute before they skip any: a line needs two."""
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
 """Of FirstBlockCache and DBCache: how much the first block's output may change while the others are skipped."""
 
