@@ -19,7 +19,6 @@ from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from torch import Tensor
 
 from mediatorize.compression.distill import Distiller, mean_squares
 from mediatorize.compression.records import DistillSettings
@@ -28,13 +27,13 @@ from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.compression.trajectories import Targets
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler, sample_batch, sample_many
-from mediatorize.evaluation.digits import digit_classifier, digit_images
-from mediatorize.evaluation.metrics import frechet_distance
+from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.formats.bundle import load_bundle, read_log
 from mediatorize.model.levels import SOFTMAX, Form, Level, title
 from mediatorize.model.schedule import AnySchedule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
 from mediatorize.stages.convert import convert
 from mediatorize.stages.finetune import finetune
@@ -98,19 +97,14 @@ def judged(form: Form, bundle: Path, samples: int, pairs: int) -> list[dict[str,
     labels = spread_labels(arch.classes, samples, OTHER_SEED)
     how = replace(sampler, seed=OTHER_SEED)
     teacher = sample_many(model, labels, how, SOFTMAX, 100)
-    real = digit_classifier().features(digit_images()[0])
-
-    def distance(drawn: Tensor) -> float:
-        return frechet_distance(digit_classifier().features(drawn), real)
-
-    base = distance(teacher)
+    base = distance_to_digits(teacher)
     result = []
     for name, schedule in rows:
         drawn = sample_many(model, labels, how, schedule, 100)
         flops = sampler.flops(arch, schedule, settings)
         assert flops is not None
         facts = {"form": form, "name": name, "flops": flops / whole, **time_of(model, sampler, schedule, pairs)}
-        result.append(facts | vars(Errors.of(drawn, teacher)) | {"frechet_of_the_teachers": distance(drawn) / base})
+        result.append(facts | vars(Errors.of(drawn, teacher)) | {"frechet_of_the_teachers": distance_to_digits(drawn) / base})
     return result
 
 
@@ -125,9 +119,7 @@ def time_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A PNG: Frechet distance against FLOPs and against time, a line for each form's levels and one for its schedules."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    figure = new_figure(9, 3.6)
     colours = dict(zip(get_args(Form), ("#2f6f9f", "#c8553d"), strict=True))
     highest = max(row["frechet_of_the_teachers"] for row in rows)
     for axis, (measure, label) in zip(figure.subplots(1, 2), (("flops", "FLOPs"), ("time", "time, batch 8")), strict=True):
@@ -141,10 +133,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.annotate("softmax", (100, 1), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axis.set_xlabel(f"% of softmax's {label}", fontsize=9)
         axis.set_ylim(0.95, 1.02 * highest)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.92", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8)
+        calm(axis)
     figure.axes[0].set_ylabel("Frechet distance, of the teacher's", fontsize=9)
     figure.axes[0].legend(fontsize=7.5, frameon=False)
     figure.savefig(path)

@@ -58,7 +58,7 @@ class Kind:
 
 
 def kinds(arch: Architecture, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[Kind, Iterator[Kind]]:
-    """The softmax call, and all others one after another; what one needs alone is freed before the next."""
+    """The softmax call, and all others one after another; what one needs alone is freed once the next is made."""
     torch.manual_seed(0)
     settings = MediatorSettings(LEVELS, local_rank=default_local_rank(arch.width), mlp_widths=(8, 4))
     inputs = (
@@ -134,8 +134,9 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Of batches of one, by least squares of logarithms.
     """
     found = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        mine = [row for row in rows if row["kind"] == kind and row["batch"] == 1]
+    single = [row for row in rows if row["batch"] == 1]
+    for kind in dict.fromkeys(row["kind"] for row in single):
+        mine = [row for row in single if row["kind"] == kind]
         smallest = min(row["width"] for row in mine), min(row["tokens"] for row in mine)
         exponents = {"kind": kind}
         for axis, same, value in (("tokens", "width", smallest[0]), ("width", "tokens", smallest[1])):

@@ -25,22 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mediatorize.compression.search import Errors, costs_of, search
 from mediatorize.compression.sensitivity import spread_labels
-from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler
-from mediatorize.evaluation.digits import digit_classifier, digit_images
-from mediatorize.evaluation.metrics import frechet_distance
+from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.evaluation.timing import paired_time
-from mediatorize.export.pipelines import SCHEDULERS
+from mediatorize.export.pipelines import pipeline_of
 from mediatorize.export.travelling.pipeline import MediatorPipeline
-from mediatorize.export.travelling.transformer import MediatorTransformer2DModel
 from mediatorize.formats.bundle import load_bundle
 from mediatorize.model.levels import SOFTMAX
-from mediatorize.model.schedule import AnySchedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
+from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
 from mediatorize.stages.running import hardware, versions
-from mediatorize.version import VERSION
 
 OTHER_SEED = 90210
 """Of the noise of all contenders: no search has seen it."""
@@ -56,14 +52,10 @@ Setup = Callable[[Any], None]
 """What is switched on in a pipeline."""
 
 
-def pipeline_of(model: DiffusionTransformer, schedule: AnySchedule | None, setup: Setup | None = None) -> MediatorPipeline:
-    """The pipeline that `export --to diffusers` writes, in this process. Without a schedule its level is softmax."""
-    plan = None if schedule is None else schedule.to_json()
-    transformer = MediatorTransformer2DModel(model.arch.to_json(), model.added().to_json(), plan, version=VERSION)
-    transformer.load_state_dict(model.state_dict())
-    transformer.level = SOFTMAX if schedule is None else None
-    pipe = MediatorPipeline(transformer.eval(), SCHEDULERS[process_of(model.arch).name]())
-    pipe.set_progress_bar_config(disable=True)
+def at_softmax(model: DiffusionTransformer, setup: Setup | None = None) -> MediatorPipeline:
+    """The pretrained model's pipeline, and what is switched on in it."""
+    pipe = pipeline_of(model, None)
+    pipe.transformer.level = SOFTMAX
     if setup is not None:
         setup(pipe)
     return pipe
@@ -121,9 +113,9 @@ def contenders(
         chosen = outcome.chosen
         yield OURS, f"budget {outcome.budget:.0%}", partial(pipeline_of, model, chosen.schedule), chosen.steps or sampler.steps
     for part in INTERVALS:
-        yield FEWER, f"{sampler.steps // part} steps", partial(pipeline_of, model, None), sampler.steps // part
+        yield FEWER, f"{sampler.steps // part} steps", partial(at_softmax, model), sampler.steps // part
     for method, setting, setup in peers():
-        yield method, setting, partial(pipeline_of, model, None, setup), sampler.steps
+        yield method, setting, partial(at_softmax, model, setup), sampler.steps
 
 
 def cheaper(rows: list[dict[str, Any]], row: dict[str, Any], axis: str) -> float | None:
@@ -134,9 +126,7 @@ def cheaper(rows: list[dict[str, Any]], row: dict[str, Any], axis: str) -> float
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A PNG: error against FLOPs and against time, a line for each method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 4), dpi=150, layout="constrained")
+    figure = new_figure(9.5, 4)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours = dict(zip(methods, ("#c8553d", "#8a8f98", "#2f6f9f", "#5fa777", "#9a6fb0", "#d0a030"), strict=True))
     for axis, (cost, label) in zip(figure.subplots(1, 2, sharey=True), (("flops", "FLOPs"), ("time", "time")), strict=True):
@@ -147,10 +137,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*places, strict=True), "-o", color=colours[method], linewidth=width, markersize=4, label=method)
         axis.set_yscale("log")
         axis.set_xlabel(f"% of softmax's {label}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.92", linewidth=0.8, which="both")
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8)
+        calm(axis)
+        axis.grid(color="0.92", linewidth=0.8, which="minor")
     figure.axes[0].set_ylabel("median sample error", fontsize=9)
     figure.axes[0].legend(fontsize=7.5, frameon=False)
     figure.savefig(path)
@@ -174,7 +162,6 @@ def main(
     sampler = Sampler.resolve(arch, steps=steps, cfg_scale=cfg_scale)
     labels = spread_labels(arch.classes, max(samples, frechet), OTHER_SEED)
     noise = gaussian(OTHER_SEED, "initial noise", range(len(labels)), (arch.channels, *arch.input_size))
-    real = digit_classifier().features(digit_images()[0]) if frechet else None
 
     def run(pipe: MediatorPipeline, count: int, part: slice) -> Tensor:
         how = {"guidance_scale": cfg_scale, "num_inference_steps": count, "output_type": "latent"}
@@ -188,12 +175,9 @@ def main(
             run(pipe, count, slice(batch))
         return counter.get_total_flops()
 
-    def distance(images: Tensor) -> float | None:
-        return None if real is None else frechet_distance(digit_classifier().features(images), real)
-
-    softmax = pipeline_of(model, None)
+    softmax = at_softmax(model)
     teacher, whole = drawn(softmax, steps), flops(softmax, steps)
-    base = distance(teacher)
+    base = distance_to_digits(teacher) if frechet else None
     rows: list[dict[str, Any]] = []
     for method, setting, make, count in contenders(model, sampler, [float(budget) for budget in budgets.split(",")]):
         pipe = make()
@@ -201,9 +185,8 @@ def main(
         times = paired_time(first, reference, pairs, torch.device("cpu"))
         row = {"method": method, "setting": setting, "flops": flops(pipe, count) / whole, "time": times.ratio, "quartiles": times.quartiles}
         images = drawn(pipe, count)
-        own = distance(images)
         row |= vars(Errors.of(images[:samples], teacher[:samples]))
-        rows.append(row | {"frechet_of_the_teachers": own / base if own is not None and base else None})
+        rows.append(row | {"frechet_of_the_teachers": distance_to_digits(images) / base if base else None})
     for row in rows:
         row["ours_at_its_flops"], row["ours_at_its_time"] = (cheaper(rows, row, axis) for axis in ("flops", "time"))
 

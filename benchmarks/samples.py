@@ -24,8 +24,7 @@ from mediatorize.compression.costs import kinds_of
 from mediatorize.compression.search import EVALUATIONS, Candidate, Errors, Outcomes, costs_of, search
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler, sample_many
-from mediatorize.evaluation.digits import digit_classifier, digit_images
-from mediatorize.evaluation.metrics import frechet_distance
+from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.formats.bundle import load_bundle, read_log
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.report.tables import text_table
@@ -72,20 +71,14 @@ def main(
         return sample_many(model, labels[:count], how, candidate.schedule if candidate else SOFTMAX, batch)
 
     teacher = draw(None, len(labels))
-    real = digit_classifier().features(digit_images()[0]) if frechet else None
-
-    def distance(drawn: Tensor) -> float | None:
-        return None if real is None else frechet_distance(digit_classifier().features(drawn), real)
-
-    base = distance(teacher)
+    base = distance_to_digits(teacher) if frechet else None
     rows: list[dict[str, Any]] = []
     for outcome in found.outcomes:
         for candidate in shown(found, outcome.budget, outcome.chosen):
             is_chosen = candidate is outcome.chosen
             drawn = draw(candidate, len(labels) if is_chosen else samples)
             errors = Errors.of(drawn[:samples], teacher[:samples])
-            own = distance(drawn) if is_chosen else None
-            ratio = own / base if own is not None and base else None
+            ratio = distance_to_digits(drawn) / base if is_chosen and base else None
             rows.append(
                 vars(errors)
                 | {"budget": outcome.budget, "chosen": is_chosen, "kind": candidate.kind, "name": candidate.name, "share": candidate.share}

@@ -19,9 +19,7 @@ from test_export import SMALL, forecasting, small_model, tiny_vae
 from torch import Tensor
 
 from mediatorize import sample
-from mediatorize.diffusion.process import process_of
 from mediatorize.export import pipelines
-from mediatorize.export.travelling.pipeline import MediatorPipeline
 from mediatorize.export.travelling.transformer import CACHES, MediatorTransformer2DModel
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.schedule import Schedule
@@ -38,12 +36,9 @@ STEPS = 8
 
 def pipeline_of(model: DiffusionTransformer, scheduler: Any = None) -> Any:
     """The pipeline of an export, in this process."""
-    schedule = None if model.schedule is None else model.schedule.to_json()
-    assert model.settings is not None
-    transformer = MediatorTransformer2DModel(model.arch.to_json(), model.settings.to_json(), schedule, version=VERSION)
-    transformer.load_state_dict(model.state_dict())
-    pipe = MediatorPipeline(transformer.eval(), scheduler or pipelines.SCHEDULERS[process_of(model.arch).name]())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipelines.pipeline_of(model, model.schedule)
+    if scheduler is not None:
+        pipe.scheduler = scheduler
     return pipe
 
 

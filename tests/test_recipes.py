@@ -40,11 +40,7 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(RECIPES.glob("*.toml")),
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_pass_a_dry_run_without_a_checkpoint(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(path, dry_run=True)

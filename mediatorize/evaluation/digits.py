@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mediatorize.evaluation.metrics import frechet_distance
+
 if TYPE_CHECKING:
     from sklearn.neural_network import MLPClassifier
 
@@ -56,3 +58,9 @@ def digit_classifier() -> DigitClassifier:
     images, labels = digit_images()
     model = MLPClassifier(hidden_layer_sizes=(64,), alpha=1e-2, max_iter=400, tol=1e-3, random_state=0)
     return DigitClassifier(model.fit(images.flatten(1).double().numpy(), labels.numpy()))
+
+
+def distance_to_digits(images: Tensor) -> float:
+    """Frechet distance of pictures (n, 1, 16, 16) in [-1, 1] to all real digits, in the classifier's features."""
+    classifier = digit_classifier()
+    return frechet_distance(classifier.features(images), classifier.features(digit_images()[0]))

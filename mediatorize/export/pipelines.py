@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,10 @@ from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.schedule import AnySchedule, CallSchedule, RuleSchedule
 from mediatorize.version import VERSION
+
+if TYPE_CHECKING:
+    from mediatorize.export.travelling.pipeline import MediatorPipeline
+    from mediatorize.model.transformer import DiffusionTransformer
 
 TRANSFORMER_FILE, TRANSFORMER_CLASS = "mediator_transformer", "MediatorTransformer2DModel"
 PIPELINE_FILE, PIPELINE_CLASS = "mediator_pipeline", "MediatorPipeline"
@@ -62,6 +66,19 @@ def _flow_scheduler() -> Any:
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {"ddpm": _ddpm_scheduler, "flow": _flow_scheduler}
 """The scheduler that an export comes with, by the process of its model."""
+
+
+def pipeline_of(model: DiffusionTransformer, schedule: AnySchedule | None) -> MediatorPipeline:
+    """What an export of a converted model loads as, in this process: a copy of the weights, the schedule inside, no progress bar."""
+    from mediatorize.export.travelling.pipeline import MediatorPipeline
+    from mediatorize.export.travelling.transformer import MediatorTransformer2DModel
+
+    plan = None if schedule is None else schedule.to_json()
+    transformer = MediatorTransformer2DModel(model.arch.to_json(), model.added().to_json(), plan, version=VERSION)
+    transformer.load_state_dict(model.state_dict())
+    pipe = MediatorPipeline(transformer.eval(), SCHEDULERS[process_of(model.arch).name]())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def suits_stock_pipeline(arch: Architecture, vae: Path | None, schedule: AnySchedule | None = None) -> bool:

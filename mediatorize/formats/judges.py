@@ -50,14 +50,14 @@ FASHION = Path(__file__).with_name("fashion.safetensors")
 
 
 def open_fashion(device: torch.device) -> Extractor:
-    """The classifier of Fashion-MNIST, once it is trained; compares with the real products of the test set, whose features are in its file.
+    """The classifier of Fashion-MNIST; compares with the real products of the test set, whose features are in its file.
 
     Raises:
-        UserError: it is not trained yet, or its file is damaged.
+        UserError: its file is not there, or damaged.
     """
     if not FASHION.is_file():
         raise UserError(
-            f"{FASHION}: no such file; the fashion classifier is not trained yet.",
+            f"{FASHION}: no such file; the fashion classifier comes with mediatorize.",
             hint=f"In the repository, run python -m recipes.fashion.train classifier --out {FASHION}",
         )
     stored = {name: tensor.read() for name, tensor in read_safetensors(FASHION)[0].items()}

@@ -62,7 +62,8 @@ def _show(axis: Axes, picture: Pixels, extent: tuple[float, float, float, float]
     axis.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, apart from pyplot's own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +78,7 @@ def _write(path: Path, figure: Figure, **how: Any) -> None:
     write_beside(path, lambda beside: figure.savefig(beside, format="png", **how))
 
 
-def _calm(axis: Axes) -> None:
+def calm(axis: Axes) -> None:
     """No frame but the two axes, a light grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(SOFT)
@@ -96,7 +97,7 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
     distances = [row.frechet_distance for row in results]
     if None not in distances:
         measures.append(("Frechet distance", [float(distance or 0) for distance in distances]))
-    figure = _figure(4.2 * len(measures), 3.4)
+    figure = new_figure(4.2 * len(measures), 3.4)
     for axis, (name, values) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
         ceiling = 1.15 * max(*values, 1e-6)
         for row, value in zip(results, values, strict=True):
@@ -115,7 +116,7 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
         axis.set_title(name, fontsize=10, loc="left", color=INK)
         axis.margins(x=0.12)
         axis.set_ylim(0, ceiling)
-        _calm(axis)
+        calm(axis)
     _write(path, figure)
 
 
@@ -126,7 +127,7 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
         results: the teacher first.
         noise_levels: of every model call.
     """
-    figure = _figure(6.4, 3.2)
+    figure = new_figure(6.4, 3.2)
     axis = figure.subplots()
     schedules = [row for row in results[1:] if row.kind == "schedule"]
     levels = [row for row in results[1:] if row.kind == "level"]
@@ -141,7 +142,7 @@ def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_leve
     axis.set_title("distance from the teacher along the trajectory", fontsize=10, loc="left", color=INK)
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8, frameon=False, labelcolor=INK)
-    _calm(axis)
+    calm(axis)
     _write(path, figure)
 
 
@@ -171,7 +172,7 @@ def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> No
     if isinstance(schedule, RuleSchedule):
         schedule = schedule.usual
     panels = [("layer", list(schedule.levels))] if isinstance(schedule, Schedule) else _panels(schedule.of_calls)
-    figure = _figure(6.4, 1.4 + _map_height(schedule.depth, panels))
+    figure = new_figure(6.4, 1.4 + _map_height(schedule.depth, panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0].tolist()
     _draw_map(axes, panels, schedule.edges if isinstance(schedule, Schedule) else None)
     axes[0].set_title(title, fontsize=10, loc="left", color=INK)
@@ -198,7 +199,7 @@ def write_trajectory(path: Path, calls: Sequence[Call], shown: Sequence[int], ro
     heights = [tile] * len(rows) + [map_height] * len(panels)
     below, gap = 0.5, 0.07
     size = width + 1.0, below + sum(heights) + gap * len(heights) + 0.3
-    figure, axes, at = _figure(*size), [], size[1] - 0.3
+    figure, axes, at = new_figure(*size), [], size[1] - 0.3
     figure.set_layout_engine("none")
     for height in heights:
         at -= height
@@ -320,7 +321,7 @@ def write_redundancy(
     panels: list[tuple[str, Any, float | None]] = [("effective rank, by head", stripes, None)]
     panels += [(f"error of best rank {rank}", np.asarray(values), 1.0) for rank, values in errors.items()]
     depth = len(effective_rank)
-    figure = _figure(1.2 + 2.6 * len(panels), 1.5 + 0.13 * max(depth, 8))
+    figure = new_figure(1.2 + 2.6 * len(panels), 1.5 + 0.13 * max(depth, 8))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (name, values, highest) in zip(axes, panels, strict=True):
         extent = (-0.5, len(noise_levels) - 0.5, -0.5, depth - 0.5)
@@ -359,7 +360,7 @@ def write_error_table(path: Path, noise_levels: Sequence[float], levels: Sequenc
     from matplotlib.colors import LogNorm
 
     cells, layers, _ = errors.shape
-    figure = _figure(max(8.0, 1.5 + len(levels) * (1.0 + 0.1 * cells)), max(2.6, 1.5 + 0.24 * layers))
+    figure = new_figure(max(8.0, 1.5 + len(levels) * (1.0 + 0.1 * cells)), max(2.6, 1.5 + 0.24 * layers))
     axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     positive = errors[errors > 0]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (1e-6, 1.0)
@@ -393,7 +394,7 @@ def write_candidates(path: Path, points: Sequence[Point], cost_label: str, error
     """A PNG of error against cost, kinds of candidates in their own colours, baselines joined by dashes, what was kept ringed."""
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-    figure = _figure(8.0, 5.0)
+    figure = new_figure(8.0, 5.0)
     axis = figure.subplots()
     kinds = list(dict.fromkeys(point.kind for point in points))
     for place, kind in enumerate(kinds):
