@@ -31,7 +31,7 @@ from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
 from mediatorize.model.memory import Memory
 from mediatorize.model.transformer import DiffusionTransformer, from_scratch, initialise_from_scratch
 from mediatorize.report.tables import text_table
-from mediatorize.stages.running import hardware, versions
+from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 SIZES = ("DiT-S/2@256", "DiT-S/2@512", "DiT-S/2@1024", "DiT-B/2@256", "DiT-L/2@256", "DiT-XL/2@256", "DiT-XL/2@512")
 LEVELS = (1, 4, 16, 64)
@@ -158,6 +158,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="its rows of other measurements are kept")] = None,
 ) -> None:
     """Prints and writes the ratios."""
+    keep_freed_memory()
     where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     how = {"device": device, "dtype": dtype, "compiled": compiled}
     with torch.inference_mode():

@@ -14,6 +14,7 @@ from mediatorize.errors import UserError
 from mediatorize.signatures import as_typer
 from mediatorize.stages.options import OUTPUT, option
 from mediatorize.stages.run import run
+from mediatorize.stages.running import keep_freed_memory
 from mediatorize.stages.table import STAGES, Stage
 from mediatorize.version import VERSION
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 
 def main() -> None:
+    keep_freed_memory()
     app()
 
 

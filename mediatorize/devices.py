@@ -27,6 +27,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def refuse_uncompilable(device: torch.device) -> None:
+    """Refuses what `torch.compile` would, but in one line and before any work: the CPU needs a C++ compiler, CUDA Triton."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if device.type == "cuda" and not has_triton():
+        raise UserError("Compiling for this GPU needs Triton, which does not work here.", hint="Leave --compile out.")
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError("Compiling for the CPU needs a C++ compiler.", hint="Install g++, or leave --compile out.") from None
+
+
 def wait_for(device: torch.device) -> None:
     """Until the device has done what it was told."""
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from timm.layers import Attention
@@ -20,19 +20,18 @@ from mediatorize.model.levels import (
     SOFTMAX,
     Level,
     MediatorSettings,
-    Part,
     changes_modulation,
     in_full,
     is_pretrained,
     parts_of,
 )
-from mediatorize.model.memory import BlockMemory, SubLayerMemory
+from mediatorize.model.memory import BlockMemory
 from mediatorize.model.mlp import NarrowMlp, block_mlp
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(b, n, c) with shift and scale (b, c): adaptive layer norm's affine part."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def token_norm(arch: Architecture, eps: float = 1e-6) -> nn.Module:
@@ -166,6 +165,42 @@ class BlockMediator(nn.Module):
             self.narrow = None
 
 
+class SubLayerRun(NamedTuple):
+    """How an attention or MLP runs at one call, with what was read from memory."""
+
+    level: Level | None
+    """None: it does not run, and all of its output was forecast."""
+    rest: Tensor | None = None
+    """Forecast of what `level` leaves out, (b, n, c)."""
+    watched: tuple[Level, ...] = ()
+    """Surrogates that run beside it, on the same input."""
+    keep: bool = False
+    """Whether its output is to be remembered."""
+
+    def output(self, inputs: Callable[[], Tensor], run: Callable[[Tensor, Level], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output (b, n, c), and what is to be remembered: the output and those of the watched surrogates, or nothing.
+
+        Args:
+            inputs: gives what the sub-layer reads.
+            run: runs it at a level.
+        """
+        if self.level is None:
+            assert self.rest is not None, "what does not run is forecast"
+            return self.rest, ()
+        x = inputs()
+        y = run(x, self.level)
+        if self.rest is not None:
+            y = self.rest + y
+        return y, (y, *(run(x, level) for level in self.watched)) if self.keep else ()
+
+
+class BlockResult(NamedTuple):
+    tokens: Tensor
+    attention: tuple[Tensor, ...]
+    """What is to be remembered of it, as `SubLayerRun.output` gives it."""
+    mlp: tuple[Tensor, ...]
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
 
@@ -208,10 +243,10 @@ class Block(nn.Module):
         if FULL not in parts:
             del self.mlp
 
-    def modulation(self, conditioning: Tensor, level: Level) -> tuple[Tensor, ...]:
-        """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP."""
+    def modulation(self, conditioning: Tensor, changed: bool = False) -> tuple[Tensor, ...]:
+        """(b, c) -> shift, scale and gate (b, c) each of the attention, then of the MLP; `changed`: as at mediator levels."""
         vectors = self.adaLN_modulation(conditioning)
-        if changes_modulation(level) and self.mediator is not None and self.mediator.modulation is not None:
+        if changed and self.mediator is not None and self.mediator.modulation is not None:
             vectors = vectors + self.mediator.modulation(conditioning)
         return vectors.chunk(6, dim=1)
 
@@ -223,13 +258,13 @@ class Block(nn.Module):
 
     def attention_input(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention layer gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
-        shift, scale, gate = self.modulation(conditioning, SOFTMAX)[:3]
+        shift, scale, gate = self.modulation(conditioning)[:3]
         return modulate(self.norm1(x), shift, scale), gate.unsqueeze(1)
 
     def mlp_input(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """What the MLP gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
         inputs, gate = self.attention_input(x, conditioning)
-        shift, scale, mlp_gate = self.modulation(conditioning, SOFTMAX)[3:]
+        shift, scale, mlp_gate = self.modulation(conditioning)[3:]
         return modulate(self.norm2(x + gate * self.attn(inputs, SOFTMAX)), shift, scale), mlp_gate.unsqueeze(1)
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor, level: Level, memory: BlockMemory | None = None) -> Tensor:
@@ -240,15 +275,38 @@ class Block(nn.Module):
         x = hidden_states
         parts = parts_of(in_full(level) if memory is None else level)
         attention, mlp = parts.attention, parts.mlp
-        if memory is not None and attention.runs is None and mlp.runs is None:
-            gate1, gate2 = self.gates(conditioning)
-            x = torch.addcmul(x, gate1.unsqueeze(1), memory.attention.forecast(attention.order or 0, None, x))
-            return torch.addcmul(x, gate2.unsqueeze(1), memory.mlp.forecast(mlp.order or 0, None, x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, level)
-        y = _run(attention, lambda: modulate(self.norm1(x), shift1, scale1), self.attn, x, None if memory is None else memory.attention)
-        x = x + gate1.unsqueeze(1) * y
-        y = _run(mlp, lambda: modulate(self.norm2(x), shift2, scale2), self.run_mlp, x, None if memory is None else memory.mlp)
-        return x + gate2.unsqueeze(1) * y
+        if memory is None:
+            return self.compute(x, conditioning, SubLayerRun(attention.runs), SubLayerRun(mlp.runs), changes_modulation(level)).tokens
+        memories = memory.attention, memory.mlp
+        rests = [own.recall(part, x) for own, part in zip(memories, (attention, mlp), strict=True)]
+        if attention.runs is None and mlp.runs is None:
+            for rest, gate in zip(rests, self.gates(conditioning), strict=True):
+                assert rest is not None, "what does not run is forecast"
+                x = torch.addcmul(x, gate.unsqueeze(1), rest)
+            return x
+        run1, run2 = (
+            SubLayerRun(part.runs, rest, own.watched if part.order is None else (), keep=part.order is None)
+            for own, part, rest in zip(memories, (attention, mlp), rests, strict=True)
+        )
+        result = self.compute(x, conditioning, run1, run2, changes_modulation(level))
+        for own, run, kept in zip(memories, (run1, run2), (result.attention, result.mlp), strict=True):
+            if kept:
+                own.remember(kept[0], dict(zip(run.watched, kept[1:], strict=True)))
+        return result.tokens
+
+    def compute(self, x: Tensor, conditioning: Tensor, attention: SubLayerRun, mlp: SubLayerRun, changed: bool) -> BlockResult:
+        """What `forward` computes between reading and writing memory: the part that is compiled, one graph for each way of running it.
+
+        Args:
+            x: tokens (b, n, c).
+            conditioning: (b, c).
+            changed: whether the modulation is changed as at mediator levels.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, changed)
+        y1, kept1 = attention.output(lambda: modulate(self.norm1(x), shift1, scale1), self.attn)
+        x = torch.addcmul(x, gate1.unsqueeze(1), y1)
+        y2, kept2 = mlp.output(lambda: modulate(self.norm2(x), shift2, scale2), self.run_mlp)
+        return BlockResult(torch.addcmul(x, gate2.unsqueeze(1), y2), kept1, kept2)
 
     def run_mlp(self, x: Tensor, level: Level) -> Tensor:
         """(b, n, c) -> (b, n, c) at a level of the MLP."""
@@ -259,21 +317,6 @@ class Block(nn.Module):
         if self.mediator is None or self.mediator.narrow is None:
             raise UserError("This model has no narrow MLPs.", hint="Run `mediatorize convert` with --mlp-widths.")
         return self.mediator.narrow(x, level)
-
-
-def _run(
-    part: Part, inputs: Callable[[], Tensor], run: Callable[[Tensor, Level], Tensor], tokens: Tensor, memory: SubLayerMemory | None
-) -> Tensor:
-    """A sub-layer's output (b, n, c), computed or forecast. `inputs` gives what it reads, `tokens` are what it is added to."""
-    if part.order is not None and memory is not None:
-        rest = memory.forecast(part.order, part.runs, tokens)
-        return rest if part.runs is None else rest + run(inputs(), part.runs)
-    assert part.runs is not None, "what is not forecast is computed"
-    x = inputs()
-    y = run(x, part.runs)
-    if memory is not None:
-        memory.remember(y, {level: run(x, level) for level in memory.watched})
-    return y
 
 
 Run = Callable[[Block, Tensor, Tensor, Level], Tensor]

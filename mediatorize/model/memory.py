@@ -11,15 +11,15 @@ passes it in. Modules keep nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mediatorize.errors import UserError
-from mediatorize.model.levels import Level
-from mediatorize.model.schedule import polynomial_weights
+from mediatorize.model.levels import Level, Part
+from mediatorize.model.schedule import Watched, polynomial_weights
 
 
 @dataclass
@@ -43,8 +43,12 @@ class Series:
         if not self.values:
             raise UserError("A forecast needs a model call that was computed before it.", hint="Begin a trajectory with a computed call.")
         count = min(order + 1, len(self.values))
+        if count == 1:
+            return self.values[-1]
         weights = polynomial_weights(self.places[-count:], place)
-        total = self.values[-1] * weights[-1] if count > 1 else self.values[-1]
+        if count == 2:  # both weights add up to 1: read and written once
+            return torch.lerp(self.values[-1], self.values[-2], weights[0])
+        total = self.values[-1] * weights[-1]
         for value, weight in zip(self.values[-count:-1], weights[:-1], strict=True):
             total = torch.add(total, value, alpha=weight)
         return total
@@ -55,7 +59,7 @@ class SubLayerMemory:
     """Of one attention or MLP."""
 
     trajectory: Memory
-    watched: Collection[Level] = ()
+    watched: tuple[Level, ...] = ()
     """Surrogates whose outputs a computed call must leave in memory, for later forecasts."""
     outputs: Series = field(default_factory=Series)
     surrogates: dict[Level, Series] = field(default_factory=dict)
@@ -69,14 +73,18 @@ class SubLayerMemory:
         for level, value in surrogates.items():
             self.surrogates.setdefault(level, Series()).add(place, output - value, keep)
 
-    def forecast(self, order: int, surrogate: Level | None, like: Tensor) -> Tensor:
-        """The output at the call at hand; of a surrogate, what it leaves out. (b, n, c), as the tokens `like`.
+    def recall(self, part: Part, like: Tensor) -> Tensor | None:
+        """What is forecast of the output at the call at hand: what a surrogate leaves out, or all. (b, n, c), as the tokens `like`.
+
+        None where the part is computed.
 
         Raises:
             UserError: nothing was remembered, or it was for another batch.
         """
-        series = self.outputs if surrogate is None else self.surrogates.get(surrogate, Series())
-        found = series.at(self.trajectory.place, order)
+        if part.order is None:
+            return None
+        series = self.outputs if part.runs is None else self.surrogates.get(part.runs, Series())
+        found = series.at(self.trajectory.place, part.order)
         if found.shape != like.shape:
             raise UserError(
                 f"This memory is of a batch {list(found.shape)}, the call of {list(like.shape)}.",
@@ -108,7 +116,7 @@ class Memory:
         self.place = 0.0
         self.blocks = [BlockMemory(SubLayerMemory(self), SubLayerMemory(self)) for _ in range(depth)]
 
-    def begin(self, place: float, watched: Sequence[tuple[Collection[Level], Collection[Level]]] | None = None) -> None:
+    def begin(self, place: float, watched: Sequence[Watched] | None = None) -> None:
         """Says where on the trajectory the next model call stands.
 
         Args:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -20,6 +21,9 @@ from mediatorize.model.mediators import PublishedLevel
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import AnySchedule
 from mediatorize.randomness import generator
+
+MOST_GRAPHS = 256
+"""Of one model's blocks, in `DiffusionTransformer.compile_blocks`: far more than there are ways to run a block."""
 
 
 class TimestepEmbedder(nn.Module):
@@ -111,6 +115,19 @@ class DiffusionTransformer(nn.Module):
         self.settings = settings.of_model(self.arch.depth)
         for index, block in enumerate(self.layers()):
             block.keep(self.settings.parts(index))
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles what blocks compute: one graph for every way that a block runs, which all blocks share, and every batch size.
+
+        Graphs are made at the first call that needs them. Reading and writing memory, embedding and the last layer stay outside.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        compute = torch.compile(Block.compute, **{"fullgraph": True, "dynamic": False, **options})
+        for block in self.layers():
+            block.compute = MethodType(compute, block)  # type: ignore[method-assign]
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """(b,), (b,) -> (b, c): what every block is modulated by."""

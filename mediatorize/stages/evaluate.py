@@ -60,6 +60,7 @@ def evaluate(
     num_classes: options.Classes = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    compile: options.Compile = False,
     force: options.Force = False,
 ) -> Evaluation | Contribution:
     """Compares every level and schedule with the teacher (level softmax), from the same noise. Resumes after a kill; runs under torchrun.
@@ -69,7 +70,7 @@ def evaluate(
     command = as_command("evaluate", evaluate, dict(locals()))
     import torch
 
-    from mediatorize.devices import DTYPES, pick_device, processes
+    from mediatorize.devices import DTYPES, pick_device, processes, refuse_uncompilable
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.evaluation.comparison import Samples, compare, rows_of
     from mediatorize.formats import bundle
@@ -94,6 +95,8 @@ def evaluate(
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, fixed_for="a comparison needs", **guidance)
     rows = rows_of(loaded, levels, bundle.read_schedules(schedule, loaded, reserved=(OWN_SCHEDULE,)))
     where = pick_device(device)
+    if compile:
+        refuse_uncompilable(where)
     refuse_unfit(model, arch, features, inception_weights, reference, vae, npz)
     decoder = load_vae(vae, torch.device("cpu")) if vae else None
 
@@ -106,6 +109,7 @@ def evaluate(
             "sampling": {**sampler.to_json(), "batch": batch},
             "device": world.device.type,
             "dtype": dtype,
+            "compiled": compile,
             "version": VERSION,
         }
         compared_with = read_reference(reference, extractor, batch) if reference and extractor else None
@@ -117,8 +121,11 @@ def evaluate(
             parts=SampleFiles(work.folder),
             decode=decoder_of(decoder, world.device, arch) if decoder is not None else None,
         )
+        loaded = loaded.to(device=world.device, dtype=DTYPES[dtype])
+        if compile:
+            loaded.compile_blocks()
         found = compare(
-            loaded.to(device=world.device, dtype=DTYPES[dtype]),
+            loaded,
             kept,
             sampler,
             extractor=extractor,

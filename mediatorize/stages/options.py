@@ -91,5 +91,12 @@ Seed = Annotated[int, option("seed of all random numbers", SAMPLING)]
 Batch = Annotated[int, option("samples per batch", RESOURCES)]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], option("device to compute on", RESOURCES)]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], option("precision of the model", RESOURCES)]
+Compile = Annotated[
+    bool,
+    option(
+        "compile the model's blocks (torch.compile), one graph for each way that one runs: the first batch takes minutes, the others less",
+        RESOURCES,
+    ),
+]
 Force = Annotated[bool, option("replace existing results", OUTPUT, "--force")]
 DryRun = Annotated[bool, option("only print what would be done", OUTPUT, "--dry-run")]

@@ -88,6 +88,7 @@ def sample(
     weights: options.Weights = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
+    compile: options.Compile = False,
     force: options.Force = False,
 ) -> Sampled:
     """Samples pictures. The same seed gives the same pictures at any batch size (except with dopri5, whose steps depend on the batch).
@@ -97,7 +98,7 @@ def sample(
     import numpy as np
     import torch
 
-    from mediatorize.devices import DTYPES, pick_device
+    from mediatorize.devices import DTYPES, pick_device, refuse_uncompilable
     from mediatorize.diffusion.sampling import (
         Sampler,
         flops_by_rule,
@@ -134,6 +135,8 @@ def sample(
             f"{model}: makes latents of {arch.channels} channels.", hint="Pass --vae PATH, or --out something.npz for the latents."
         )
     where = pick_device(device)
+    if compile:
+        refuse_uncompilable(where)
     decoded = decoder_of(load_vae(vae, where), where, arch) if vae else to_pixels
     loaded = loaded.to(device=where, dtype=DTYPES[dtype])
 
@@ -144,6 +147,10 @@ def sample(
         levels = tuple(map(own_level, (loaded, *later))) if others else switch_levels or loaded.all_levels
         rule = SwitchRule(levels=levels, ratios=ratios, first=first, measure=switch, per=switch_per)
         models = [loaded, *(other.to(device=where, dtype=DTYPES[dtype]) for other in later)] if others else [loaded] * len(levels)
+
+    if compile:
+        for used in {id(used): used for used in (loaded, *models)}.values():
+            used.compile_blocks()
 
     wanted = classes or tuple(range(min(arch.classes, 10)))
     refuse_unknown_classes(arch, wanted)
