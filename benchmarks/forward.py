@@ -30,6 +30,7 @@ from mediatorize.model.architecture import Architecture, default_local_rank, pre
 from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
 from mediatorize.model.memory import Memory
 from mediatorize.model.transformer import DiffusionTransformer, from_scratch, initialise_from_scratch
+from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
 from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
@@ -148,21 +149,45 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A PNG: time against FLOPs, a panel for this tool's calls and one for the published form. On the diagonal, FLOPs saved are time."""
+    figure = new_figure(9, 4.2)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    sizes = list(dict.fromkeys((row["model"], row["image_size"], row["batch"]) for row in rows))
+    for axis, title in zip(panels, ("this tool: mediators and forecasts", "the published form"), strict=True):
+        axis.plot((0, 110), (0, 110), color="0.8", linewidth=1)
+        for number, size in enumerate(sizes):
+            mine = [row for row in rows if (row["model"], row["image_size"], row["batch"]) == size and row["kind"] != COPY]
+            theirs = [row for row in mine if row["kind"].startswith("published")]
+            ours = [row for row in mine if row not in theirs and row["kind"] != WITHOUT_ATTENTION]
+            points = theirs if axis is panels[1] else ours
+            places = [(100 * row["flops"], 100 * row["time"]) for row in points]
+            name, pixels, batch = size
+            axis.plot(*zip(*places, strict=True), "o", color=f"C{number}", markersize=5, label=f"{name}, {pixels} pixels, batch {batch}")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("% of softmax's FLOPs", fontsize=9)
+        calm(axis)
+    panels[0].set_ylabel("% of softmax's time", fontsize=9)
+    panels[0].legend(fontsize=7.5, frameon=False)
+    figure.savefig(path)
+
+
 def main(
-    models: Annotated[str, typer.Option(help="published sizes, with commas")] = ",".join(SIZES),
+    models: Annotated[str, typer.Option(help="published sizes, with commas; empty: only draw")] = ",".join(SIZES),
     batches: Annotated[str, typer.Option(help="with commas")] = "1,8",
     pairs: int = 5,
     device: str = "cpu",
     dtype: str = "float32",
     compiled: Annotated[bool, typer.Option("--compile")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="its rows of other measurements are kept")] = None,
+    picture: Annotated[Path | None, typer.Option(help="a PNG of all rows in the JSON of this device, type and compilation")] = None,
 ) -> None:
     """Prints and writes the ratios."""
     keep_freed_memory()
     where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     how = {"device": device, "dtype": dtype, "compiled": compiled}
     with torch.inference_mode():
-        for name in models.split(","):
+        for name in filter(None, models.split(",")):
             for batch in map(int, batches.split(",")):
                 rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled)]
                 table = [
@@ -172,6 +197,8 @@ def main(
                 typer.echo(text_table(("call", "FLOPs", "time", "quartiles"), table))
                 if json_file is not None:
                     keep(json_file, rows, where, pairs)
+    if json_file is not None and picture is not None:
+        draw([row for row in json.loads(json_file.read_text())["rows"] if how.items() <= row.items()], picture)
 
 
 def keep(path: Path, rows: list[dict[str, Any]], device: torch.device, pairs: int) -> None:

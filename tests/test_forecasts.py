@@ -31,7 +31,7 @@ from mediatorize.report.pictures import write_schedule_map
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, projection_rank=3, mlp_widths=(8, 4))
-SAMPLERS = [("dit", "ddim"), ("dit", "ddpm"), ("dit", "dpm-solver++"), ("sit", "euler"), ("sit", "heun"), ("sit", "sde")]
+SAMPLERS = [("dit", "ddim"), ("dit", "ddpm"), ("dit", "dpm-solver++"), ("sit", "euler"), ("sit", "heun"), ("sit", "unipc"), ("sit", "sde")]
 COMPUTED = Call((SOFTMAX,) * 3)
 RESTING = Call((LINEAR,) * 3)
 

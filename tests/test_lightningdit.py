@@ -95,7 +95,7 @@ def test_a_scheduler_with_the_inverse_shift_takes_the_same_steps() -> None:
     [
         ({"timestep_shift": 0.0}, r"shift of 0 cannot be.*1 is no shift"),
         ({"timestep_shift": float("nan")}, r"shift of nan cannot be"),
-        ({"timestep_shift": 0.3, "solver": "sde"}, r"steps of sde cannot be shifted; those of euler, heun can.*--timestep-shift"),
+        ({"timestep_shift": 0.3, "solver": "sde"}, r"steps of sde cannot be shifted; those of euler, heun, unipc can.*--timestep-shift"),
         ({"cfg_interval": (0.9, 0.1)}, r"No noise level is in the interval 0\.9,0\.1"),
     ],
     ids=["no shift", "nan", "sde", "empty interval"],
@@ -385,6 +385,36 @@ def repa_e_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def repa_e(tmp_path: Path) -> tuple[DiffusionTransformer, dict[str, Tensor]]:
+    """The golden file's model, read from a training checkpoint such as REPA-E writes (projectors, statistics, VAE), and its tensors."""
+    stored = load_file(GOLDEN / "repa-e.safetensors")
+    state = {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
+    torch.save({"ema": state, "vae": {"conv.weight": torch.ones(2)}}, tmp_path / "golden.pt")
+    return mediatorize.load_model(tmp_path / "golden.pt", num_heads=3), stored
+
+
+def test_repa_e_equals_the_original_code(repa_e: tuple[DiffusionTransformer, dict[str, Tensor]]) -> None:
+    model, stored = repa_e
+    assert (model.arch.patch, model.arch.channels, model.arch.reversed_time) == (1, 32, True)
+    assert relative_error(model(stored["x"], stored["t"], stored["y"]), stored["out"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("run", "guidance"),
+    [("euler10", {}), ("euler10_cfg", {"cfg_scale": 2.5, "cfg_channels": "all", "cfg_interval": (0.2, 0.75)})],
+)
+def test_samples_of_repa_e_equal_the_original_code(
+    repa_e: tuple[DiffusionTransformer, dict[str, Tensor]], run: str, guidance: dict[str, Any]
+) -> None:
+    model, stored = repa_e
+    latents = mediatorize.sample(model, stored["labels"], solver="euler", steps=10, noise=stored["noise"], **guidance)
+    assert relative_error(latents, stored[run]) < 1e-5
+    if not guidance:
+        pictures = decode(DoublingVae(), latents, model.arch)
+        assert relative_error(pictures, 2 * stored["denormalised"][:, :3]) < 1e-5
 
 
 def test_the_statistics_of_a_repa_e_file_stay_with_the_model_and_its_vae_is_left_alone(
