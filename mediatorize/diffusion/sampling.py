@@ -249,7 +249,7 @@ def sample(
         cfg_scale: classifier-free guidance; 1 is none, and costs half.
         cfg_channels: how many channels are guided. DiT and SiT guide the first 3, whatever there are; REPA and diffusers all.
         cfg_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
-        timestep_shift: warps the steps of euler, heun and unipc: below 1 more of them are where there is noise. LightningDiT samples with 0.3.
+        timestep_shift: warps the steps of euler, heun and unipc: below 1 there are more where there is noise. LightningDiT: 0.3.
         noise: the initial state (b, c, h, w); `None` draws it from `seed`.
         seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
         schedule: a `Schedule`, `CallSchedule` or `RuleSchedule`; one level for everything; or `None`: the model's own where it has one,

@@ -85,7 +85,7 @@ Interval = Annotated[
 ]
 Shift = Annotated[
     float,
-    option("warp of the steps of euler, heun and unipc: below 1, more of them are where there is noise; LightningDiT samples with 0.3", SAMPLING),
+    option("warp of the steps of euler, heun and unipc: below 1, there are more where there is noise; LightningDiT: 0.3", SAMPLING),
 ]
 Seed = Annotated[int, option("seed of all random numbers", SAMPLING)]
 Batch = Annotated[int, option("samples per batch", RESOURCES)]
