@@ -180,10 +180,14 @@ def main(
     dtype: str = "float32",
     compiled: Annotated[bool, typer.Option("--compile")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="its rows of other measurements are kept")] = None,
+    return_freed: Annotated[
+        bool, typer.Option("--return-freed", help="give freed memory back to the system, as glibc does by itself")
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="a PNG of all rows in the JSON of this device, type and compilation")] = None,
 ) -> None:
     """Prints and writes the ratios."""
-    keep_freed_memory()
+    if not return_freed:
+        keep_freed_memory()
     where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     how = {"device": device, "dtype": dtype, "compiled": compiled}
     with torch.inference_mode():

@@ -259,6 +259,30 @@ def test_bad_requests_are_refused_in_one_line(options: list[str], message: str, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU with g++")
+def test_compiled_samples_are_the_same(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = official_file(channels=1, learn_sigma=False)
+    common = ["sample", source, "--family", "sit", "--num-heads", 3, "--classes", "3,4", "--steps", 3, "--device", "cpu"]
+    mediatorize(*common, "--out", tmp_path / "eager.npz")
+    torch.compiler.reset()
+    mediatorize(*common, "--out", tmp_path / "compiled.npz", "--compile")
+    torch.compiler.reset()
+    eager, compiled = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("eager", "compiled"))
+    assert np.abs(eager - compiled).max() <= 1
+    assert eager.std() > 10
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    _, stderr = mediatorize("sample", TEACHER, "--out", tmp_path / "x.png", "--device", "cpu", "--compile", code=1)
+    assert stderr == "error: Compiling for the CPU needs a C++ compiler. Install g++, or leave --compile out.\n"
+
+
 def test_an_existing_picture_is_kept(tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     picture.write_bytes(b"mine")
