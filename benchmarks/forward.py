@@ -114,14 +114,18 @@ def copying(arch: Architecture, batch: int, device: torch.device, dtype: torch.d
     return partial(torch.empty_like(source).copy_, source)
 
 
-def measure(name: str, batch: int, pairs: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> list[dict[str, Any]]:
-    """A row for every kind of call."""
+def measure(
+    name: str, batch: int, pairs: int, device: torch.device, dtype: torch.dtype, compiled: bool, wanted: list[str]
+) -> list[dict[str, Any]]:
+    """A row for every kind of call that is wanted; none named: for all."""
     arch = preset(name)
     about = {"model": arch.name, "image_size": arch.image_size[0], "batch": batch}
     about |= {"tokens": arch.tokens, "width": arch.width, "depth": arch.depth}
     softmax, others = kinds(arch, batch, device, dtype, compiled)
     rows = []
     for kind in chain([softmax], others, [Kind(COPY, copying(arch, batch, device, dtype), 0)]):
+        if wanted and kind.name not in wanted:
+            continue
         times = paired_time(kind.run, softmax.run, pairs, device)
         figures = {"time": times.ratio, "quartiles": times.quartiles, "softmax_seconds": times.reference_seconds}
         rows.append(about | {"kind": kind.name, "flops": kind.flops / softmax.flops} | figures)
@@ -175,6 +179,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(
     models: Annotated[str, typer.Option(help="published sizes, with commas; empty: only draw")] = ",".join(SIZES),
     batches: Annotated[str, typer.Option(help="with commas")] = "1,8",
+    only: Annotated[str, typer.Option(help="kinds of call, with semicolons, such as 'softmax;m = 16'; default: all")] = "",
     pairs: int = 5,
     device: str = "cpu",
     dtype: str = "float32",
@@ -193,7 +198,7 @@ def main(
     with torch.inference_mode():
         for name in filter(None, models.split(",")):
             for batch in map(int, batches.split(",")):
-                rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled)]
+                rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled, list(filter(None, only.split(";"))))]
                 table = [
                     (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", "{:.3f} to {:.3f}".format(*row["quartiles"])) for row in rows
                 ]

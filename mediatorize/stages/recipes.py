@@ -51,7 +51,8 @@ def read_recipe(path: Path, changes: tuple[str, ...], out: Path | None) -> Recip
         target, equals, value = change.partition("=")
         name, dot, key = target.partition(".")
         if not equals or not dot or name not in STAGES:
-            raise UserError(f"--set {change!r} is not STAGE.KEY=VALUE.", hint=f"Stages are {', '.join(STAGES)}.")
+            hint = f"Stages are {', '.join(STAGES)}. The recipe's folder is set by --out."
+            raise UserError(f"--set {change!r} is not STAGE.KEY=VALUE.", hint=hint)
         for table in tables.setdefault(name, [{}]):
             table[key] = value
     folder = out or Path(str(content.get("out", f"runs/{path.stem}")))
