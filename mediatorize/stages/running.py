@@ -31,8 +31,8 @@ KEPT = 1 << 30
 def keep_freed_memory() -> None:
     """Has glibc keep the memory of freed tensors, for a process that only computes.
 
-    By itself it gives memory of large tensors back to the system, which then clears every page of the next one: on a CPU a block of S/2
-    takes a fifth longer (docs/performance.md). Nothing happens under other C libraries.
+    By itself it gives memory of large tensors back to the system, which then clears every page of the next one: a call of S/2 takes a
+    third longer for it (docs/performance.md). Nothing happens under other C libraries.
     """
     if sys.platform != "linux":
         return
