@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import model_inputs, relative_error
-from diffusers import DDIMScheduler, DiTPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiTPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -233,6 +233,15 @@ def test_ddim_takes_the_steps_of_ours() -> None:
         samples(pipe, num_inference_steps=1001)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)  # the same method, at times that it does not round
     assert relative_error(samples(pipe, num_inference_steps=50), found) < 0.02
+
+
+def test_unipc_of_diffusers_takes_the_steps_of_ours() -> None:
+    model = deep(family="sit")
+    pipe = pipeline_of(model, UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+    noise, _, _ = model_inputs(model, batch=2)
+    found = samples(pipe, num_inference_steps=8)
+    assert relative_error(found, sample(model, [1, 7], solver="unipc", steps=8, cfg_scale=1.5, noise=noise)) < 1e-3
+    assert relative_error(found, sample(model, [1, 7], solver="euler", steps=8, cfg_scale=1.5, noise=noise)) > 1e-2
 
 
 @pytest.mark.parametrize(
