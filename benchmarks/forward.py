@@ -165,9 +165,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             theirs = [row for row in mine if row["kind"].startswith("published")]
             ours = [row for row in mine if row not in theirs and row["kind"] != WITHOUT_ATTENTION]
             points = theirs if axis is panels[1] else ours
-            places = [(100 * row["flops"], 100 * row["time"]) for row in points]
+            flops, times = ([100 * row[measure] for row in points] for measure in ("flops", "time"))
             name, pixels, batch = size
-            axis.plot(*zip(*places, strict=True), "o", color=f"C{number}", markersize=5, label=f"{name}, {pixels} pixels, batch {batch}")
+            axis.plot(flops, times, "o", color=f"C{number}", markersize=5, label=f"{name}, {pixels} pixels, batch {batch}")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("% of softmax's FLOPs", fontsize=9)
         calm(axis)
@@ -195,10 +195,11 @@ def main(
         keep_freed_memory()
     where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     how = {"device": device, "dtype": dtype, "compiled": compiled}
+    wanted = list(filter(None, only.split(";")))
     with torch.inference_mode():
         for name in filter(None, models.split(",")):
             for batch in map(int, batches.split(",")):
-                rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled, list(filter(None, only.split(";"))))]
+                rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled, wanted)]
                 table = [
                     (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", "{:.3f} to {:.3f}".format(*row["quartiles"])) for row in rows
                 ]

@@ -49,20 +49,19 @@ def measure(name: str, calls: list[int], samples: int, batch: int) -> list[dict[
         return sample_many(model, labels, sampler, SOFTMAX, batch)
 
     reference = draw(exact, many)
+
+    def judged(solver: str, count: int, drawn: Tensor) -> dict[str, Any]:
+        row = {"model": name, "solver": solver, "calls": count, "frechet": distance_to_digits(drawn)}
+        row["accuracy"] = digit_classifier().accuracy(drawn, labels)
+        row["error"] = None if solver in STOCHASTIC else Errors.of(drawn, reference).median
+        print(row, file=sys.stderr)
+        return row
+
     rows = []
-    for solver in (each for each in solvers if each in SOLVERS):
+    for solver in solvers:
         per_step = SOLVERS[solver].calls_per_step
-        for count in (each for each in calls if each % per_step == 0):
-            drawn = draw(solver, count // per_step)
-            row = {"model": name, "solver": solver, "calls": count, "frechet": distance_to_digits(drawn)}
-            row["accuracy"] = digit_classifier().accuracy(drawn, labels)
-            row["error"] = None if solver in STOCHASTIC else Errors.of(drawn, reference).median
-            rows.append(row)
-            print(row, file=sys.stderr)
-    print(f"{name}: {exact} with {many} steps: {distance_to_digits(reference):.2f}", file=sys.stderr)
-    rows.append({"model": name, "solver": exact, "calls": many, "frechet": distance_to_digits(reference), "error": 0.0})
-    rows[-1]["accuracy"] = digit_classifier().accuracy(reference, labels)
-    return rows
+        rows += [judged(solver, count, draw(solver, count // per_step)) for count in calls if count % per_step == 0]
+    return [*rows, judged(exact, many, reference)]
 
 
 def main(

@@ -149,7 +149,7 @@ def sample(
         models = [loaded, *(other.to(device=where, dtype=DTYPES[dtype]) for other in later)] if others else [loaded] * len(levels)
 
     if compile:
-        for used in {id(used): used for used in (loaded, *models)}.values():
+        for used in {loaded, *models}:
             used.compile_blocks()
 
     wanted = classes or tuple(range(min(arch.classes, 10)))

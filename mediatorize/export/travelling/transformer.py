@@ -169,9 +169,9 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
             return Switcher(schedule.rule, [call] * len(schedule.rule.levels), batch, calls_per_step)
         return Driver(call, depth, calls_at(schedule, noise_levels, depth, self.settings), noise_levels, rows, batch)
 
-    def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
+    def compile_repeated_blocks(self, **options: Any) -> None:
         """diffusers' own: one graph for each way that a block runs, shared by all blocks. Memory of forecasts stays outside the graphs."""
-        self.compile_blocks(*args, **options)
+        self.compile_blocks(**options)
 
     def enable_cache(self, config: Any) -> None:
         """diffusers' own, for the caches in `CACHES`.
