@@ -540,8 +540,9 @@ def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert sorted(embedded) == sorted((out / name).read_bytes() for name in content["pictures"])
     assert page.count("<img") == len(embedded)
+    without_pictures = re.sub(r"base64,[^\"]+", "", page)  # whose bytes may spell anything
     for outside in ("http", "<link", "<script", "@import", "url("):
-        assert outside not in page
+        assert outside not in without_pictures
     assert 'name="viewport"' in page
     assert page.count('<input type="range"') == 1
     labels = re.findall(r'">\n([^<>"]+)</label>', page)
