@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer, sincos_position_embedding
+
+torch.set_num_threads(1)  # tests run in a process for every core
+os.environ["OMP_NUM_THREADS"] = "1"  # so do processes that tests start
 
 TINY = Architecture(
     family="sit",

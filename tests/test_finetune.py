@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -561,8 +560,7 @@ def test_two_processes_train_as_one_does(converted: Path, tmp_path: Path) -> Non
     finetune(alone, **quick)
     run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mediatorize"]
     command = [sys.executable, "-m", *run, "finetune", str(converted)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *as_options(quick)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*command, *as_options(quick)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = load_model(alone), load_model(converted)
     states = targets(first)

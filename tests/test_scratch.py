@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -284,8 +283,7 @@ def test_two_processes_train_as_one_does(pictures: Path, tmp_path: Path) -> None
     finetune(alone, **quick)
     options = [f"--{name.replace('_', '-')}={value[0] if isinstance(value, tuple) else value}" for name, value in quick.items()]
     run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mediatorize", "finetune", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *run, *options], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-m", *run, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = state_of(alone), state_of(path)
     for name in ("blocks.1.attn.qkv.weight", "final_layer.linear.weight", "blocks.0.attn.mediator.levels.4.dwc.weight"):
