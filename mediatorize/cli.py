@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -61,7 +62,8 @@ def _register(name: str, stage: Stage) -> None:
         except Exception as error:
             _fail(f"unexpected {type(error).__name__}: {error}. Pass --debug for where, and please report it.", debug)
         else:
-            typer.echo(_as_json(stage, result) if json else stage.words(result))
+            if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one tells
+                typer.echo(_as_json(stage, result) if json else stage.words(result))
 
     command = as_typer(stage.run, call)
     flags = [

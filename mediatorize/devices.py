@@ -91,6 +91,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def firsts(self, number: float) -> float:
+        """The first process's number, everywhere."""
+        if self.size == 1:
+            return number
+        told = torch.tensor([number], dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        return float(told)
+
     def gather(self, part: Tensor) -> Tensor:
         """All processes' parts, joined along the first axis, on the CPU everywhere; parts may differ in length."""
         if self.size == 1:
@@ -112,6 +120,10 @@ class World:
         dist.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+"""One process. It has nothing to tell to another, so that its device does not matter."""
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,22 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 def official_state(model: DiffusionTransformer) -> dict[str, torch.Tensor]:
     """The weights under their official names, as `torch.save` of an original model would hold them."""
     return {name: value.clone() for name, value in model.state_dict().items() if ".mediator." not in name}
+
+
+def as_options(given: dict[str, Any]) -> list[str]:
+    """Arguments of a stage as they are written on the command line."""
+    spelled = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in given.items()}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in spelled.items()]
+
+
+def in_two_processes(command: str, *arguments: str | Path, **options: Any) -> str:
+    """Runs a command under torchrun. Returns what it printed."""
+    run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mediatorize", command]
+    done = subprocess.run(
+        [sys.executable, "-m", *run, *map(str, arguments), *as_options(options)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def model_inputs(model: DiffusionTransformer, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

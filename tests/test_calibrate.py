@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import in_two_processes, tiny_model
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mediatorize import devices
@@ -49,6 +51,7 @@ from mediatorize.compression.sensitivity import (
     spread_labels,
 )
 from mediatorize.compression.store import InMemory
+from mediatorize.devices import World
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, driver_of, flops_by_rule, sample, sample_batch, sample_many
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
@@ -679,7 +682,7 @@ def test_another_budget_measures_nothing_again(bundle: Callable[..., Path], monk
     def never(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(searching, "probe_all", never)
+    monkeypatch.setattr(searching, "probe", never)
     monkeypatch.setattr(searching, "adjoint_products", never)
     second = calibrate(path, budget=0.95, **QUICK)
     assert found_by(second).table_seconds is None
@@ -749,6 +752,30 @@ def test_a_killed_calibration_goes_on_and_ends_the_same(bundle: Callable[..., Pa
     assert without_times(broken) == without_times(whole)
 
 
+def test_two_processes_calibrate_as_one_does(bundle: Callable[..., Path]) -> None:
+    """Each follows some of the trajectories and draws some of the samples, also where there is one for the second alone, or none."""
+    alone, two = bundle(name="alone"), bundle(name="two")
+    calibrate(alone, budgets=(0.9, 0.6), **QUICK)
+    printed = in_two_processes("calibrate", two, budgets=(0.9, 0.6), **QUICK)
+    assert printed.count("The whole command took") == 1
+    first, second = without_times(alone), without_times(two)
+    assert first.keys() == second.keys()
+    for name in ("schedule.json", "schedules/0.90.json", "schedules/0.60.json"):
+        schedules = [json.loads(files[name]) for files in (first, second)]
+        assert schedules[0]["calls"] == schedules[1]["calls"]
+    for name in (name for name in first if Path(name).name.startswith("candidates") and name.endswith(".json")):
+        assert json.loads(second[name]) == pytest.approx(json.loads(first[name]), rel=1e-4, abs=1e-6)
+    tables = [load_file(path / "calibration" / "sensitivity.safetensors") for path in (alone, two)]
+    for name, values in tables[0].items():
+        torch.testing.assert_close(tables[1][name], values, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_times_are_measured_by_one_process_alone(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mediatorize.devices.processes", lambda device: nullcontext(World(0, 2, device)))
+    with pytest.raises(UserError, match=r"processes that disturb each other.*--cost latency in one process"):
+        calibrate(bundle(), budget=0.9, cost="latency", **QUICK)
+
+
 def test_finished_trajectories_are_not_measured_again_after_a_kill(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle()
     measured: list[list[int]] = []
@@ -767,7 +794,7 @@ def test_finished_trajectories_are_not_measured_again_after_a_kill(bundle: Calla
         calibrate(path, budget=0.9, **QUICK)
     assert not (path / "schedule.json").exists()
     monkeypatch.setattr(searching, "adjoint_products", until(99))
-    monkeypatch.setattr(searching, "probe_all", None)
+    monkeypatch.setattr(searching, "probe", None)
     calibrate(path, budget=0.9, **QUICK)
     assert measured == [[0, 1], [2]]
     assert not list((path / "calibration").glob("part-*"))

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import model_inputs, tiny_model
+from conftest import as_options, in_two_processes, model_inputs, tiny_model
 
 from mediatorize import DiffusionTransformer, UserError, load_model
 from mediatorize.compression import fit
@@ -24,6 +25,7 @@ from mediatorize.compression.initialise import CLUSTER_STATES, INITIALISERS
 from mediatorize.compression.records import FitSettings
 from mediatorize.compression.store import InMemory
 from mediatorize.compression.trajectories import States, teacher_states
+from mediatorize.devices import World
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.formats import bundle
 from mediatorize.model.levels import MediatorSettings
@@ -143,10 +145,9 @@ def test_the_same_command_gives_the_same_bundle(official_file: Callable[..., Pat
 def test_a_killed_conversion_goes_on_to_the_same_weights(official_file: Callable[..., Path], tmp_path: Path) -> None:
     source = official_file()
     convert(str(source), tmp_path / "unbroken", **QUICK)
-    options = [f"--{key.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in QUICK.items()]
     slow_down = "import mediatorize.compression.fit as f, time; old = f.regress; f.regress = lambda *a: (old(*a), time.sleep(1))"
     program = f"{slow_down}; import sys; sys.argv = ['mediatorize', 'convert', *sys.argv[1:]]; from mediatorize.cli import main; main()"
-    command = [sys.executable, "-c", program, str(source), str(tmp_path / "broken"), *options]
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "broken"), *as_options(QUICK)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     first_layer = tmp_path / "broken.partial" / bundle.WORK_FOLDER / "layer-000.safetensors"
     deadline = time.monotonic() + 120
@@ -162,6 +163,24 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(official_file: Callable
     assert_same_state(state_of(tmp_path / "unbroken"), state_of(tmp_path / "broken"))
     assert sorted(file.name for file in (tmp_path / "broken").iterdir()) == FILES
     assert not (tmp_path / "broken.partial").exists()
+
+
+def test_two_processes_convert_as_one_does(official_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Each draws some of the trajectories and fits some of the layers; sums over batches of other sizes differ in their last bits."""
+    source = official_file()
+    convert(str(source), tmp_path / "alone", cfg_scale=2.0, **QUICK)
+    printed = in_two_processes("convert", source, tmp_path / "two", cfg_scale=2.0, **QUICK)
+    assert printed.count("Wrote") == 1
+    alone, two = state_of(tmp_path / "alone"), state_of(tmp_path / "two")
+    for name, value in alone.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == FILES
+
+
+def test_more_processes_than_trajectories_are_refused(official_file: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("mediatorize.devices.processes", lambda device: nullcontext(World(0, 8, device)))
+    with pytest.raises(UserError, match=r"8 processes cannot share 4 trajectories.*--trajectories"):
+        convert(str(official_file()), tmp_path / "out", **QUICK)
 
 
 def test_a_full_disk_in_mid_save_leaves_no_bundle_and_resumes(

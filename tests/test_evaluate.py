@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import in_two_processes, tiny_model
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -149,7 +147,6 @@ def test_a_comparison_in_a_notebook_is_what_the_stage_writes(tmp_path: Path) -> 
     sampler = Sampler.resolve(model.arch, solver="heun", steps=3, cfg_scale=2.0)
     found = compare(model, samples, sampler, extractor=digits_extractor())
     assert [asdict(row) for row in found.results] == list(written.values())
-    assert found.drawn == 10
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert json.loads(json.dumps([asdict(row) for row in found.results])) == content["results"]
     assert (found.features, found.reference) == (content["features"], content["reference"]) == ("the digits classifier", "the real digits")
@@ -363,13 +360,9 @@ def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
 def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
     path = make_bundle(tmp_path / "b", MIXED)
     alone = judged(path, tmp_path / "alone")
-    script = tmp_path / "cli.py"
-    script.write_text("from mediatorize.cli import main\nmain()\n")
-    options = ["--samples", "10", "--steps", "3", "--batch", "4", "--features", "none", "--pairs", "0", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "evaluate"]
-    result = subprocess.run([*command, str(path), str(tmp_path / "two"), *options], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "Process 1 of 2 drew 4 samples per level" in result.stdout
+    options: dict[str, Any] = {"samples": 10, "steps": 3, "batch": 4, "features": "none", "pairs": 0, "device": "cpu"}
+    printed = in_two_processes("evaluate", path, tmp_path / "two", **options)
+    assert printed.count("Wrote report.html") == 1
     together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert together["sampling"]["processes"] == 2
     assert together["results"] == json.loads(json.dumps(list(alone.values())))

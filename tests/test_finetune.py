@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import timm.optim
 import torch
-from conftest import official_state, tiny_model
+from conftest import as_options, in_two_processes, official_state, tiny_model
 from torch import nn
 
 from mediatorize import UserError, load_model, sample
@@ -475,11 +475,6 @@ def test_training_lowers_the_error_of_every_level_and_keeps_softmax(family: Any,
     assert all([f"m={level}", f"{training.before[level]:.4f}", f"{training.after[level]:.4f}"] in table for level in (1, 4))
 
 
-def as_options(arguments: dict[str, Any]) -> list[str]:
-    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in texts.items()]
-
-
 def state_file_of(path: Path) -> Path:
     """Where an unfinished training of a bundle keeps its state."""
     return bundle.beside(path, "finetune") / bundle.WORK_FOLDER / STATE_FILE
@@ -558,10 +553,7 @@ def test_two_processes_train_as_one_does(converted: Path, tmp_path: Path) -> Non
     start = tiny_model(SETTINGS)
     start.load_state_dict(state_of(converted))
     finetune(alone, **quick)
-    run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mediatorize"]
-    command = [sys.executable, "-m", *run, "finetune", str(converted)]
-    done = subprocess.run([*command, *as_options(quick)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_two_processes("finetune", converted, **quick)
     first, second = load_model(alone), load_model(converted)
     states = targets(first)
     for level in (1, 4):  # weights may differ more where outputs do not depend on them

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import official_state, tiny_model
+from conftest import in_two_processes, official_state, tiny_model
 from torch import Tensor
 
 from mediatorize import UserError, load_model
@@ -281,10 +279,7 @@ def test_two_processes_train_as_one_does(pictures: Path, tmp_path: Path) -> None
     quick = QUICK | {"train_steps": 8, "batch": 5, "train_levels": (4,), "optimizer": "adamw", "learning_rate": 1e-3, "data": pictures}
     start = state_of(path)
     finetune(alone, **quick)
-    options = [f"--{name.replace('_', '-')}={value[0] if isinstance(value, tuple) else value}" for name, value in quick.items()]
-    run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mediatorize", "finetune", str(path)]
-    done = subprocess.run([sys.executable, "-m", *run, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_two_processes("finetune", path, **quick)
     first, second = state_of(alone), state_of(path)
     for name in ("blocks.1.attn.qkv.weight", "final_layer.linear.weight", "blocks.0.attn.mediator.levels.4.dwc.weight"):
         assert float((first[name] - second[name]).norm()) < 1e-3 * float((first[name] - start[name]).norm()), name

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mediatorize.compression.store import InMemory, Kept, Store
-from mediatorize.devices import World
+from mediatorize.devices import ALONE, World
 from mediatorize.errors import UserError
-from mediatorize.stages.work import PLAN_FILE, STATE_FILE, Work
+from mediatorize.stages.work import PLAN_FILE, STATE_FILE, SharedWork, Work
 
 PLAN: dict[str, Any] = {"levels": [1, "softmax"], "seed": 0, "of": {"file": "model.pt"}}
 OTHER = PLAN | {"seed": 1}
@@ -32,7 +32,7 @@ def refuse(before: dict[str, Any]) -> UserError:
     return UserError(f"unfinished work of seed {before['seed']}.", hint="Pass --force.")
 
 
-def opened(folder: Path, plan: dict[str, Any] = PLAN, *, force: bool = False, world: World | None = None) -> Work:
+def opened(folder: Path, plan: dict[str, Any] = PLAN, *, force: bool = False, world: World = ALONE) -> Work:
     return Work.open(folder, plan, force=force, refusal=refuse, world=world)
 
 
@@ -51,9 +51,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- made once -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(params=["memory", "folder", "shared folder"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return InMemory() if request.param == "memory" else opened(tmp_path / "work")
+    if request.param == "memory":
+        return InMemory()
+    work = opened(tmp_path / "work")
+    return work if request.param == "folder" else SharedWork(work, ALONE)
 
 
 def test_what_was_made_is_not_made_again(store: Store) -> None:

@@ -22,6 +22,7 @@ from mediatorize.version import VERSION
 if TYPE_CHECKING:
     from mediatorize.compression.store import Store
     from mediatorize.compression.trajectories import States
+    from mediatorize.devices import World
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.model.transformer import DiffusionTransformer
 
@@ -175,6 +176,7 @@ def convert_model(
     init: str = "cluster-queries",
     fit: FitSettings | None = None,
     store: Store | None = None,
+    world: World | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> list[LayerErrors]:
     """Gives the blocks of a pretrained model that `settings` name their added levels, in place, and fits them to the block's own attention.
@@ -184,14 +186,16 @@ def convert_model(
         init: a name in `INITIALISERS`.
         fit: None is the defaults.
         store: where fitted layers are kept, so that a second call with the same arguments goes on.
+        world: the processes that share the layers, and the store; all get the whole model.
         on_step: called after every step of fitting.
 
     Returns:
         The errors of every converted layer, before and after fitting.
     """
     from mediatorize.compression.fit import fit_layers
+    from mediatorize.devices import ALONE
 
     fit = FitSettings() if fit is None else fit
     model.add_mediators(settings, fit.seed)
     model.requires_grad_(False)
-    return list(fit_layers(model, states, INITIALISERS[init], fit, store, on_step=on_step))
+    return fit_layers(model, states, INITIALISERS[init], fit, store, world=world or ALONE, on_step=on_step)

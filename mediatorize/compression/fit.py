@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from mediatorize.compression.narrow import start_from_units
 from mediatorize.compression.records import FitSettings, LayerErrors
 from mediatorize.compression.store import Kept, Store
 from mediatorize.compression.trajectories import States
+from mediatorize.devices import ALONE, World
 from mediatorize.errors import UserError
 from mediatorize.model.block import Block
 from mediatorize.model.levels import SOFTMAX, Level, kind_of
@@ -37,15 +38,17 @@ def fit_layers(
     settings: FitSettings,
     store: Store | None = None,
     *,
+    world: World = ALONE,
     on_step: Callable[[], object] | None = None,
-) -> Iterator[LayerErrors]:
-    """Fits the layers of a model that have mediators, in order, and yields each one's errors when it is done.
+) -> list[LayerErrors]:
+    """Fits the layers of a model that have mediators, in order. Returns each one's errors.
 
     Streams: beside the model and the states' tokens only one layer's inputs and outputs are in memory. Fitting a layer depends on the
     teacher, the states and (seed, layer) alone.
 
     Args:
         store: keeps what was fitted, as `layer_name` says; a layer that it has is not fitted again.
+        world: the processes that share the layers, and the store, through which all get all.
         on_step: called after every step of fitting; where there are none, after every layer.
     """
     device = next(model.parameters()).device
@@ -66,15 +69,27 @@ def fit_layers(
         weights = {name: value.to("cpu", copy=True) for name, value in fitted_part(block).state_dict().items()}
         return Kept(weights, errors.to_json())
 
-    converted = model.added().converted(model.arch.depth)
-    walk = model.walk(tokens, condition, SOFTMAX, run=in_batches)
-    for index, (block, tokens) in enumerate(zip(model.layers()[: converted[-1] + 1], walk, strict=False)):
-        if index not in converted:
-            continue
-        make = partial(fitted, index, block, tokens)
+    errors: dict[int, LayerErrors] = {}
+
+    def take(index: int, make: Callable[[], Kept]) -> None:
         kept = make() if store is None else store.once(layer_name(index), make)
-        fitted_part(block).load_state_dict(kept.tensors)
-        yield LayerErrors.from_json(kept.facts)
+        fitted_part(model.layers()[index]).load_state_dict(kept.tensors)
+        errors[index] = LayerErrors.from_json(kept.facts)
+
+    converted = model.added().converted(model.arch.depth)
+    mine = converted[world.rank :: world.size]
+    walk = model.walk(tokens, condition, SOFTMAX, run=in_batches)
+    for index, (block, tokens) in enumerate(zip(model.layers()[: max(mine, default=-1) + 1], walk, strict=False)):
+        if index in mine:
+            take(index, partial(fitted, index, block, tokens))
+    world.barrier()
+    for index in sorted(set(converted) - set(mine)):
+        take(index, _never)
+    return [errors[index] for index in converted]
+
+
+def _never() -> Kept:
+    raise AssertionError("another process has fitted this layer")
 
 
 def fitted_part(block: Block) -> nn.ModuleDict:

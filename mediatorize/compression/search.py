@@ -42,11 +42,12 @@ from mediatorize.compression.sensitivity import (
     error_table,
     forecast_table,
     latent_changes,
-    probe_all,
+    probe,
     shares,
     spread_labels,
 )
 from mediatorize.compression.store import InMemory, Kept, Store
+from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Drive, Sampler, driver_of, sample_batch, sample_many
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
@@ -261,6 +262,7 @@ def search(
     batch: int = 32,
     timed: bool = False,
     store: Store | None = None,
+    world: World = ALONE,
     progress: Progress = silent,
     facts: Mapping[str, Any] | None = None,
 ) -> Outcomes:
@@ -282,6 +284,7 @@ def search(
         batch: samples at a time.
         timed: also time whole batches by the chosen schedules.
         store: keeps what is measured; one that outlasts the process resumes the search.
+        world: the processes that share the trajectories, the samples and the store; all find the same.
         facts: kept with the error table.
 
     Raises:
@@ -290,11 +293,11 @@ def search(
     begun = time.monotonic()
     store = InMemory() if store is None else store
     was_there = store.has("probes") and store.has("sensitivity")
-    tables = measured_tables(model, samplers(sampler)[0], trajectories, batch, store, progress, facts)
+    tables = measured_tables(model, samplers(sampler)[0], trajectories, batch, store, world, progress, facts)
     table_seconds = None if was_there else time.monotonic() - begun
 
-    judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, progress)
-    tuner = Tuner(model, costs, samplers(sampler)[0], trajectories, batch, store, progress)
+    judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, world, progress)
+    tuner = Tuner(model, costs, samplers(sampler)[0], trajectories, batch, store, world, progress)
     proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
     for level in model.added().levels:
         whole = proposer.whole(level)
@@ -312,7 +315,7 @@ def search(
         if verify and "forecasts" in kinds:
             judge.improve(proposer, budget, evaluations, seconds)
 
-    reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, progress)
+    reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, world, progress)
     outcomes = []
     for budget in budgets:
         best = judge.best(budget, per, kinds, by_rule)
@@ -391,16 +394,35 @@ class Tables:
 
 
 def teacher_probes(
-    model: DiffusionTransformer, sampler: Sampler, trajectories: int, batch: int, store: Store, progress: Progress = silent
+    model: DiffusionTransformer,
+    sampler: Sampler,
+    trajectories: int,
+    batch: int,
+    store: Store,
+    world: World = ALONE,
+    progress: Progress = silent,
 ) -> Probes:
     """The teacher's trajectories and what moves their ends."""
 
     def make() -> Kept:
-        calls = -(-trajectories // batch) * len(sampler.times())
-        with progress(calls, "sampling the teacher", "call") as bar:
-            return Kept(vars(probe_all(model, trajectories, sampler, DIRECTIONS, batch, bar.update)))
+        parts = in_parts(trajectories, batch, world)
+        with progress(len(parts) * len(sampler.times()), "sampling the teacher", "call") as bar:
 
-    return Probes(**store.once("probes", make).tensors)
+            def of_part(rows: Tensor) -> Kept:
+                labels = spread_labels(model.arch.classes, trajectories, sampler.seed)[rows]
+                return Kept(vars(probe(model, labels, sampler, DIRECTIONS, int(rows[0]), bar.update)))
+
+            made = store.each({f"probes-{index:04d}": partial(of_part, rows) for index, rows in enumerate(parts)})
+            return Kept(vars(Probes.joined([Probes(**kept.tensors) for kept in made])))
+
+    probes = Probes(**store.once("probes", make).tensors)
+    store.drop("probes-*")
+    return probes
+
+
+def in_parts(count: int, batch: int, world: World) -> tuple[Tensor, ...]:
+    """Numbers of things in parts of at most `batch`, and at least as many parts as there are processes, where there are as many things."""
+    return torch.arange(count).split(max(1, min(batch, -(-count // world.size))))
 
 
 def measured_tables(
@@ -409,27 +431,26 @@ def measured_tables(
     trajectories: int,
     batch: int,
     store: Store,
+    world: World = ALONE,
     progress: Progress = silent,
     facts: Mapping[str, Any] | None = None,
 ) -> Tables:
     """The tables around the teacher. Every batch of trajectories is kept as soon as it is measured."""
-    probes = teacher_probes(model, sampler, trajectories, batch, store, progress)
+    probes = teacher_probes(model, sampler, trajectories, batch, store, world, progress)
     settings, noise_levels = model.added(), sampler.noise_levels(model.arch)
     options = bare_levels(settings, KINDS_OF_SAVING)
     added = [level for level in options if not is_pretrained(level)]
-    parts = torch.arange(trajectories).split(max(1, batch // sampler.rows))
+    parts = in_parts(trajectories, max(1, batch // sampler.rows), world)
 
     def make() -> Kept:
-        measured = []
         with progress(len(parts) * len(noise_levels), "measuring errors", "call") as bar:
-            for index, rows in enumerate(parts):
 
-                def of_part(rows: Tensor = rows) -> Kept:
-                    surrogates = surrogates_of(settings, KINDS_OF_SAVING)
-                    return Kept(vars(adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, bar.update)))
+            def of_part(rows: Tensor) -> Kept:
+                surrogates = surrogates_of(settings, KINDS_OF_SAVING)
+                return Kept(vars(adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, bar.update)))
 
-                measured.append(Products(**store.once(f"part-{index:04d}", of_part).tensors))
-        return Kept(vars(Products.joined(measured)), facts or {})
+            made = store.each({f"part-{index:04d}": partial(of_part, rows) for index, rows in enumerate(parts)})
+        return Kept(vars(Products.joined([Products(**kept.tensors) for kept in made])), facts or {})
 
     products = Products(**store.once("sensitivity", make).tensors)
     store.drop("part-*")
@@ -817,9 +838,11 @@ class Tuner:
         samples: int,
         batch: int,
         store: Store,
+        world: World = ALONE,
         progress: Progress = silent,
     ) -> None:
-        self.model, self.costs, self.sampler, self.batch, self.store, self.progress = model, costs, sampler, batch, store, progress
+        self.model, self.costs, self.sampler, self.batch = model, costs, sampler, batch
+        self.store, self.world, self.progress = store, world, progress
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
 
     def rules(self, proposer: Proposer, budget: float, times: int = 1) -> list[Proposal]:
@@ -854,7 +877,7 @@ class Tuner:
         def make() -> Kept:
             schedule = RuleSchedule(rule, Schedule((), ((rule.levels[0],) * self.model.arch.depth,)))
             with self.progress(len(self.labels), "tuning the rule", "sample") as bar:
-                switches = sample_by(self.model, self.labels, self.sampler, schedule, self.batch, bar.update)[1]
+                switches = sample_by(self.model, self.labels, self.sampler, schedule, self.batch, self.world, bar.update)[1]
             return Kept({"switches": torch.tensor(switches)})
 
         key = hashlib.sha256(repr(rule).encode()).hexdigest()[:16]
@@ -867,17 +890,26 @@ def sample_by(
     sampler: Sampler,
     schedule: AnySchedule | Level,
     batch: int,
+    world: World,
     on_samples: Callable[[int], object],
 ) -> tuple[Tensor, list[list[int]]]:
-    """`sample_many`, and where the schedule is a rule, the step that each stage but the first began with, by sample."""
+    """`sample_many`, and where the schedule is a rule, the step that each stage but the first began with, by sample. Processes share the
+    samples; all get all."""
     drives: list[Drive] = []
 
     def drive_of(count: int) -> Drive:
         drives.append(driver_of(model, sampler, schedule, count))
         return drives[-1]
 
-    latents = sample_many(model, labels, sampler, schedule, batch, on_samples, drive_of)
-    return latents, [row for drive in drives if isinstance(drive, Switcher) for row in drive.switches.tolist()]
+    mine = world.share(len(labels))
+    latents = torch.zeros(0, model.arch.channels, *model.arch.input_size)  # where there are more processes than samples
+    if mine.stop > mine.start:
+        latents = sample_many(model, labels[mine], sampler, schedule, batch, on_samples, drive_of, mine.start)
+    if not isinstance(schedule, RuleSchedule):
+        return world.gather(latents), []
+    none = torch.zeros(0, len(schedule.rule.ratios), dtype=torch.long)
+    switches = torch.cat([none, *(drive.switches for drive in drives if isinstance(drive, Switcher))])
+    return world.gather(latents), world.gather(switches).tolist()
 
 
 def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None:
@@ -908,10 +940,11 @@ class Judge:
         samples: int,
         batch: int,
         store: Store,
+        world: World = ALONE,
         progress: Progress = silent,
     ) -> None:
         self.model, self.costs, self.sampler = model, costs, sampler
-        self.samples, self.batch, self.store, self.progress = samples, batch, store, progress
+        self.samples, self.batch, self.store, self.world, self.progress = samples, batch, store, world, progress
         self.few = samples if samples < FEWEST_TO_SPLIT else samples // AT_FIRST_SIGHT
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
         self.candidates: list[Candidate] = []
@@ -975,7 +1008,7 @@ class Judge:
             return
         best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
         for _ in range(evaluations):
-            if seconds is not None and time.monotonic() - begun > seconds:
+            if seconds is not None and self.world.firsts(time.monotonic() - begun) > seconds:
                 return
             near = [path for path in proposer.neighbours(best, room) if path not in seen]
             if not near:
@@ -1024,7 +1057,7 @@ class Judge:
         """Samples (n, c, h, w), and when each switched, where the schedule is a rule."""
         how, labels = replace(self.sampler, steps=steps), self.labels[:samples]
         with self.progress(samples, description, "sample") as bar:
-            return sample_by(self.model, labels, how, schedule, self.batch, bar.update)
+            return sample_by(self.model, labels, how, schedule, self.batch, self.world, bar.update)
 
 
 def latency_of(model: DiffusionTransformer, sampler: Sampler, candidate: Candidate, predicted: float, batch: int) -> Latency:

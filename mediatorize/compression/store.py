@@ -28,6 +28,9 @@ class Store(Protocol):
     def number(self, group: str, key: str, make: Callable[[], float]) -> float:
         """The same for one number of a group."""
 
+    def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
+        """`once` for every name. Processes that share a store share these out among themselves."""
+
     def drop(self, pattern: str) -> None:
         """Forgets what has names of a pattern, such as `call-*`."""
 
@@ -51,6 +54,9 @@ class InMemory:
         if (group, key) not in self.numbers:
             self.numbers[group, key] = make()
         return self.numbers[group, key]
+
+    def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
+        return [self.once(name, make) for name, make in makes.items()]
 
     def drop(self, pattern: str) -> None:
         from fnmatch import fnmatch

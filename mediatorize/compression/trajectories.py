@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.process import noised, process_of
 from mediatorize.diffusion.sampling import Sampler, refuse_guidance, sample_batch
 from mediatorize.model.architecture import Architecture
@@ -35,6 +36,7 @@ def teacher_states(
     sampler: Sampler,
     *,
     trajectories: int = 32,
+    world: World = ALONE,
     on_call: Callable[[], object] | None = None,
 ) -> States:
     """`count` states of the teacher (level softmax), spread evenly over its sampler's calls, of random classes, in random order.
@@ -42,29 +44,37 @@ def teacher_states(
     Args:
         sampler: if it guides, half of the states are unconditional.
         trajectories: how many samples are drawn at once; as many times as it takes for no state to be used twice.
+        world: the processes that share the drawing, each of its own samples; all get all states.
         on_call: called after every model call.
     """
-    calls = len(sampler.times())
-    batches = batches_for(count, calls, trajectories, sampler)
+    rows_of_calls = sampler.rows_of_calls(model.arch)
+    calls, batches = len(rows_of_calls), batches_for(count, len(rows_of_calls), trajectories, sampler)
     wanted = torch.linspace(0, batches * calls, count + 1, dtype=torch.float64)[:-1].long().bincount(minlength=batches * calls)
-    random = generator(sampler.seed, "states")
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    call = 0
-
-    def keep(x: Tensor, t: Tensor, y: Tensor) -> None:
-        nonlocal call
-        rows = torch.randperm(len(t), generator=random)[: int(wanted[call])]
-        kept.append((x.cpu()[rows], t.cpu()[rows], y.cpu()[rows]))
-        call += 1
-        if on_call is not None:
-            on_call()
-
+    mine, random = world.share(trajectories), generator(sampler.seed, "states")
+    kept: list[tuple[Tensor, ...]] = []
+    drawn = 0
     for index in range(batches):
         labels = torch.randint(0, model.arch.classes, (trajectories,), generator=random)
-        sample_batch(model, labels, sampler, SOFTMAX, first_index=index * trajectories, observe=keep)
-    order = torch.randperm(count, generator=random)
-    x, t, y = (torch.cat(parts)[order] for parts in zip(*kept, strict=True))
-    return States(x, t, y)
+        places = []  # in this process's part of each call, and among all states
+        for rows, most in zip(rows_of_calls, wanted[index * calls : (index + 1) * calls].tolist(), strict=True):
+            chosen = torch.randperm(rows * trajectories, generator=random)[:most]
+            sample, half = chosen % trajectories, chosen // trajectories
+            own = (sample >= mine.start) & (sample < mine.stop)
+            local = half[own] * (mine.stop - mine.start) + sample[own] - mine.start
+            places.append((local, torch.arange(drawn, drawn + len(chosen))[own]))
+            drawn += len(chosen)
+        left = iter(places)
+
+        def keep(x: Tensor, t: Tensor, y: Tensor, left: Iterator[tuple[Tensor, Tensor]] = left) -> None:
+            rows, place = next(left)
+            kept.append((x.cpu()[rows], t.cpu()[rows], y.cpu()[rows], place))
+            if on_call is not None:
+                on_call()
+
+        sample_batch(model, labels[mine], sampler, SOFTMAX, first_index=index * trajectories + mine.start, observe=keep)
+    x, t, y, place = (world.gather(torch.cat(parts)) for parts in zip(*kept, strict=True))
+    order = place.argsort()[torch.randperm(count, generator=random)]
+    return States(x[order], t[order], y[order])
 
 
 @dataclass(frozen=True)

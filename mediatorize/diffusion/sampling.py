@@ -411,18 +411,20 @@ def sample_many(
     batch: int,
     on_samples: Callable[[int], object] | None = None,
     drive_of: Callable[[int], Drive] | None = None,
+    first_index: int = 0,
 ) -> Tensor:
     """Any number of samples, `batch` at a time, on the CPU in float32: (n, c, h, w).
 
     Args:
         on_samples: called with the number of samples after each batch.
         drive_of: makes what makes the model calls of a batch of so many samples, in place of a schedule.
+        first_index: the number of the first sample, which its noise is a function of.
     """
     parts = []
     for first in range(0, len(labels), batch):
         part = labels[first : first + batch]
         drive = None if drive_of is None else drive_of(len(part))
-        parts.append(sample_part(model, part, sampler, schedule, first, drive=drive))
+        parts.append(sample_part(model, part, sampler, schedule, first_index + first, drive=drive))
         if on_samples is not None:
             on_samples(len(part))
     return torch.cat(parts)

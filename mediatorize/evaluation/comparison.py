@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mediatorize.devices import World
+from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler, driver_of, flops_by_rule, refuse_unknown_level, sample_batch, sample_part
 from mediatorize.diffusion.switching import Switcher
@@ -202,7 +202,7 @@ def compare(
     reference: Reference | None = None,
     pairs: int = 0,
     timing_batch: int = 32,
-    world: World | None = None,
+    world: World = ALONE,
     progress: Progress = no_progress,
 ) -> Comparison:
     """Draws what is missing of the samples, and judges every row by its distance from the teacher, its cost and its samples' quality.
@@ -218,14 +218,13 @@ def compare(
         UserError: the sampler has no fixed cost, samples are not finite, or the reference is of other features.
     """
     refuse_adaptive(sampler)
-    drawn = draw(model, samples, sampler, world, progress)
-    if world is not None:
-        world.barrier()
-        if not world.is_first:
-            return Comparison(drawn=drawn)
+    draw(model, samples, sampler, world, progress)
+    world.barrier()
+    if not world.is_first:
+        return Comparison()
     flops = [_flops(model, samples, row, sampler) for row in samples.rows]
     results = [_distance(samples, row, own, flops[0]) for row, own in zip(samples.rows, flops, strict=True)]
-    found = Comparison(drawn=drawn, results=tuple(results))
+    found = Comparison(results=tuple(results))
     if extractor is not None:
         found = _with_quality(found, samples, extractor, reference, progress)
     if pairs:
@@ -259,19 +258,14 @@ def calls_of_sample_0(model: DiffusionTransformer, samples: Samples, row: Row, s
     return [call if count == 2 else Call(call.levels) for call, count in zip(calls, rows, strict=True)]
 
 
-def draw(
-    model: DiffusionTransformer, samples: Samples, sampler: Sampler, world: World | None = None, progress: Progress = no_progress
-) -> int:
+def draw(model: DiffusionTransformer, samples: Samples, sampler: Sampler, world: World = ALONE, progress: Progress = no_progress) -> None:
     """Draws this process's share of the parts that are not there yet.
 
     Beside its samples, a part holds a square for every sample and model call: of the teacher |x|^2, of a student |x - teacher's x|^2. By a
     step-wise rule it also holds when every sample switched. The first part also holds states of sample 0 (`Samples.states`).
-
-    Returns:
-        How many samples per row that share has.
     """
     teacher = samples.rows[0]
-    mine = samples.firsts()[world.rank :: world.size] if world else samples.firsts()
+    mine = samples.firsts()[world.rank :: world.size]
     count = sum(len(samples.labels_at(first)) for first in mine)
     there = sum(len(samples.labels_at(first)) for first in mine for row in samples.rows if samples.has(row, first))
     with progress(count * len(samples.rows), f"sampling {len(samples.rows)} rows", "sample", there) as bar:
@@ -289,7 +283,6 @@ def draw(
                     squares = own.kept
                 samples.write(row, first, own.latents, squares=torch.stack(squares, 1).cpu(), **own.known)
                 bar.update(len(labels))
-    return count
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,6 @@ class Timing:
 class Comparison:
     """What `evaluation.comparison.compare` found. Under torchrun, processes other than the first draw samples and have no results."""
 
-    drawn: int
-    """Samples per row that were this process's to draw."""
     results: tuple[RowResult, ...] = ()
     """The teacher first."""
     timing: Timing | None = None
@@ -166,13 +164,3 @@ class SideBySide:
     """File in `out` -> what it shows."""
     command: str
     """The shell command that repeats it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contribution:
-    """What a process other than the first did under torchrun. The first process reports."""
-
-    rank: int
-    processes: int
-    drawn: int
-    """Samples per row."""

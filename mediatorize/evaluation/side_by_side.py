@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mediatorize.devices import World
+from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Sampler, flops_by_rule, sample_part, switcher_of
 from mediatorize.errors import UserError
 from mediatorize.evaluation.comparison import Progress, Samples, features_of, no_progress
@@ -30,14 +30,10 @@ class Contestant:
     """Of one row, whose name and levels are of no account."""
     rule: SwitchRule | None = None
 
-    def draw(self, sampler: Sampler, world: World | None = None, progress: Progress = no_progress) -> int:
-        """Draws this process's share of the parts that are not there yet; each keeps what its samples cost, in FLOPs.
-
-        Returns:
-            How many samples that share has.
-        """
+    def draw(self, sampler: Sampler, world: World = ALONE, progress: Progress = no_progress) -> None:
+        """Draws this process's share of the parts that are not there yet; each keeps what its samples cost, in FLOPs."""
         samples, (row,) = self.samples, self.samples.rows
-        mine = samples.firsts()[world.rank :: world.size] if world else samples.firsts()
+        mine = samples.firsts()[world.rank :: world.size]
         with progress(sum(len(samples.labels_at(first)) for first in mine), f"sampling {self.name}", "sample") as bar:
             for first in mine:
                 labels = samples.labels_at(first)
@@ -45,7 +41,6 @@ class Contestant:
                     x, flops = self._drawn(labels, sampler, first)
                     samples.write(row, first, x, flops=torch.full((len(labels),), flops, dtype=torch.float64))
                 bar.update(len(labels))
-        return sum(len(samples.labels_at(first)) for first in mine)
 
     def _drawn(self, labels: Tensor, sampler: Sampler, first: int) -> tuple[Tensor, float]:
         """A batch of samples, and what one costs."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.compression.costs import COSTS
-from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation, RowResult
+from mediatorize.evaluation.results import OWN_SCHEDULE, Evaluation, RowResult
 from mediatorize.model.schedule import RuleSchedule
 from mediatorize.report.calibration import CANDIDATES_FILE
 from mediatorize.report.document import Block, Code, Document, Heading, Picture, Sides, Table, Text, markdown
@@ -65,20 +65,16 @@ QUALITY: tuple[Column, ...] = (
 SHORT = (COST[0], COST[2], COST[3], *QUALITY)
 
 
-def words(found: Evaluation | Contribution) -> str:
+def words(found: Evaluation) -> str:
     """For the terminal."""
-    if isinstance(found, Contribution):
-        return f"Process {found.rank} of {found.processes} drew {found.drawn} samples per level; process 0 reports."
     short = table(found, SHORT)
     files = ", ".join(["report.html", "report.md", RESULT_FILE, *found.pictures, *found.arrays])
     blocks = [title(found), text_table(short.header, short.rows), *rules(found), lead(found), *notes(found)]
     return "\n\n".join([*blocks, f"Wrote {files} in {found.out}."])
 
 
-def facts(found: Evaluation | Contribution) -> dict[str, Any]:
+def facts(found: Evaluation) -> dict[str, Any]:
     """For machines: what `--json` prints and `evaluation.json` holds."""
-    if isinstance(found, Contribution):
-        return asdict(found)
     return {
         "model": found.model,
         "name": found.name,

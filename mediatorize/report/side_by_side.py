@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mediatorize.evaluation.results import Contribution, SideBySide, SideResult
+from mediatorize.evaluation.results import SideBySide, SideResult
 from mediatorize.report.document import Block, Code, Document, Picture, Table, Text, markdown
 from mediatorize.report.evaluation import first_pictures
 from mediatorize.report.pictures import write_comparison
@@ -52,17 +52,13 @@ def about(found: SideBySide) -> str:
     return f"Accuracy and distances are by {found.features}, compared with {found.reference}.{rough}"
 
 
-def words(found: SideBySide | Contribution) -> str:
-    if isinstance(found, Contribution):
-        return f"Process {found.rank} of {found.processes} drew {found.drawn} samples per model; process 0 reports."
+def words(found: SideBySide) -> str:
     shown = table(found)
     files = ", ".join([TABLE_FILE, RESULT_FILE, *found.pictures])
     return "\n\n".join([title(found), text_table(shown.header, shown.rows), about(found), f"Wrote {files} in {found.out}."])
 
 
-def facts(found: SideBySide | Contribution) -> dict[str, Any]:
-    if isinstance(found, Contribution):
-        return asdict(found)
+def facts(found: SideBySide) -> dict[str, Any]:
     return {
         "out": str(found.out),
         "name": found.name,

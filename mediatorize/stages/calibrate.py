@@ -117,17 +117,18 @@ def calibrate(
     force: options.Force = False,
 ) -> Calibration:
     """Finds the schedule that changes samples least within a budget: calls to compute, calls to forecast, levels of layers.
+    Resumes after a kill; runs under torchrun.
 
     Example: mediatorize calibrate out --budgets 0.35,0.5 --steps 50 --cfg-scale 4
     """
     from mediatorize.compression import search as searching
     from mediatorize.compression.search import DIRECTIONS, costs_of, flops_of_search, samplers
-    from mediatorize.devices import measured_flops_per_second, pick_device
+    from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle as bundles
     from mediatorize.model.schedule import forecast_from_the_first
     from mediatorize.report import calibration as report
-    from mediatorize.stages.work import Work
+    from mediatorize.stages.work import SharedWork, Work
 
     start = time.monotonic()
     shares = list(dict.fromkeys(read_budget(given) for given in (*([] if budget is None else [budget]), *budgets)))
@@ -200,20 +201,27 @@ def calibrate(
         error = UserError(f"{result.folder}: is for {measured}, or another seed.", hint="Repeat those, or pass --force to measure anew.")
         return error if before["weights"] == weights else None
 
-    work = Work.open(result.folder, plan, force=force, refusal=refusal)
     most = memory * 2**30 / (batch * next(loaded.parameters()).element_size()) if memory else None
     wanted: dict[str, Any] = {"per": per, "kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
     wanted |= {"most_memory": most, "by_rule": rule is not None}
-    wanted |= {"evaluations": evaluations, "seconds": seconds}
-    with about(model):
-        found = searching.search(loaded, sampler, shares, costs, **wanted, timed=unit.timed, store=work, progress=progress_bar, facts=plan)
-    result = replace(result, found=found, weights=weights)
-    report.write_pictures(result)
-    (model / SCHEDULES).mkdir(exist_ok=True)
-    for outcome in found.outcomes:
-        bundles.write_text(files[outcome.budget], report.schedule_text(result, outcome))
-    bundles.write_text(model / "schedule.json", files[shares[0]].read_text())
-    result = replace(result, seconds=time.monotonic() - start)
-    told, arguments = report.facts(result), {"budgets": shares, "cost": cost, "per": per, "rule": rule, "kinds": list(saving), **plan}
-    bundles.append_log(model, "calibrate", arguments, {"schedules": told["schedules"], "seconds": told["seconds"]})
+    wanted |= {"evaluations": evaluations, "seconds": seconds, "timed": unit.timed, "facts": plan, "progress": progress_bar}
+    with processes(where) as world:
+        if unit.timed and world.size > 1:
+            raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
+        work = Work.open(result.folder, plan, force=force, refusal=refusal, world=world)
+        wanted |= {"store": SharedWork(work, world), "world": world}
+        with about(model):
+            found = searching.search(loaded.to(world.device), sampler, shares, costs, **wanted)
+        result = replace(result, found=found, weights=weights)
+        if world.is_first:
+            report.write_pictures(result)
+            (model / SCHEDULES).mkdir(exist_ok=True)
+            for outcome in found.outcomes:
+                bundles.write_text(files[outcome.budget], report.schedule_text(result, outcome))
+            bundles.write_text(model / "schedule.json", files[shares[0]].read_text())
+            result = replace(result, seconds=time.monotonic() - start)
+            told = report.facts(result)
+            arguments = {"budgets": shares, "cost": cost, "per": per, "rule": rule, "kinds": list(saving), **plan}
+            bundles.append_log(model, "calibrate", arguments, {"schedules": told["schedules"], "seconds": told["seconds"]})
+        world.barrier()
     return result

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mediatorize.errors import UserError, refuse_below
-from mediatorize.evaluation.results import Contribution, SideBySide
+from mediatorize.evaluation.results import SideBySide
 from mediatorize.signatures import as_command, listed
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, SWITCHING, WHAT, option
@@ -58,7 +58,7 @@ def compare(
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     force: options.Force = False,
-) -> SideBySide | Contribution:
+) -> SideBySide | None:
     """Judges models that have no teacher side by side: cost and quality against data, from the same noise. Resumes after a kill; runs under
     torchrun.
 
@@ -138,11 +138,11 @@ def compare(
             )
             models = tuple(loaded[file] for file in shown)
             entrant = Contestant(name=name, models=models, samples=kept, rule=rule if shown is switch else None)
-            drawn = entrant.draw(sampler, world, progress_bar)
+            entrant.draw(sampler, world, progress_bar)
             contestants.append(entrant)
         world.barrier()
         if not world.is_first:
-            return Contribution(rank=world.rank, processes=world.size, drawn=drawn)
+            return None  # the first reports
         assert extractor is not None, "features are judged"
         given = read_reference(reference, extractor, batch) if reference else None
         results, compared_with = judge_side_by_side(contestants, extractor, given, progress_bar)

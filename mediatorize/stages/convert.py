@@ -24,6 +24,7 @@ from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.store import Kept
+    from mediatorize.devices import World
     from mediatorize.formats.data import Latents
     from mediatorize.model.transformer import DiffusionTransformer
 
@@ -132,7 +133,8 @@ def convert(
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Conversion:
-    """Adds a mediator path to attention layers and fits each to the layer's softmax output. Resumes after a kill.
+    """Adds a mediator path to attention layers and fits each to the layer's softmax output. Resumes after a kill; runs under
+    torchrun.
     With --weights random, begins a model of its own, which `finetune --teacher none` trains.
 
     Example: mediatorize convert DiT-XL-2-512x512.pt out --family dit
@@ -140,7 +142,7 @@ def convert(
     arguments = dict(locals())
     from mediatorize.compression.fit import layer_name
     from mediatorize.compression.trajectories import States
-    from mediatorize.devices import measured_flops_per_second, pick_device
+    from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle
     from mediatorize.formats.checkpoint import Hints, open_checkpoint
@@ -148,7 +150,7 @@ def convert(
     from mediatorize.model.transformer import from_scratch
     from mediatorize.report.card import model_card
     from mediatorize.report.conversion import fitted_on
-    from mediatorize.stages.work import Work
+    from mediatorize.stages.work import SharedWork, Work
 
     start = time.monotonic()
     refuse_below({"fit-steps": fit_steps}, 0)
@@ -223,31 +225,40 @@ def convert(
         model = opened.load()
     weights_hash = bundle.hash_of_weights(model)
     partial = bundle.partial_folder(out)
-    if not (partial / bundle.WORK_FOLDER).exists():
-        shutil.rmtree(partial, ignore_errors=True)  # nobody's work
     unfinished = UserError(
         f"{partial}: an unfinished conversion with other settings, data or weights.", hint="Repeat its command, or pass --force to drop it."
     )
-    work = Work.open(partial / bundle.WORK_FOLDER, plan.fingerprint(weights_hash), force=force, refusal=lambda before: unfinished)
-    errors: list[LayerErrors] = []
-    resumed = sum(work.has(layer_name(index)) for index in plan.layers)
-    if not random:
-        model = model.to(pick_device(device))
-        collected = States(**work.once("states", lambda: _collect(model, plan, dataset)).tensors)
-        dataset = None  # and the VAE with it
-        with progress_bar((len(plan.layers) - resumed) * plan.steps_per_layer, "fitting layers") as bar:
-            errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, on_step=bar.update)
+    with processes(pick_device(device)) as world:
+        if world.size > at_a_time and not random and dataset is None:
+            raise UserError(
+                f"{world.size} processes cannot share {at_a_time} trajectories.", hint="Pass more --trajectories, or start fewer processes."
+            )
+        if world.is_first and not (partial / bundle.WORK_FOLDER).exists():
+            shutil.rmtree(partial, ignore_errors=True)  # nobody's work
+        fingerprint = plan.fingerprint(weights_hash)
+        work = Work.open(partial / bundle.WORK_FOLDER, fingerprint, force=force, refusal=lambda before: unfinished, world=world)
+        errors: list[LayerErrors] = []
+        left = [index for index in plan.layers[world.rank :: world.size] if not work.has(layer_name(index))]
+        resumed = sum(work.has(layer_name(index)) for index in plan.layers)
+        if not random:
+            model = model.to(world.device)
+            collected = States(**SharedWork(work, world).once("states", lambda: _collect(model, plan, dataset, world)).tensors)
+            dataset = None  # and the VAE with it
+            with progress_bar(len(left) * plan.steps_per_layer, "fitting layers") as bar:
+                errors = convert_model(model, collected, plan.settings, init=init, fit=fit, store=work, world=world, on_step=bar.update)
 
-    result = Conversion(out=out, plan=plan, notes=notes, errors=tuple(errors), seconds=time.monotonic() - start, resumed_layers=resumed)
-    name, form_of_file = (checkpoint, "published size") if opened is None else (source.name, opened.format)
-    part = bundle.RANDOM if random or opened is None else opened.part
-    origin = bundle.Origin(file=name, format=form_of_file, weights=part, sha256=weights_hash)
-    config = bundle.BundleConfig(arch, plan.settings, origin, result.errors, fitted_on=fitted_on(plan))
-    bundle.write_bundle(partial, model.cpu(), config, model_card(config))
-    (partial / bundle.LOG_FILE).unlink(missing_ok=True)  # of a try that was killed at the very end
-    logged = {"checkpoint": checkpoint, "out": str(out), **work.plan}
-    bundle.append_log(partial, "convert", logged, {"seconds": round(result.seconds, 1), "resumed_layers": resumed})
-    bundle.commit(partial, out)
+        result = Conversion(out=out, plan=plan, notes=notes, errors=tuple(errors), seconds=time.monotonic() - start, resumed_layers=resumed)
+        if world.is_first:
+            name, form_of_file = (checkpoint, "published size") if opened is None else (source.name, opened.format)
+            part = bundle.RANDOM if random or opened is None else opened.part
+            origin = bundle.Origin(file=name, format=form_of_file, weights=part, sha256=weights_hash)
+            config = bundle.BundleConfig(arch, plan.settings, origin, result.errors, fitted_on=fitted_on(plan))
+            bundle.write_bundle(partial, model.cpu(), config, model_card(config))
+            (partial / bundle.LOG_FILE).unlink(missing_ok=True)  # of a try that was killed at the very end
+            logged = {"checkpoint": checkpoint, "out": str(out), **work.plan}
+            bundle.append_log(partial, "convert", logged, {"seconds": round(result.seconds, 1), "resumed_layers": resumed})
+            bundle.commit(partial, out)
+        world.barrier()
     return result
 
 
@@ -262,14 +273,15 @@ def refuse_fitting(arguments: dict[str, Any]) -> tuple[int, ...]:
     return ()
 
 
-def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents | None) -> Kept:
+def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents | None, world: World) -> Kept:
     """Collects the states of a plan and shows a progress bar."""
     from mediatorize.compression.store import Kept
     from mediatorize.compression.trajectories import data_states, teacher_states
 
     if dataset is None:
         with progress_bar(plan.calls(), "sampling the teacher", "call") as bar:
-            return Kept(vars(teacher_states(model, plan.states, plan.sampler, trajectories=plan.trajectories, on_call=bar.update)))
+            how = {"trajectories": plan.trajectories, "world": world, "on_call": bar.update}
+            return Kept(vars(teacher_states(model, plan.states, plan.sampler, **how)))
     guidance, seed = plan.sampler.cfg_scale, plan.sampler.seed
     with progress_bar(plan.states, "reading data", "item") as bar:
         return Kept(vars(data_states(plan.arch, dataset, plan.states, cfg_scale=guidance, seed=seed, on_read=bar.update)[0]))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mediatorize.errors import UserError, refuse_below
-from mediatorize.evaluation.results import OWN_SCHEDULE, Contribution, Evaluation
+from mediatorize.evaluation.results import OWN_SCHEDULE, Evaluation
 from mediatorize.model.levels import Level, read_level
 from mediatorize.signatures import as_command, listed
 from mediatorize.stages import options
@@ -62,7 +62,7 @@ def evaluate(
     dtype: options.Dtype = "float32",
     compile: options.Compile = False,
     force: options.Force = False,
-) -> Evaluation | Contribution:
+) -> Evaluation | None:
     """Compares every level and schedule with the teacher (level softmax), from the same noise. Resumes after a kill; runs under torchrun.
 
     Example: mediatorize evaluate out report --features none --samples 64 --steps 50 --cfg-scale 4
@@ -136,7 +136,7 @@ def evaluate(
             progress=progress_bar,
         )
         if not world.is_first:
-            return Contribution(rank=world.rank, processes=world.size, drawn=found.drawn)
+            return None  # the first reports
 
     arrays = {f"{'teacher' if row is rows[0] else row.file_name}.npz": row for row in rows} if npz else {}
     for file, row in arrays.items():

@@ -4,6 +4,7 @@ Results that exist are not made again."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from mediatorize.compression.store import Kept
-from mediatorize.devices import World
+from mediatorize.devices import ALONE, World
 from mediatorize.errors import UserError
 from mediatorize.formats.bundle import read_tensors, write_json, write_tensors
 from mediatorize.formats.tensors import write_beside
@@ -35,7 +36,7 @@ class Work:
         *,
         force: bool,
         refusal: Callable[[dict[str, Any]], UserError | None],
-        world: World | None = None,
+        world: World = ALONE,
     ) -> Work:
         """Opens the folder. Keeps its content if that has this plan; otherwise empties it.
 
@@ -47,18 +48,16 @@ class Work:
         """
         file = folder / PLAN_FILE
         before = json.loads(file.read_text()) if file.exists() else None
-        if world is not None:
-            world.barrier()  # all have read before one writes
+        world.barrier()  # all have read before one writes
         if before != plan:
             if before is not None and not force and (error := refusal(before)) is not None:
                 raise error
-            if world is None or world.is_first:
+            if world.is_first:
                 if before is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
                     raise UserError(f"{folder}: holds files that are not mediatorize's work.", hint="Name another folder.")
                 _empty(folder)
                 write_json(file, plan)
-        if world is not None:
-            world.barrier()
+        world.barrier()
         return cls(folder, plan)
 
     def has(self, name: str) -> bool:
@@ -76,12 +75,23 @@ class Work:
 
     def number(self, group: str, key: str, make: Callable[[], float]) -> float:
         """The same for one number. All numbers of a group share one file."""
-        file = self.folder / f"{group}.json"
-        known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        known = self._numbers(group)
         if key not in known:
             known[key] = make()
-            write_json(file, known)
+            write_json(self.folder / f"{group}.json", known)
         return known[key]
+
+    def known(self, group: str, key: str) -> float | None:
+        """A number, if it has been made."""
+        return self._numbers(group).get(key)
+
+    def _numbers(self, group: str) -> dict[str, float]:
+        file = self.folder / f"{group}.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
+        """`once` for every name."""
+        return [self.once(name, make) for name, make in makes.items()]
 
     def drop(self, pattern: str) -> None:
         """Deletes results whose names match a pattern, such as `call-*`."""
@@ -95,6 +105,46 @@ class Work:
 
     def save_state(self, state: Any) -> None:
         write_beside(self.folder / STATE_FILE, lambda file: torch.save(state, file))
+
+
+class SharedWork:
+    """The same for processes that all make the same calls in the same order. What is not there they make together, and the first keeps it;
+    those of `each` are made by one process each."""
+
+    def __init__(self, work: Work, world: World) -> None:
+        self.work, self.world = work, world
+
+    def has(self, name: str) -> bool:
+        return bool(self.world.firsts(self.work.has(name)))  # one answer for all, as the first may be about to make it
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        if self.has(name):
+            return self.work.once(name, make)
+        kept = make()
+        if self.world.is_first:
+            self.work.once(name, lambda: kept)
+        self.world.barrier()
+        return kept
+
+    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
+        known = self.work.known(group, key)
+        number = self.world.firsts(math.nan if known is None else known)
+        if math.isnan(number):
+            number = self.world.firsts(make())
+            if self.world.is_first:
+                self.work.number(group, key, lambda: number)
+        return number
+
+    def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
+        for name in list(makes)[self.world.rank :: self.world.size]:
+            self.work.once(name, makes[name])
+        self.world.barrier()
+        return self.work.each(makes)
+
+    def drop(self, pattern: str) -> None:
+        self.world.barrier()  # all have read
+        if self.world.is_first:
+            self.work.drop(pattern)
 
 
 def _empty(folder: Path) -> None:
