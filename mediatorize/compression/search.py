@@ -182,6 +182,11 @@ class Proposal:
     never did."""
 
 
+def within(share: float, budget: float) -> bool:
+    """Whether a share of softmax's cost keeps a budget, to rounding."""
+    return share <= budget + 1e-12
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Proposal):
     """A judged proposal, with its cost and its error."""
@@ -198,7 +203,7 @@ class Candidate(Proposal):
     def keeps(self, budget: float) -> bool:
         """Whether it costs no more; a rule also where it was judged, as a few trajectories alone can mislead."""
         judged = None if self.measured is None else self.measured.share
-        return max(self.share, judged or 0.0) <= budget + 1e-12
+        return within(max(self.share, judged or 0.0), budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -914,7 +919,7 @@ def sample_by(
 
 def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None:
     """An error where no rule keeps a budget: it says what rules can reach."""
-    if any(candidate.kind == RULE and candidate.share <= budget + 1e-12 for candidate in judge.candidates):
+    if any(candidate.kind == RULE and within(candidate.share, budget) for candidate in judge.candidates):
         return
     reach = proposer.rules.range
     if reach is None:
@@ -1026,7 +1031,7 @@ class Judge:
         whole = [c for c in self.candidates if self._whole(c) and (c.kind == RULE or not by_rule)]
         fitting = [c for c in whole if c.keeps(budget)]
         if by_rule and not fitting:  # those that keep it where they were tuned
-            fitting = [c for c in whole if c.share <= budget + 1e-12]
+            fitting = [c for c in whole if within(c.share, budget)]
         if "mediators" not in kinds:
             fitting = [c for c in fitting if c.kind != WHOLE]
         if per == "step":
