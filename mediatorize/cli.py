@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from mediatorize.stages.options import OUTPUT, option
 from mediatorize.stages.run import run
 from mediatorize.stages.running import keep_freed_memory
 from mediatorize.stages.table import STAGES, Stage
+from mediatorize.torchrun import is_first_process
 from mediatorize.version import VERSION
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def _register(name: str, stage: Stage) -> None:
         except Exception as error:
             _fail(f"unexpected {type(error).__name__}: {error}. Pass --debug for where, and please report it.", debug)
         else:
-            if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one tells
+            if is_first_process():
                 typer.echo(_as_json(stage, result) if json else stage.words(result))
 
     command = as_typer(stage.run, call)

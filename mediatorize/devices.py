@@ -7,23 +7,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from mediatorize.errors import UserError
+from mediatorize.torchrun import started_by_torchrun
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+LONGEST_WAIT = timedelta(days=1)
+"""That one process waits for another, whose layers or samples may take long. Where one fails, torchrun ends the others at once."""
+
+
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's, then the CPU; a named one must be there."""
+    """`auto` takes CUDA, then Apple's, then the CPU; a named one must be there. Each process of torchrun takes a GPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise UserError(f"No {name} device is here.", hint="Pass --device cpu.")
+    if name == "cuda" and started_by_torchrun():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
 
 
@@ -87,11 +95,16 @@ class World:
         """This process's part of `count` things in order; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def count(self, count: int) -> int:
+        """How many things this process's part has."""
+        mine = self.share(count)
+        return mine.stop - mine.start
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    def firsts(self, number: float) -> float:
+    def as_first(self, number: float) -> float:
         """The first process's number, everywhere."""
         if self.size == 1:
             return number
@@ -129,13 +142,12 @@ ALONE = World(0, 1, torch.device("cpu"))
 @contextmanager
 def processes(device: torch.device) -> Iterator[World]:
     """Joins the processes that torchrun started (nccl on CUDA, gloo elsewhere), or is alone."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not started_by_torchrun():
         yield World(0, 1, device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:

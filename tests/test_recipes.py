@@ -109,6 +109,14 @@ def test_mistakes_in_a_recipe_are_named(text: str, message: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
+def test_a_recipe_runs_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"runs in one process.*one by one under torchrun"):
+        run(RECIPES / "digits.toml", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("change", ["levels=1", "convert.levels", "nothing.levels=1"])
 def test_malformed_changes_are_refused(change: str) -> None:
     with pytest.raises(UserError, match=r"STAGE\.KEY=VALUE"):

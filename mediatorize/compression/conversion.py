@@ -186,7 +186,7 @@ def convert_model(
         init: a name in `INITIALISERS`.
         fit: None is the defaults.
         store: where fitted layers are kept, so that a second call with the same arguments goes on.
-        world: the processes that share the layers, and the store; all get the whole model.
+        world: the processes that share the layers, and a store of files; all get the whole model.
         on_step: called after every step of fitting.
 
     Returns:

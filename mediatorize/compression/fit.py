@@ -48,7 +48,7 @@ def fit_layers(
 
     Args:
         store: keeps what was fitted, as `layer_name` says; a layer that it has is not fitted again.
-        world: the processes that share the layers, and the store, through which all get all.
+        world: the processes that share the layers, and a store of files, through which all get all.
         on_step: called after every step of fitting; where there are none, after every layer.
     """
     device = next(model.parameters()).device
@@ -85,6 +85,7 @@ def fit_layers(
     world.barrier()
     for index in sorted(set(converted) - set(mine)):
         take(index, _never)
+    world.barrier()  # before one of them moves the store
     return [errors[index] for index in converted]
 
 

@@ -88,10 +88,10 @@ AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 4
 MOST_PATHS = {"computed and forecast calls": 6, "forecasts of the model's output": 2}
 """How many paths of a kind are judged for a budget, before the best is improved."""
 
-MOST_RULES, MOST_TRIED = 3, 6
+MOST_RULES, MOST_TRIED = 1, 3
 """How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
 
-RULES_ALONE = 2
+RULES_ALONE = 5
 """So many times as many where a rule is what was asked for."""
 
 FLIPPED = 0.5
@@ -289,7 +289,7 @@ def search(
         batch: samples at a time.
         timed: also time whole batches by the chosen schedules.
         store: keeps what is measured; one that outlasts the process resumes the search.
-        world: the processes that share the trajectories, the samples and the store; all find the same.
+        world: the processes that share the trajectories, the samples and the store (`stages.work.SharedWork`); all find the same.
         facts: kept with the error table.
 
     Raises:
@@ -368,12 +368,14 @@ def flops_of_search(
     verify: int,
     budgets: Sequence[float],
     evaluations: int,
+    by_rule: bool = False,
 ) -> float:
     """Roughly: probes (a backward counts as two forwards and runs the call again), the table, rules, and whole samples of candidates."""
     rows = sum(sampler.rows_of_calls(arch))
     converted = len(settings.converted(arch.depth)) / arch.depth
+    tried = MOST_TRIED * (RULES_ALONE if by_rule else 1)
     table = 1 + 2 * DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2 * converted
-    forwards = trajectories * (1 + 3 * DIRECTIONS + table + MOST_TRIED * sum(budgets))
+    forwards = trajectories * (1 + 3 * DIRECTIONS + table + tried * sum(budgets))
     samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
 
@@ -411,13 +413,13 @@ def teacher_probes(
 
     def make() -> Kept:
         parts = in_parts(trajectories, batch, world)
-        with progress(len(parts) * len(sampler.times()), "sampling the teacher", "call") as bar:
+        with progress(len(parts[world.rank :: world.size]) * len(sampler.times()), "sampling the teacher", "call") as bar:
 
             def of_part(rows: Tensor) -> Kept:
                 labels = spread_labels(model.arch.classes, trajectories, sampler.seed)[rows]
                 return Kept(vars(probe(model, labels, sampler, DIRECTIONS, int(rows[0]), bar.update)))
 
-            made = store.each({f"probes-{index:04d}": partial(of_part, rows) for index, rows in enumerate(parts)})
+            made = store.each({f"probes-{_named(rows)}": partial(of_part, rows) for rows in parts})
             return Kept(vars(Probes.joined([Probes(**kept.tensors) for kept in made])))
 
     probes = Probes(**store.once("probes", make).tensors)
@@ -427,7 +429,12 @@ def teacher_probes(
 
 def in_parts(count: int, batch: int, world: World) -> tuple[Tensor, ...]:
     """Numbers of things in parts of at most `batch`, and at least as many parts as there are processes, where there are as many things."""
-    return torch.arange(count).split(max(1, min(batch, -(-count // world.size))))
+    return torch.arange(count).tensor_split(max(-(-count // batch), min(count, world.size)))
+
+
+def _named(rows: Tensor) -> str:
+    """A part's name says what is in it: work that other processes, or another batch, left may be cut differently."""
+    return f"{int(rows[0]):05d}-{len(rows):05d}"
 
 
 def measured_tables(
@@ -448,13 +455,13 @@ def measured_tables(
     parts = in_parts(trajectories, max(1, batch // sampler.rows), world)
 
     def make() -> Kept:
-        with progress(len(parts) * len(noise_levels), "measuring errors", "call") as bar:
+        with progress(len(parts[world.rank :: world.size]) * len(noise_levels), "measuring errors", "call") as bar:
 
             def of_part(rows: Tensor) -> Kept:
                 surrogates = surrogates_of(settings, KINDS_OF_SAVING)
                 return Kept(vars(adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, bar.update)))
 
-            made = store.each({f"part-{index:04d}": partial(of_part, rows) for index, rows in enumerate(parts)})
+            made = store.each({f"part-{_named(rows)}": partial(of_part, rows) for rows in parts})
         return Kept(vars(Products.joined([Products(**kept.tensors) for kept in made])), facts or {})
 
     products = Products(**store.once("sensitivity", make).tensors)
@@ -881,7 +888,7 @@ class Tuner:
 
         def make() -> Kept:
             schedule = RuleSchedule(rule, Schedule((), ((rule.levels[0],) * self.model.arch.depth,)))
-            with self.progress(len(self.labels), "tuning the rule", "sample") as bar:
+            with self.progress(self.world.count(len(self.labels)), "tuning the rule", "sample") as bar:
                 switches = sample_by(self.model, self.labels, self.sampler, schedule, self.batch, self.world, bar.update)[1]
             return Kept({"switches": torch.tensor(switches)})
 
@@ -1013,7 +1020,7 @@ class Judge:
             return
         best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
         for _ in range(evaluations):
-            if seconds is not None and self.world.firsts(time.monotonic() - begun) > seconds:
+            if seconds is not None and self.world.as_first(time.monotonic() - begun) > seconds:
                 return
             near = [path for path in proposer.neighbours(best, room) if path not in seen]
             if not near:
@@ -1061,7 +1068,7 @@ class Judge:
     def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, samples: int) -> tuple[Tensor, list[list[int]]]:
         """Samples (n, c, h, w), and when each switched, where the schedule is a rule."""
         how, labels = replace(self.sampler, steps=steps), self.labels[:samples]
-        with self.progress(samples, description, "sample") as bar:
+        with self.progress(self.world.count(samples), description, "sample") as bar:
             return sample_by(self.model, labels, how, schedule, self.batch, self.world, bar.update)
 
 

@@ -17,6 +17,7 @@ from mediatorize.signatures import OneOf, listed, one
 from mediatorize.stages import options
 from mediatorize.stages.options import SAMPLING, WHAT, option
 from mediatorize.stages.running import progress_bar
+from mediatorize.torchrun import started_by_torchrun
 
 if TYPE_CHECKING:
     from mediatorize.compression.costs import Costs
@@ -134,6 +135,8 @@ def calibrate(
     shares = list(dict.fromkeys(read_budget(given) for given in (*([] if budget is None else [budget]), *budgets)))
     if not shares:
         raise UserError("No budget was given.", hint="Pass --budget 0.75, or --budgets 0.9,0.8,0.7.")
+    if COSTS[cost].timed and started_by_torchrun():
+        raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
     refuse_below({"verify": verify, "seed": seed}, 0)
     evaluations, seconds = read_search(search, verify) if search else (searching.EVALUATIONS, None)
@@ -188,6 +191,7 @@ def calibrate(
     )
     if dry_run:
         counts: dict[str, Any] = {"trajectories": trajectories, "verify": verify, "budgets": shares, "evaluations": min(evaluations, 100)}
+        counts |= {"by_rule": rule is not None}
         spent = flops_of_search(arch, settings, sampler, **counts)
         return replace(result, estimated_seconds=spent / measured_flops_per_second(where, arch.width, arch.tokens))
 
@@ -206,8 +210,6 @@ def calibrate(
     wanted |= {"most_memory": most, "by_rule": rule is not None}
     wanted |= {"evaluations": evaluations, "seconds": seconds, "timed": unit.timed, "facts": plan, "progress": progress_bar}
     with processes(where) as world:
-        if unit.timed and world.size > 1:
-            raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
         work = Work.open(result.folder, plan, force=force, refusal=refusal, world=world)
         wanted |= {"store": SharedWork(work, world), "world": world}
         with about(model):

@@ -239,7 +239,7 @@ def convert(
         work = Work.open(partial / bundle.WORK_FOLDER, fingerprint, force=force, refusal=lambda before: unfinished, world=world)
         errors: list[LayerErrors] = []
         left = [index for index in plan.layers[world.rank :: world.size] if not work.has(layer_name(index))]
-        resumed = sum(work.has(layer_name(index)) for index in plan.layers)
+        resumed = sum(work.has(layer_name(index)) for index in plan.layers) if world.is_first else 0
         if not random:
             model = model.to(world.device)
             collected = States(**SharedWork(work, world).once("states", lambda: _collect(model, plan, dataset, world)).tensors)

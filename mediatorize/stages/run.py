@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mediatorize.errors import UserError
 from mediatorize.stages import options
 from mediatorize.stages.options import OUTPUT, WHAT, option
 from mediatorize.stages.recipes import Recipe, read_recipe, resolved_toml, stage_of
 from mediatorize.stages.table import STAGES, Told
+from mediatorize.torchrun import started_by_torchrun
 from mediatorize.version import VERSION
 
 
@@ -43,6 +45,8 @@ def run(
     Example: mediatorize run recipes/digits.toml --set finetune.train_steps=500 --out runs/quick
     """
     start = time.monotonic()
+    if started_by_torchrun():
+        raise UserError("A recipe runs in one process.", hint="Run its commands one by one under torchrun.")
     loaded = read_recipe(recipe, tuple(set or ()), out)
     told: dict[str, Told] = {}
     if dry_run:

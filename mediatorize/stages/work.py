@@ -66,12 +66,15 @@ class Work:
 
     def once(self, name: str, make: Callable[[], Kept]) -> Kept:
         """The result of `make`. The first call for a name makes and saves it; later calls read its file."""
-        file = self.folder / f"{name}.safetensors"
-        if not file.exists():
-            kept = make()
-            write_tensors(file, kept.tensors, kept.facts)
-            return kept
-        return Kept(*read_tensors(file))
+        if self.has(name):
+            return self.read(name)
+        kept = make()
+        write_tensors(self.folder / f"{name}.safetensors", kept.tensors, kept.facts)
+        return kept
+
+    def read(self, name: str) -> Kept:
+        """What was made under that name."""
+        return Kept(*read_tensors(self.folder / f"{name}.safetensors"))
 
     def number(self, group: str, key: str, make: Callable[[], float]) -> float:
         """The same for one number. All numbers of a group share one file."""
@@ -108,29 +111,29 @@ class Work:
 
 
 class SharedWork:
-    """The same for processes that all make the same calls in the same order. What is not there they make together, and the first keeps it;
-    those of `each` are made by one process each."""
+    """A `Work` for several processes, which all make the same calls in the same order. What is not there they make together, and the first
+    keeps it; what `each` is asked for is made by one process each."""
 
     def __init__(self, work: Work, world: World) -> None:
         self.work, self.world = work, world
 
     def has(self, name: str) -> bool:
-        return bool(self.world.firsts(self.work.has(name)))  # one answer for all, as the first may be about to make it
+        return bool(self.world.as_first(self.world.is_first and self.work.has(name)))  # others may not see the file yet
 
     def once(self, name: str, make: Callable[[], Kept]) -> Kept:
         if self.has(name):
-            return self.work.once(name, make)
+            return self.work.read(name)
         kept = make()
         if self.world.is_first:
             self.work.once(name, lambda: kept)
         self.world.barrier()
-        return kept
+        return self.work.read(name)
 
     def number(self, group: str, key: str, make: Callable[[], float]) -> float:
-        known = self.work.known(group, key)
-        number = self.world.firsts(math.nan if known is None else known)
+        known = self.work.known(group, key) if self.world.is_first else None
+        number = self.world.as_first(math.nan if known is None else known)
         if math.isnan(number):
-            number = self.world.firsts(make())
+            number = self.world.as_first(make())
             if self.world.is_first:
                 self.work.number(group, key, lambda: number)
         return number
@@ -139,7 +142,7 @@ class SharedWork:
         for name in list(makes)[self.world.rank :: self.world.size]:
             self.work.once(name, makes[name])
         self.world.barrier()
-        return self.work.each(makes)
+        return [self.work.read(name) for name in makes]
 
     def drop(self, pattern: str) -> None:
         self.world.barrier()  # all have read
