@@ -22,8 +22,11 @@ LEAST_GAIN = 1e-4
 
 MOST_DAMPING = 256.0
 
+MOST_NODES = 200
+"""For each step of `descend`, which is of a model of the error only. To the very best HiGHS can take minutes."""
 
-def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bool = False) -> Choice:
+
+def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bool = False, nodes: int | None = None) -> Choice:
     """The option of every cell that makes the sum of errors smallest while the sum of costs is at most `budget`.
 
     min sum e[s, l, j] z[s, l, j]  such that  sum c z <= budget,  sum_j z[s, l, j] = 1,  z in {0, 1}
@@ -33,6 +36,7 @@ def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bo
         costs: the same shape. Whole numbers (FLOPs) are counted exactly, however large.
         budget: in the unit of `costs`.
         per_step: one option for all layers of a step.
+        nodes: of HiGHS' search tree, after which the best choice so far is taken; None searches to the end.
 
     Returns:
         (steps, layers) indices of options. Never over the budget: sums are checked again in exact arithmetic.
@@ -45,7 +49,7 @@ def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bo
     if cost_table.shape != error_table.shape or not np.isfinite(error_table).all():
         raise ValueError("errors and costs need one shape and finite values")
     if per_step:
-        whole = allocate(error_table.sum(1, keepdims=True), cost_table.sum(1, keepdims=True), budget)
+        whole = allocate(error_table.sum(1, keepdims=True), cost_table.sum(1, keepdims=True), budget, nodes=nodes)
         return np.repeat(whole, layers, axis=1)
 
     cheapest = total(cost_table.min(2, keepdims=True), np.zeros((steps, layers), dtype=np.int64))
@@ -53,7 +57,7 @@ def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bo
         raise UserError(f"The cheapest levels cost {cheapest}, which is over {budget}.", hint="Allow more.")
     slack = 0.0
     while True:
-        choice = _solve(error_table, cost_table, budget, slack)
+        choice = _solve(error_table, cost_table, budget, slack, nodes)
         if total(cost_table, choice) <= budget:
             return choice
         slack = max(2 * slack, TOLERANCE)  # HiGHS took its tolerance: leave it that much
@@ -64,7 +68,7 @@ def total(table: NDArray[Any], choice: Choice) -> Any:
     return np.take_along_axis(table, choice[..., None], 2).sum().item()
 
 
-def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slack: float) -> Choice:
+def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slack: float, nodes: int | None) -> Choice:
     """The knapsack with a whole number n[g, j] for how many cells of the same costs take option j.
 
     Only these are branched on. Where they are whole, what is left is a transportation problem, whose corners are whole; without them, the
@@ -101,8 +105,10 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
         integrality=np.concatenate([np.zeros(each.size), np.ones(counts)]),
         bounds=Bounds(0, np.concatenate([np.ones(each.size), np.full(counts, cells)])),
         constraints=[LinearConstraint(structure, sums, sums), LinearConstraint(spent.reshape(1, -1), -np.inf, limit)],
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": 0.0} if nodes is None else {"mip_rel_gap": LEAST_GAIN, "node_limit": nodes},
     )
+    if result.x is None and nodes is not None:  # nothing was found so far
+        return rows.argmin(1)[group].reshape(errors.shape[:2])
     if result.x is None:
         raise RuntimeError(f"HiGHS found no choice: {result.message}")
     chosen = result.x[: each.size].reshape(cells, options)
@@ -130,7 +136,7 @@ def descend(
         changes = products - now[:, :, None]
         sums = now.sum(0) if apart else np.broadcast_to(now.sum((0, 1)), now.shape[1:])
         table = 2 * np.einsum("sljp,lp->slj", changes, sums) + damping * np.square(changes).sum(-1)
-        candidate = allocate(table, costs, budget, per_step=per_step)
+        candidate = allocate(table, costs, budget, per_step=per_step, nodes=MOST_NODES)
         error = joint_error(products, candidate, apart=apart)
         if error < best * (1 - LEAST_GAIN):
             choice, best, damping = candidate, error, max(1.0, damping / 2)
