@@ -248,9 +248,11 @@ def test_absorbed_mediators_equal_plain_ones_without_rotations(space: Any) -> No
         assert torch.equal(layer(x, level), before)
 
 
-def test_as_many_sharp_mediators_as_tokens_are_softmax_attention_with_normalised_queries() -> None:
-    """Assignment by distance becomes softmax attention as mediators grow to the tokens: also where queries and keys are normalised."""
-    model = tiny_model(MediatorSettings((16,)), **PARTS | {"rotary": False}, qk_norm=True)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_as_many_sharp_mediators_as_tokens_are_softmax_attention_with_normalised_queries(rotary: bool) -> None:
+    """Assignment by distance becomes softmax attention as mediators grow to the tokens: also where queries and keys are normalised, and
+    then rotated."""
+    model = tiny_model(MediatorSettings((16,)), **PARTS | {"rotary": rotary}, qk_norm=True)
     layer = model.attention_layers()[0]
     layer.mediator = None
     level = layer.add_mediators(MediatorSettings((16,))).count(16)

@@ -60,18 +60,14 @@ class HeadNorm(nn.Module):
         if norm == "layer":
             self.bias = nn.Parameter(torch.zeros(head_width))
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """(b, h, n, d) -> (b, h, n, d), as mediators meet them: without the rotation."""
-        if self.norm is None:
-            return x
-        if self.norm == "rms":
-            return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
-
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, n, d) -> (b, h, n, d)"""
         (rotary,) = self.rotary
-        return self.normalised(x) if rotary is None else rotary(self.normalised(x))
+        if self.norm == "rms":
+            x = F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+        elif self.norm == "layer":
+            x = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
+        return x if rotary is None else rotary(x)
 
 
 class LocalBranch(nn.Module):
@@ -183,7 +179,8 @@ class MediatorAttention(nn.Module):
     convolution on v; q, k and v are absorbed into the mediators, so that no projection runs on all n tokens.
 
     A model's rotary positions are left out: R, B1 and B2 stand for them. (A rotation between T and every key could not be absorbed.)
-    Where a model normalises queries and keys, T is pooled from normalised ones, and the plain form runs.
+    Where a model normalises queries and keys, the plain form runs, T is pooled from normalised ones, and they are rotated as in softmax
+    attention.
 
     `form="published"` is the paper's own: R is average pooling, so that mediators are averages of queries, s1 = s2 = 1/sqrt(d), queries are
     assigned by dot product (without |T|^2 / 2), and a depthwise convolution of v is added before the output projection.
@@ -301,7 +298,7 @@ class MediatorAttention(nn.Module):
 
         in_queries = self.settings.space == "queries"
         if head_norms is not None:
-            q, k = head_norms[0].normalised(q + bq), head_norms[1].normalised(k + bk)
+            q, k = head_norms[0](q + bq), head_norms[1](k + bk)
             bq, bk = torch.zeros_like(bq), torch.zeros_like(bk)
         t = pool @ (q if in_queries else k) + (bq if in_queries else bk)  # (b, h, m, d)
         u = (t * key_scale @ k.mT + key_bias).softmax(-1) @ v + bv  # (b, h, m, d)
