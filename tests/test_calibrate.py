@@ -873,7 +873,9 @@ def test_a_schedule_is_replaced_only_by_force_and_a_dry_run_writes_nothing(bundl
     before = without_times(path)
     dry = calibrate(path, budget=0.9, dry_run=True, **QUICK)
     assert dry.estimated_seconds
-    assert "Nothing was written" in words(dry)
+    wider = calibrate(path, budget=0.9, dry_run=True, **QUICK | {"batch": 3})
+    assert dry.estimated_bytes and wider.estimated_bytes and dry.estimated_bytes < wider.estimated_bytes
+    assert re.search(r"up to \d\.\d GiB\. Nothing was written", words(dry))
     assert without_times(path) == before
     calibrate(path, budget=0.9, **QUICK)
     with pytest.raises(UserError, match=r"0\.90\.json: exists"):

@@ -31,6 +31,7 @@ from mediatorize.formats import bundle
 from mediatorize.model.levels import MediatorSettings
 from mediatorize.report.conversion import facts, words
 from mediatorize.stages.convert import convert
+from mediatorize.stages.running import process_bytes
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
 QUICK: dict[str, Any] = {
@@ -283,7 +284,8 @@ def test_a_dry_run_writes_nothing_and_counts_what_would_be_added(official_file: 
     convert(str(source), tmp_path / "out", **QUICK)
     added = sum(value.numel() for name, value in state_of(tmp_path / "out").items() if ".mediator." in name)
     assert planned.plan.added_parameters() == added
-    assert planned.estimated_seconds is not None
+    assert planned.estimated_seconds is not None and planned.estimated_bytes == facts(planned)["estimated_bytes"]
+    assert process_bytes(planned.plan.peak_bytes(), torch.device("cuda")) == planned.plan.peak_bytes() < (planned.estimated_bytes or 0)
     assert "would be written" in words(planned)
     assert facts(planned)["dry_run"]
 

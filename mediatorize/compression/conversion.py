@@ -137,6 +137,8 @@ class Conversion:
     seconds: float = 0.0
     estimated_seconds: float | None = None
     """After a dry run only: FLOPs divided by this device's measured rate."""
+    estimated_bytes: int | None = None
+    """After a dry run only: memory of the process, or of the GPU."""
     resumed_layers: int = 0
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.muon import StackedMuon
 from mediatorize.compression.records import DistillSettings, Optimizer, Rate
+from mediatorize.compression.sensitivity import bytes_for_backward
 from mediatorize.compression.trajectories import Targets
 from mediatorize.diffusion.process import process_of
 from mediatorize.model.architecture import Architecture
@@ -149,23 +150,10 @@ def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: Distill
     model.requires_grad_(distill.train == "all")
     for parameter in model.mediator_parameters().values():
         parameter.requires_grad_(True)
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
     largest = levels_per_layer(in_order(distill.levels or settings.levels)[-1], arch.depth, settings)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if distill.teacher == "none":
-            loss = training_loss(model, replace(states, truth=states.x), largest, distill)
-        else:
-            loss = distillation_loss(model, model, states, sizes, largest, distill)
-    del loss
-    return sum(storage.nbytes() for storage in kept.values())
+    if distill.teacher == "none":
+        return bytes_for_backward(model, lambda: training_loss(model, replace(states, truth=states.x), largest, distill))
+    return bytes_for_backward(model, lambda: distillation_loss(model, model, states, sizes, largest, distill))
 
 
 def _muon(parameters: list[nn.Parameter], rate: float, width: int) -> list[torch.optim.Optimizer]:

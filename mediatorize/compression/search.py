@@ -42,6 +42,7 @@ from mediatorize.compression.sensitivity import (
     error_table,
     forecast_table,
     latent_changes,
+    peak_bytes_of_products,
     probe,
     shares,
     spread_labels,
@@ -378,6 +379,13 @@ def flops_of_search(
     forwards = trajectories * (1 + 3 * DIRECTIONS + table + tried * sum(budgets))
     samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
+
+
+def peak_bytes_of_search(arch: Architecture, settings: MediatorSettings, sampler: Sampler, *, trajectories: int, batch: int) -> int:
+    """Roughly the most memory that a search takes at a time, in float32: the model, and the pass back through one call (`in_parts`)."""
+    rows = sampler.rows * min(trajectories, max(1, batch // sampler.rows))
+    surrogates = surrogates_of(settings, KINDS_OF_SAVING)
+    return 4 * closed_form.count_parameters(arch, settings) + peak_bytes_of_products(arch, settings, rows, DIRECTIONS, surrogates, WINDOW)
 
 
 # --- measuring errors ----------------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.allocate import Choice, chosen_vectors, joint_error
 from mediatorize.compression.paths import ForecastTable
 from mediatorize.diffusion.sampling import EVERYWHERE, GuidedModel, Sampler, draw_noise
-from mediatorize.model.levels import SOFTMAX, Level
+from mediatorize.model.architecture import Architecture
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import Schedule, places_of
 from mediatorize.model.transformer import DiffusionTransformer
@@ -98,6 +99,40 @@ def probe_all(
     labels = spread_labels(model.arch.classes, count, sampler.seed)
     split = torch.arange(count).split(batch)
     return Probes.joined([probe(model, labels[rows], sampler, directions, int(rows[0]), on_call) for rows in split])
+
+
+def bytes_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that a computation keeps for its backward pass, beside the model's parameters; on the meta device nothing is computed."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_bytes_of_products(
+    arch: Architecture, settings: MediatorSettings, rows: int, directions: int, surrogates: Surrogates, window: int
+) -> int:
+    """About the most memory that `adjoint_products` takes at a time beside the model, in float32: one call's activations, its sub-layers'
+    outputs and every block's gradients, these two once more while they are joined, and the gradients of later calls.
+
+    Args:
+        rows: of a model call.
+    """
+    with torch.device("meta"):
+        model = DiffusionTransformer(arch, settings).requires_grad_(False)
+        tokens, conditioning = torch.empty(rows, arch.tokens, arch.width), torch.empty(rows, arch.width)
+    activations = bytes_for_backward(model, lambda: model.run_blocks(tokens.requires_grad_(), conditioning, SOFTMAX))
+    converted = len(settings.converted(arch.depth))
+    outputs = 2 * arch.depth + surrogates.count * converted
+    return activations + tokens.nbytes * (2 * outputs + 2 * directions * arch.depth + (window + 1) * directions)
 
 
 def spread_labels(classes: int, count: int, seed: int) -> Tensor:

@@ -42,7 +42,7 @@ def words(result: Calibration) -> str:
         seconds = seconds_in_words(result.estimated_seconds or 0.0)
         lines.append(
             f"Would measure errors on {result.trajectories} samples, then each candidate on {result.verify} samples. This would take "
-            f"about {seconds} at this device's rate. Nothing was written."
+            f"about {seconds} at this device's rate, and up to {(result.estimated_bytes or 0) / 2**30:.1f} GiB. Nothing was written."
         )
         return "\n".join(lines)
     lines += ["", _table(found, unit), _about_errors(result), *_about_predictions(found.candidates), ""]
@@ -166,6 +166,7 @@ def facts(result: Calibration) -> dict[str, Any]:
         "candidates": [_candidate_facts(candidate) for candidate in found.candidates] if found else [],
         "table_seconds": None if found is None or found.table_seconds is None else round(found.table_seconds, 1),
         "estimated_seconds": result.estimated_seconds,
+        "estimated_bytes": result.estimated_bytes,
         "seconds": round(result.seconds, 1),
     }
 

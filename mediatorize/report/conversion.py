@@ -58,7 +58,7 @@ def _planned(found: Conversion, seconds: float) -> list[str]:
         f"Would take {plan.states} states of {fitted_on(plan)} ({how})",
         f"and {fitting}:",
         f"  {plan.flops() / 1e12:.1f} TFLOPs, about {seconds_in_words(seconds)} at this device's rate; "
-        f"memory up to {plan.peak_bytes() / 2**30:.1f} GiB",
+        f"memory up to {(found.estimated_bytes or 0) / 2**30:.1f} GiB",
         f"  {found.out} would be written.",
     ]
 
@@ -108,7 +108,7 @@ def facts(found: Conversion) -> dict[str, Any]:
         "data": dict(vars(plan.data)) if plan.data else None,
         "added_parameters": plan.added_parameters(),
         "flops_of_conversion": plan.flops(),
-        "peak_bytes": plan.peak_bytes(),
+        "estimated_bytes": found.estimated_bytes,
         "relative_flops": plan.relative_flops(),
         "layer_errors": [errors.to_json() for errors in found.errors],
         "seconds": round(found.seconds, 1),

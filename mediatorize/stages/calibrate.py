@@ -16,7 +16,7 @@ from mediatorize.errors import UserError, about, refuse_below
 from mediatorize.signatures import OneOf, listed, one
 from mediatorize.stages import options
 from mediatorize.stages.options import SAMPLING, WHAT, option
-from mediatorize.stages.running import progress_bar
+from mediatorize.stages.running import process_bytes, progress_bar
 from mediatorize.torchrun import started_by_torchrun
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Calibration:
     seconds: float = 0.0
     estimated_seconds: float | None = None
     """After a dry run only: FLOPs divided by this device's measured rate."""
+    estimated_bytes: int | None = None
+    """After a dry run only: memory of the process, or of the GPU."""
 
 
 def calibrate(
@@ -123,7 +125,7 @@ def calibrate(
     Example: mediatorize calibrate out --budgets 0.35,0.5 --steps 50 --cfg-scale 4
     """
     from mediatorize.compression import search as searching
-    from mediatorize.compression.search import DIRECTIONS, costs_of, flops_of_search, samplers
+    from mediatorize.compression.search import DIRECTIONS, costs_of, flops_of_search, peak_bytes_of_search, samplers
     from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle as bundles
@@ -193,7 +195,9 @@ def calibrate(
         counts: dict[str, Any] = {"trajectories": trajectories, "verify": verify, "budgets": shares, "evaluations": min(evaluations, 100)}
         counts |= {"by_rule": rule is not None}
         spent = flops_of_search(arch, settings, sampler, **counts)
-        return replace(result, estimated_seconds=spent / measured_flops_per_second(where, arch.width, arch.tokens))
+        expected = spent / measured_flops_per_second(where, arch.width, arch.tokens)
+        tensors = peak_bytes_of_search(arch, settings, sampler, trajectories=trajectories, batch=batch)
+        return replace(result, estimated_seconds=expected, estimated_bytes=process_bytes(tensors, where))
 
     weights = bundles.hash_of_file(model / "model.safetensors")
     plan = {"sampler": measuring.to_json(), "trajectories": trajectories, "directions": DIRECTIONS, "weights": weights}

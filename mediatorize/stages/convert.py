@@ -20,7 +20,7 @@ from mediatorize.model.levels import Form, Level, MediatorSettings, MlpOwner, Sp
 from mediatorize.signatures import OneOf, given, listed, one, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
-from mediatorize.stages.running import progress_bar
+from mediatorize.stages.running import process_bytes, progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.store import Kept
@@ -213,8 +213,10 @@ def convert(
     dataset = open_data(data, arch, vae, pick_device(device)) if data else None
     plan = replace(plan, data=dataset.facts() if dataset else None)
     if dry_run:
-        rate = measured_flops_per_second(pick_device(device), arch.width, arch.tokens)
-        return Conversion(out=out, plan=plan, notes=notes, estimated_seconds=plan.flops() / rate)
+        where = pick_device(device)
+        expected = plan.flops() / measured_flops_per_second(where, arch.width, arch.tokens)
+        memory = process_bytes(plan.peak_bytes(), where)
+        return Conversion(out=out, plan=plan, notes=notes, estimated_seconds=expected, estimated_bytes=memory)
 
     bundle.refuse_occupied(out, force)
     if random:

@@ -16,7 +16,7 @@ from mediatorize.model.levels import Level, read_level
 from mediatorize.signatures import given, listed, number
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, RESOURCES, SAMPLING, WHAT, option
-from mediatorize.stages.running import progress_bar
+from mediatorize.stages.running import process_bytes, progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.training import Finetuning
@@ -160,7 +160,7 @@ def finetune(
     done = Finetuning(path=model, plan=plan, trained_parameters=plan.trained_parameters(config.arch, config.settings))
     if dry_run:
         per_second = measured_flops_per_second(where, config.arch.width, config.arch.tokens)
-        peak = {size: plan.peak_bytes(config.arch, config.settings, size) for size in (1, 4, 16, 64)}
+        peak = {size: process_bytes(plan.peak_bytes(config.arch, config.settings, size), where) for size in (1, 4, 16, 64)}
         return replace(done, estimate=Estimate(seconds=plan.flops(config.arch, config.settings) / per_second, peak_bytes=peak))
 
     fingerprint = plan.fingerprint(bundle.hash_of_file(model / "model.safetensors"))

@@ -43,6 +43,18 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, KEPT)
 
 
+LIBRARIES = 3 << 28
+"""Bytes of a process with torch and the other libraries on a CPU, before it has a model: measured."""
+
+
+def process_bytes(tensors: int, device: torch.device) -> int:
+    """Memory of a process whose tensors take so many bytes at most: with its libraries, and with what glibc keeps of freed tensors; of a
+    GPU, the tensors alone."""
+    if device.type != "cpu":
+        return tensors
+    return tensors + LIBRARIES + (min(tensors, KEPT) if sys.platform == "linux" else 0)
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """The hardware and the system of this machine."""
     import torch
