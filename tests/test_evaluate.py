@@ -166,6 +166,7 @@ def test_rows_are_the_teacher_schedules_and_levels_from_the_dearest() -> None:
     rows = rows_of(model, [1, 16, SOFTMAX, 16], {"other": ALL_SOFTMAX})
     assert [row.name for row in rows] == [SOFTMAX, "schedule", "other", "16", "1"]  # softmax is the teacher: once
     assert [row.levels for row in rows[1:3]] == [MIXED, ALL_SOFTMAX]
+    assert [row.name for row in rows_of(model, [], {"0.5": MIXED, "other": ALL_SOFTMAX})] == [SOFTMAX, "0.5", "other"]
     with pytest.raises(UserError, match="no level 9"):
         rows_of(model, [9])
     assert [row.name for row in rows_of(tiny_model())] == [SOFTMAX]
@@ -290,13 +291,13 @@ def test_other_schedules_are_judged_by_the_name_of_their_file(tmp_path: Path, mo
     path = make_bundle(tmp_path / "b", MIXED)
     (tmp_path / "mine.json").write_text(json.dumps(MIXED.to_json()))
     results = judged(path, tmp_path / "out", schedule=(tmp_path / "mine.json",), levels=())
-    assert list(results) == [SOFTMAX, "schedule", "mine"]
-    assert {**results["mine"], "level": ""} == {**results["schedule"], "level": ""}
+    assert list(results) == [SOFTMAX, "mine"]  # which is the bundle's own
+    assert {**results["mine"], "level": ""} == {**judged(path, tmp_path / "own", levels=())["schedule"], "level": ""}
     monkeypatch.chdir(tmp_path)
     Path("of").mkdir()
     taken = [Path("of", f"{name}.json") for name in ("4", SOFTMAX, "schedule", "mine")]  # a level, the bundle's own, another file's
-    for file in taken:
-        file.write_text(json.dumps(MIXED.to_json()))
+    for file in (Path("mine.json"), *taken):
+        file.write_text(json.dumps(ALL_SOFTMAX.to_json()))
     results = judged(path, tmp_path / "taken", schedule=(Path("mine.json"), *taken), levels=(4,))
     assert list(results) == [SOFTMAX, "schedule", "mine", *map(str, taken), "4"]
     assert [row["kind"] for row in results.values()] == ["level", *["schedule"] * 6, "level"]

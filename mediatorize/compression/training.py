@@ -179,7 +179,7 @@ class TrainingPlan:
         return cost.added_parameters(arch, settings) if self.distill.train == "mediators" else cost.count_parameters(arch, settings)
 
     def flops(self, arch: Architecture, settings: MediatorSettings) -> float:
-        """FLOPs of all states and steps; a backward counts as two forwards."""
+        """FLOPs of all states and steps, and of errors on held-out trajectories before and after; a backward counts as two forwards."""
         forward = cost.forward_flops(arch)
         per_level = [cost.forward_flops(arch, level, settings) for level in in_order(self.distill.levels) or settings.levels]
         rows = self.distill.steps * self.distill.batch
@@ -190,11 +190,13 @@ class TrainingPlan:
         student = (per_level[0] + per_level[-1] + 2 * sum(per_level) / len(per_level)) / 4
         features = forward if self.distill.feature_weight else 0
         steps = rows * (forward / self.reuse + features + passes * student)
-        if self.weighting == "even":
-            return steps
         first = self.sampler(0)
-        probes = EFFECTS_SAMPLES * len(first.times()) * first.rows
-        return steps + probes * (5 * forward + sum(per_level))  # sampled, run again and walked back, compared
+        calls = len(first.times()) * first.rows
+        all_levels = [cost.forward_flops(arch, level, settings) for level in settings.levels]
+        judged = HELD_OUT_SAMPLES * calls * (forward + 2 * sum(all_levels))
+        if self.weighting == "even":
+            return steps + judged
+        return steps + judged + EFFECTS_SAMPLES * calls * (5 * forward + sum(per_level))  # sampled, run again and walked back, compared
 
     def peak_bytes(self, arch: Architecture, settings: MediatorSettings, batch: int) -> int:
         """Weights, what the optimiser keeps (gradient, momentum and, at most, a second moment), and activations of `batch` states."""

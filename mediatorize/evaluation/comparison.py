@@ -89,13 +89,16 @@ def rows_of(
 ) -> list[Row]:
     """The teacher, the model's own schedule where it has one, other schedules by name, then levels from the dearest.
 
+    The model's own has the name that it is given among the others.
+
     Args:
         levels: None is all that were added to the model.
     """
     added = model.settings.levels if model.settings else ()
     rows = [Row(SOFTMAX, SOFTMAX)]
-    rows += [Row(OWN_SCHEDULE, model.schedule)] if model.schedule is not None else []
-    rows += [Row(name, schedule) for name, schedule in (schedules or {}).items()]
+    named = schedules or {}
+    rows += [Row(OWN_SCHEDULE, model.schedule)] if model.schedule is not None and model.schedule not in named.values() else []
+    rows += [Row(name, schedule) for name, schedule in named.items()]
     for level in reversed(in_order(added if levels is None else levels)):
         refuse_unknown_level(model, level)
         rows += [] if is_pretrained(level) else [Row(str(level), level)]

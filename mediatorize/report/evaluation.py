@@ -133,7 +133,7 @@ def title(found: Evaluation) -> str:
 
 
 def lead(found: Evaluation) -> str:
-    """The figures that matter: those of every schedule; without a schedule, those of the cheapest and the closest level."""
+    """The figures that matter, a paragraph for every schedule; without a schedule, for the cheapest and the closest level."""
     teacher, *students = found.results
     if not students:
         judged = "" if teacher.frechet_distance is None else f" For the teacher, {_quality(teacher, found)}."
@@ -153,7 +153,7 @@ def lead(found: Evaluation) -> str:
         sentences.append(f"{text}.")
     if found.comparison.distance_of_halves is not None:
         sentences.append(f"The distance between two halves of {found.comparison.reference} is {found.comparison.distance_of_halves:.2f}.")
-    return " ".join(sentences)
+    return "\n\n".join(sentences)
 
 
 def _how(row: RowResult) -> str:

@@ -21,7 +21,8 @@ main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.75rem; line-height: 1.25; font-weight: 650; letter-spacing: -.01em; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; font-weight: 650; margin: 2.75rem 0 .75rem; }
 p { margin: 0 0 1rem; max-width: 46rem; overflow-wrap: anywhere; }
-p.lead { font-size: 1.1rem; line-height: 1.55; padding: 1rem 1.25rem; background: var(--tint); border-radius: .5rem; max-width: none; }
+.lead { font-size: 1.1rem; line-height: 1.55; padding: 1rem 1.25rem; background: var(--tint); border-radius: .5rem; max-width: none; }
+.lead p { max-width: none; margin: .4rem 0; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; margin: 0 0 1.25rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums lining-nums; min-width: 50%; }
 th, td { padding: .42rem .9rem .42rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -49,7 +50,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem; margin-bottom:
 @media (max-width: 40rem) {
   main { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.4rem; }
-  p.lead { font-size: 1.02rem; padding: .9rem 1rem; }
+  .lead { font-size: 1.02rem; padding: .9rem 1rem; }
   .wide img { max-width: none; width: 44rem; }
 }
 @media print {
@@ -70,7 +71,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem; margin-bottom:
 <body>
 <main>
 <h1>{{ document.title }}</h1>
-<p class="lead">{{ document.lead }}</p>
+<div class="lead">{% for paragraph in document.lead.splitlines() if paragraph %}<p>{{ paragraph }}</p>{% endfor %}</div>
 {% for block in document.blocks %}
 {% set kind = block.__class__.__name__ %}
 {% if kind == "Heading" %}
