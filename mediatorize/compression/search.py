@@ -371,12 +371,13 @@ def flops_of_search(
     evaluations: int,
     by_rule: bool = False,
 ) -> float:
-    """Roughly: probes (a backward counts as two forwards and runs the call again), the table, rules, and whole samples of candidates."""
+    """Roughly: probes (a walk back runs the call again), the table, rules, and whole samples of candidates. A backward counts as one
+    forward: no weight has a gradient."""
     rows = sum(sampler.rows_of_calls(arch))
     converted = len(settings.converted(arch.depth)) / arch.depth
     tried = MOST_TRIED * (RULES_ALONE if by_rule else 1)
-    table = 1 + 2 * DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2 * converted
-    forwards = trajectories * (1 + 3 * DIRECTIONS + table + tried * sum(budgets))
+    table = 1 + DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2 * converted
+    forwards = trajectories * (1 + 2 * DIRECTIONS + table + tried * sum(budgets))
     samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
 
