@@ -452,9 +452,10 @@ def decode(latents):
     decoded.append(latents)
     return original(latents)
 original, pipe.vae.decode = pipe.vae.decode, decode
-how = dict(class_labels=[1, 7], guidance_scale=4.0, output_type="pt")
+how = dict(class_labels=[1, 7], guidance_scale=4.0, output_type="np")
 def sampled(name, steps):
-    results[name + ", pictures"] = pipe(**how, num_inference_steps=steps, generator=torch.Generator().manual_seed(5)).images
+    images = pipe(**how, num_inference_steps=steps, generator=torch.Generator().manual_seed(5)).images
+    results[name + ", pictures"] = torch.from_numpy(images).permute(0, 3, 1, 2)
     results[name] = decoded.pop() * pipe.vae.config.scaling_factor
 sampled("ddim", 5)
 betas = given["betas"].double().numpy()
