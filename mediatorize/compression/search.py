@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import groupby, pairwise, product
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -419,31 +419,51 @@ def teacher_probes(
     progress: Progress = silent,
 ) -> Probes:
     """The teacher's trajectories and what moves their ends."""
+    labels = spread_labels(model.arch.classes, trajectories, sampler.seed)
+
+    def of_part(rows: Tensor, on_call: Callable[[], object]) -> Probes:
+        return probe(model, labels[rows], sampler, DIRECTIONS, int(rows[0]), on_call)
 
     def make() -> Kept:
-        parts = in_parts(trajectories, batch, world)
-        with progress(len(parts[world.rank :: world.size]) * len(sampler.times()), "sampling the teacher", "call") as bar:
-
-            def of_part(rows: Tensor) -> Kept:
-                labels = spread_labels(model.arch.classes, trajectories, sampler.seed)[rows]
-                return Kept(vars(probe(model, labels, sampler, DIRECTIONS, int(rows[0]), bar.update)))
-
-            made = store.each({f"probes-{_named(rows)}": partial(of_part, rows) for rows in parts})
-            return Kept(vars(Probes.joined([Probes(**kept.tensors) for kept in made])))
+        what, calls = "sampling the teacher", len(sampler.times())
+        return Kept(vars(in_parts(Probes, "probes", of_part, trajectories, batch, calls, store, world, progress, what)))
 
     probes = Probes(**store.once("probes", make).tensors)
     store.drop("probes-*")
     return probes
 
 
-def in_parts(count: int, batch: int, world: World) -> tuple[Tensor, ...]:
-    """Numbers of things in parts of at most `batch`, and at least as many parts as there are processes, where there are as many things."""
-    return torch.arange(count).tensor_split(max(-(-count // batch), min(count, world.size)))
+Measured = TypeVar("Measured", Probes, Products)
 
 
-def _named(rows: Tensor) -> str:
-    """A part's name says what is in it: work that other processes, or another batch, left may be cut differently."""
-    return f"{int(rows[0]):05d}-{len(rows):05d}"
+def in_parts(
+    kind: type[Measured],
+    name: str,
+    measure: Callable[[Tensor, Callable[[], object]], Measured],
+    trajectories: int,
+    batch: int,
+    calls: int,
+    store: Store,
+    world: World,
+    progress: Progress,
+    what: str,
+) -> Measured:
+    """Something of all trajectories, measured part by part. Each part is kept as soon as it is measured; processes share them.
+
+    Args:
+        measure: takes the numbers of a part's trajectories, and what is called after each of its `calls` model calls.
+        batch: the most trajectories of a part. There are at least as many parts as processes, where there are as many trajectories.
+        what: is being done, for the progress bar.
+    """
+    parts = torch.arange(trajectories).tensor_split(max(-(-trajectories // batch), min(trajectories, world.size)))
+    with progress(len(parts[world.rank :: world.size]) * calls, what, "call") as bar:
+
+        def of_part(rows: Tensor) -> Kept:
+            return Kept(vars(measure(rows, bar.update)))
+
+        # Names say what is in a part: work that other processes, or another batch, left may be cut differently.
+        makes = {f"{name}-{int(rows[0]):05d}-{len(rows):05d}": partial(of_part, rows) for rows in parts}
+        return kind.joined([kind(**kept.tensors) for kept in store.each(makes)])
 
 
 def measured_tables(
@@ -461,17 +481,15 @@ def measured_tables(
     settings, noise_levels = model.added(), sampler.noise_levels(model.arch)
     options = bare_levels(settings, KINDS_OF_SAVING)
     added = [level for level in options if not is_pretrained(level)]
-    parts = in_parts(trajectories, max(1, batch // sampler.rows), world)
+    surrogates = surrogates_of(settings, KINDS_OF_SAVING)
+
+    def of_part(rows: Tensor, on_call: Callable[[], object]) -> Products:
+        return adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, on_call)
 
     def make() -> Kept:
-        with progress(len(parts[world.rank :: world.size]) * len(noise_levels), "measuring errors", "call") as bar:
-
-            def of_part(rows: Tensor) -> Kept:
-                surrogates = surrogates_of(settings, KINDS_OF_SAVING)
-                return Kept(vars(adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, bar.update)))
-
-            made = store.each({f"part-{_named(rows)}": partial(of_part, rows) for rows in parts})
-        return Kept(vars(Products.joined([Products(**kept.tensors) for kept in made])), facts or {})
+        at_once, what, calls = max(1, batch // sampler.rows), "measuring errors", len(noise_levels)
+        found = in_parts(Products, "part", of_part, trajectories, at_once, calls, store, world, progress, what)
+        return Kept(vars(found), facts or {})
 
     products = Products(**store.once("sensitivity", make).tensors)
     store.drop("part-*")
@@ -924,7 +942,7 @@ def sample_by(
 
     mine = world.share(len(labels))
     latents = torch.zeros(0, model.arch.channels, *model.arch.input_size)  # where there are more processes than samples
-    if mine.stop > mine.start:
+    if world.count(len(labels)):
         latents = sample_many(model, labels[mine], sampler, schedule, batch, on_samples, drive_of, mine.start)
     if not isinstance(schedule, RuleSchedule):
         return world.gather(latents), []

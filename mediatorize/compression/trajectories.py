@@ -48,7 +48,8 @@ def teacher_states(
         on_call: called after every model call.
     """
     rows_of_calls = sampler.rows_of_calls(model.arch)
-    calls, batches = len(rows_of_calls), batches_for(count, len(rows_of_calls), trajectories, sampler)
+    calls = len(rows_of_calls)
+    batches = batches_for(count, calls, trajectories, sampler)
     wanted = torch.linspace(0, batches * calls, count + 1, dtype=torch.float64)[:-1].long().bincount(minlength=batches * calls)
     mine, random = world.share(trajectories), generator(sampler.seed, "states")
     kept: list[tuple[Tensor, ...]] = []
@@ -60,7 +61,7 @@ def teacher_states(
             chosen = torch.randperm(rows * trajectories, generator=random)[:most]
             sample, half = chosen % trajectories, chosen // trajectories
             own = (sample >= mine.start) & (sample < mine.stop)
-            local = half[own] * (mine.stop - mine.start) + sample[own] - mine.start
+            local = half[own] * world.count(trajectories) + sample[own] - mine.start
             places.append((local, torch.arange(drawn, drawn + len(chosen))[own]))
             drawn += len(chosen)
         left = iter(places)

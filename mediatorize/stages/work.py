@@ -127,7 +127,7 @@ class SharedWork:
         if self.world.is_first:
             self.work.once(name, lambda: kept)
         self.world.barrier()
-        return self.work.read(name)
+        return kept if self.world.is_first else self.work.read(name)  # all have the first's
 
     def number(self, group: str, key: str, make: Callable[[], float]) -> float:
         known = self.work.known(group, key) if self.world.is_first else None
