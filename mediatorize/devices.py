@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +80,9 @@ def measured_flops_per_second(device: torch.device, width: int, tokens: int) -> 
     return count * 2 * x.numel() * weight.shape[1] / (time.perf_counter() - start)
 
 
+Told = TypeVar("Told")
+
+
 @dataclass(frozen=True)
 class World:
     """This process among `size`; alone where torchrun did not start it."""
@@ -104,13 +108,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def as_first(self, number: float) -> float:
-        """The first process's number, everywhere."""
+    def as_first(self, value: Told) -> Told:
+        """The first process's value, everywhere."""
         if self.size == 1:
-            return number
-        told = torch.tensor([number], dtype=torch.float64, device=self.device)
-        dist.broadcast(told, 0)
-        return float(told)
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, 0, device=self.device)
+        return told[0]
 
     def gather(self, part: Tensor) -> Tensor:
         """All processes' parts, joined along the first axis, on the CPU everywhere; parts may differ in length."""

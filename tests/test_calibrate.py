@@ -34,6 +34,7 @@ from mediatorize.compression.search import (
     Proposal,
     costs_of,
     measured_tables,
+    relative_errors,
     search,
 )
 from mediatorize.compression.sensitivity import (
@@ -446,7 +447,7 @@ def test_schedules_among_ten_levels_and_more_are_told_apart() -> None:
     judge = Judge(model, costs_of("flops", model, sampler), sampler, samples=2, batch=2, store=InMemory())
     schedules = Schedule((), ((2, 1, 11),)), Schedule((), ((11, 2, 1),))
     for name, schedule in zip("ab", schedules, strict=True):
-        judge.add(Proposal(name=name, kind=WHOLE, schedule=schedule, steps=2))
+        judge.add(Proposal(name=name, kind=WHOLE, schedule=schedule, steps=2), 2)
     labels = spread_labels(10, 2, 7)
     teacher = sample(model, labels, steps=2, seed=7, schedule=SOFTMAX)
     for judged, schedule in zip(judge.candidates, schedules, strict=True):
@@ -462,7 +463,7 @@ def test_schedules_among_ten_levels_and_more_are_told_apart() -> None:
 def test_one_flipped_sample_does_not_rule_what_candidates_are_compared_by() -> None:
     teacher = torch.ones(11, 1, 2, 2)
     steady, flips = teacher * 1.02, torch.cat([teacher[:10] * 1.01, -teacher[10:]])
-    one, other = Errors.of(steady, teacher), Errors.of(flips, teacher)
+    one, other = (Errors.of(relative_errors(samples, teacher)) for samples in (steady, flips))
     assert one.mean < other.mean
     assert other.geometric < one.geometric
     assert (other.flipped, one.flipped) == (pytest.approx(1 / 11), 0)
@@ -516,7 +517,7 @@ def test_the_teacher_with_fewer_steps_is_what_sample_gives(bundle: Callable[...,
     teacher, student = (sample(model, labels, steps=steps, seed=seed, schedule=SOFTMAX) for steps in (4, fewer.steps))
     assert (fewer.steps, fewer.share) == (2, 0.5)
     assert fewer.measured is not None
-    measured, expected = fewer.measured, Errors.of(student, teacher)
+    measured, expected = fewer.measured, Errors.of(relative_errors(student, teacher))
     for name in ("samples", "median", "mean", "geometric", "flipped"):
         assert getattr(measured, name) == pytest.approx(getattr(expected, name), rel=1e-4)
     assert measured.share is None  # it is no rule
@@ -571,6 +572,52 @@ def test_only_what_looks_best_at_first_sight_is_judged_by_all_samples(bundle: Ca
     assert outcome.chosen.measured.samples == 16
     assert all(errors.samples == 16 for errors in outcome.reported.values())
     assert "Errors are of 16 samples, or of 4" in words(report)
+
+
+def test_no_sample_of_a_candidate_is_drawn_twice(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was judged at first sight is judged by the other samples later, and the errors are those of all in one go."""
+    drawn: list[tuple[str, int]] = []
+    sample_by = searching.sample_by
+
+    def counted(model: Any, labels: Tensor, sampler: Sampler, schedule: Any, batch: int, world: Any, on: Any, first: int = 0) -> Any:
+        what = f"{sampler.seed} {sampler.steps} {schedule if isinstance(schedule, str) else schedule.to_json()}"
+        drawn.extend((what, first + place) for place in range(len(labels)))
+        return sample_by(model, labels, sampler, schedule, batch, world, on, first)
+
+    monkeypatch.setattr(searching, "sample_by", counted)
+    path = bundle()
+    report = calibrate(path, budget=0.6, **QUICK | {"steps": 6, "verify": 16})
+    assert len(drawn) == len(set(drawn)) > 100
+    (best,) = (outcome.chosen for outcome in found_by(report).outcomes)
+    model, seed = bundles.load_bundle(path), 2**33 + 1
+    labels = spread_labels(10, 16, seed)
+    student, teacher = (sample(model, labels, steps=6, seed=seed, schedule=schedule) for schedule in (best.schedule, SOFTMAX))
+    assert best.measured is not None
+    assert best.measured.geometric == pytest.approx(Errors.of(relative_errors(student, teacher)).geometric, rel=1e-4)
+
+
+def test_what_is_predicted_to_be_far_behind_is_not_sampled_but_baselines_are(
+    bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "FAR", 0.0)
+    report = calibrate(bundle(), budget=0.9, **QUICK | {"steps": 8, "solver": "sde"})
+    found = found_by(report)
+    sampled = {candidate.kind for candidate in found.candidates if candidate.measured}
+    assert sampled <= set(searching.BASELINES)
+    assert {candidate.kind for candidate in found.candidates} >= {PATH, OUTPUTS, RULE, FEWER, UNIFORM}
+    assert found.outcomes[0].chosen.kind in searching.BASELINES
+    assert not list((report.bundle / "calibration").glob("rule-*"))  # nor is it run on the trajectories
+    far = sum(candidate.measured is None for candidate in found.candidates)
+    assert f"{far} more were not sampled" in words(report)
+
+
+def test_of_each_kind_those_of_least_predicted_error_are_sampled(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "MOST_OF_A_KIND", 1)
+    candidates = found_by(calibrate(bundle(), budget=0.6, search="0", **QUICK | {"steps": 10})).candidates
+    paths = [candidate for candidate in candidates if candidate.kind == PATH]
+    (sampled,) = (candidate for candidate in paths if candidate.measured)
+    assert len(paths) > 1
+    assert sampled.predicted["vectors"] == min(candidate.predicted["vectors"] for candidate in paths)
 
 
 def test_narrow_mlps_save_by_themselves(bundle: Callable[..., Path]) -> None:
@@ -642,7 +689,7 @@ def test_the_measured_error_is_that_of_whole_samples_from_held_out_noise(bundle:
     teacher, student = (sample(model, labels, steps=4, seed=seed, schedule=level) for level in (SOFTMAX, None))
     assert outcome.chosen.steps == 4
     assert outcome.chosen.measured is not None
-    assert outcome.chosen.measured.mean == pytest.approx(Errors.of(student, teacher).mean, rel=1e-4)
+    assert outcome.chosen.measured.mean == pytest.approx(Errors.of(relative_errors(student, teacher)).mean, rel=1e-4)
     assert outcome.chosen.measured.mean > 0
     assert report.sampler.seed == 2**33
 
@@ -762,8 +809,12 @@ def test_two_processes_calibrate_as_one_does(bundle: Callable[..., Path]) -> Non
     for name in ("schedule.json", "schedules/0.90.json", "schedules/0.60.json"):
         schedules = [json.loads(files[name]) for files in (first, second)]
         assert schedules[0]["calls"] == schedules[1]["calls"]
-    for name in (name for name in first if Path(name).name.startswith("candidates") and name.endswith(".json")):
-        assert json.loads(second[name]) == pytest.approx(json.loads(first[name]), rel=1e-4, abs=1e-6)
+    (judged, reported) = (name for name in first if Path(name).name.startswith("errors-"))
+    for name in (judged, reported):
+        errors = [json.loads(files[name]) for files in (first, second)]
+        assert errors[0].keys() == errors[1].keys()
+        for key, values in errors[0].items():
+            assert errors[1][key] == pytest.approx(values, rel=1e-4, abs=1e-6)
     tables = [load_file(path / "calibration" / "sensitivity.safetensors") for path in (alone, two)]
     for name, values in tables[0].items():
         torch.testing.assert_close(tables[1][name], values, rtol=1e-3, atol=1e-5, msg=name)
@@ -939,7 +990,7 @@ def test_a_rule_keeps_its_budget_by_what_it_really_spends_where_it_was_tuned(bun
     labels = spread_labels(model.arch.classes, 3, held_out.seed)
     drawn = [sample_many(model, labels, held_out, levels, 2) for levels in (schedule, SOFTMAX)]
     own = outcome.reported[outcome.chosen.name]
-    assert own.median == pytest.approx(Errors.of(*drawn).median)
+    assert own.median == pytest.approx(Errors.of(relative_errors(*drawn)).median)
     told, found = words(report), facts(report)["schedules"][0]
     assert "beside it, " in told
     assert f"{own.share:.2%} of softmax's FLOPs" in told

@@ -72,10 +72,10 @@ def test_what_was_made_is_not_made_again(store: Store) -> None:
 
 
 def test_numbers_of_a_group_are_made_once_each(store: Store) -> None:
-    assert store.number("distances", "0.5", lambda: 0.1) == 0.1
-    assert store.number("distances", "0.25", lambda: 1 / 3) == 1 / 3
-    assert store.number("errors", "0.5", lambda: 7.0) == 7.0
-    assert [store.number("distances", key, never) for key in ("0.5", "0.25")] == [0.1, 1 / 3]
+    assert store.numbers("distances", "0.5", lambda: [0.1]) == [0.1]
+    assert store.numbers("distances", "0.25", lambda: [1 / 3]) == [1 / 3]
+    assert store.numbers("errors", "0.5", lambda: [7.0]) == [7.0]
+    assert [store.numbers("distances", key, never) for key in ("0.5", "0.25")] == [[0.1], [1 / 3]]
 
 
 def test_what_is_dropped_is_made_again_and_nothing_else(store: Store) -> None:
@@ -102,7 +102,7 @@ def test_the_same_plan_goes_on(tmp_path: Path) -> None:
     work = opened(tmp_path / "deep" / "work")
     for index, kept in layers.items():
         work.once(f"layer-{index:03d}", lambda kept=kept: kept)
-    work.number("distances", "schedule", lambda: 0.25)
+    work.numbers("distances", "schedule", lambda: [0.25])
     work.save_state({"step": 3})
     before = contents(work.folder)
 
@@ -113,7 +113,7 @@ def test_the_same_plan_goes_on(tmp_path: Path) -> None:
         assert found.facts == kept.facts
         assert found.tensors.keys() == kept.tensors.keys()
         assert all(torch.equal(found.tensors[name], value) for name, value in kept.tensors.items())
-    assert after.number("distances", "schedule", never) == 0.25
+    assert after.numbers("distances", "schedule", never) == [0.25]
     assert after.state(CPU) == {"step": 3}
 
 
@@ -131,13 +131,13 @@ def test_another_plan_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 def test_another_plan_replaces_all_of_it(how: str, tmp_path: Path) -> None:
     work = opened(tmp_path / "work")
     work.once("layer-000", layer(1))
-    work.number("distances", "schedule", lambda: 0.25)
+    work.numbers("distances", "schedule", lambda: [0.25])
     work.save_state({"step": 3})
     other = Work.open(tmp_path / "work", OTHER, force=how == "by force", refusal=refuse if how == "by force" else lambda before: None)
     assert contents(other.folder).keys() == {PLAN_FILE}
     assert other.state(CPU) is None
     assert not other.has("layer-000")
-    assert other.number("distances", "schedule", lambda: 0.5) == 0.5
+    assert other.numbers("distances", "schedule", lambda: [0.5]) == [0.5]
     with pytest.raises(UserError, match="unfinished work of seed 1"):
         opened(tmp_path / "work")
 
@@ -170,7 +170,7 @@ STEPS = ["open", "chmod", "replace"]
 def test_a_kill_in_mid_save_leaves_the_old_or_nothing(step: str, tmp_path: Path) -> None:
     work = opened(tmp_path / "work")
     work.save_state({"step": 1, "x": torch.ones(3)})
-    work.number("distances", "a", lambda: 1.0)
+    work.numbers("distances", "a", lambda: [1.0])
     before = contents(work.folder)
 
     def kill(*arguments: Any, **options: Any) -> Any:
@@ -178,7 +178,7 @@ def test_a_kill_in_mid_save_leaves_the_old_or_nothing(step: str, tmp_path: Path)
 
     saves: list[Callable[[], Any]] = [
         lambda: work.save_state({"step": 2, "x": torch.zeros(3)}),
-        lambda: work.number("distances", "b", lambda: 2.0),
+        lambda: work.numbers("distances", "b", lambda: [2.0]),
         lambda: work.once("layer-000", layer(1)),
     ]
     for save in saves:
@@ -194,7 +194,7 @@ def test_a_kill_in_mid_save_leaves_the_old_or_nothing(step: str, tmp_path: Path)
     again = opened(tmp_path / "work")
     assert again.state(CPU)["step"] == 1
     assert not again.has("layer-000")
-    assert again.number("distances", "a", never) == 1
+    assert again.numbers("distances", "a", never) == [1]
     again.once("layer-000", layer(2))
     again.save_state({"step": 2})
     assert opened(tmp_path / "work").state(CPU) == {"step": 2}

@@ -225,7 +225,7 @@ COSTS: dict[str, Unit] = {
 
 def read_budget(given: float | str) -> float:
     """A share of the softmax sampler's cost, from 0.75 or 75%."""
-    hint = "Pass a share such as 0.75 or 75%."
+    hint = "Pass a share such as 0.75 or 75%; --budgets takes several."
     try:
         share = float(given.removesuffix("%")) / 100 if isinstance(given, str) and given.endswith("%") else float(given)
     except ValueError:

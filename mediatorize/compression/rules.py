@@ -73,6 +73,11 @@ class Rules:
             rules.setdefault(does, Predicted(rule=rule, error=error, cost=cost))
         return sorted(rules.values(), key=lambda each: each.error)
 
+    def switches(self, rule: SwitchRule) -> list[list[int]]:
+        """By sample, the step that each stage but the first begins with on the teacher's trajectories; -1: it never does."""
+        at = begins(self.changes, rule.first, rule.ratios)
+        return np.where(at < len(self.errors), at, -1).T.tolist()
+
     @property
     def range(self) -> tuple[float, float] | None:
         """The least and the largest cost of a rule that switches somewhere; None if there is no time to."""

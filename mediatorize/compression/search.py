@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import groupby, pairwise, product
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -86,14 +86,18 @@ EVALUATIONS = 8
 AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 4
 """At first sight candidates are judged by one sample in four, where there are sixteen; then the best four for a budget by all."""
 
-MOST_PATHS = {"computed and forecast calls": 6, "forecasts of the model's output": 2}
-"""How many paths of a kind are judged for a budget, before the best is improved."""
+FAR, MOST_OF_A_KIND = 10.0, 3
+"""Of what is proposed for a budget so many of a kind are sampled, those of least predicted error: within a kind predictions rank well. Not
+sampled is what is predicted to err so many times as much as the best. Baselines always are."""
 
 MOST_RULES, MOST_TRIED = 1, 3
 """How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
 
 RULES_ALONE = 5
 """So many times as many where a rule is what was asked for."""
+
+SAMPLED, REPORTED = 13, 3
+"""Roughly how many candidates a budget has at first sight, and in the report: for what a search will take."""
 
 FLIPPED = 0.5
 """A sample whose relative error is above this has flipped to another one."""
@@ -151,9 +155,8 @@ class Errors:
     """Of a step-wise rule: what these samples cost, as a share of the softmax sampler's."""
 
     @classmethod
-    def of(cls, samples: Tensor, expected: Tensor, share: float | None = None) -> Errors:
-        """Of samples (n, c, h, w)."""
-        errors = (samples - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-12)
+    def of(cls, errors: Tensor, share: float | None = None) -> Errors:
+        """Of single samples' errors (n,)."""
         return cls(
             samples=len(errors),
             median=float(errors.median()),
@@ -182,6 +185,16 @@ class Proposal:
     """Of a step-wise rule: by sample of the trajectories that it was tuned on, the step, from 0, that each later stage began with; -1: it
     never did."""
 
+    @property
+    def error(self) -> float:
+        """What is known of it: the predicted one; infinite where there is no prediction."""
+        return self.predicted.get("vectors", float("inf"))
+
+
+def relative_errors(samples: Tensor, expected: Tensor) -> Tensor:
+    """(n, c, h, w) each -> (n,): how far each sample is from the expected one, as a share of that one's norm."""
+    return (samples - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-12)
+
 
 def within(share: float, budget: float) -> bool:
     """Whether a share of softmax's cost keeps a budget, to rounding."""
@@ -195,11 +208,12 @@ class Candidate(Proposal):
     share: float
     """Its cost, as a share of the softmax sampler's; a rule's is what it spent on the trajectories that it was tuned on."""
     measured: Errors | None = None
-    """On the noise that the search judges by."""
+    """On the noise that the search judges by; None: it was not sampled."""
 
     @property
     def error(self) -> float:
-        return self.predicted.get("vectors", float("inf")) if self.measured is None else self.measured.geometric
+        """The measured one where there is one."""
+        return super().error if self.measured is None else self.measured.geometric
 
     def keeps(self, budget: float) -> bool:
         """Whether it costs no more; a rule also where it was judged, as a few trajectories alone can mislead."""
@@ -307,26 +321,28 @@ def search(
     proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
     for level in model.added().levels:
         whole = proposer.whole(level)
-        judge.add(whole, None if costs.share(whole.schedule) <= max(budgets) else judge.few)
+        judge.add(whole, judge.samples if costs.share(whole.schedule) <= max(budgets) else judge.few)
     solved = {}
     for budget in budgets:
         begun = time.monotonic()
         proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
-        judge.consider(proposals, budget)
+        least = min((proposal.error for proposal in proposals), default=float("inf"))
+        far, most = (float("inf"), RULES_ALONE) if by_rule else (FAR * least, MOST_OF_A_KIND)
         if set(kinds) - {"forecasts"}:
-            judge.consider(tuner.rules(proposer, budget, RULES_ALONE if by_rule else 1), budget)
+            proposals += tuner.rules(proposer, budget, far, RULES_ALONE if by_rule else 1)
+        judge.consider(proposals, budget, far, most)
         if by_rule:
             refuse_without_rule(judge, proposer, budget)
         if verify and "forecasts" in kinds:
             judge.improve(proposer, budget, evaluations, seconds)
 
-    reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, world, progress)
+    reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, world, progress, at_once=True)
     outcomes = []
     for budget in budgets:
         best = judge.best(budget, per, kinds, by_rule)
         baselines = judge.baselines(budget)
-        reported = {candidate.name: reporter.errors(candidate) for candidate in (best, *baselines)} if verify else {}
+        reported = {candidate.name: reporter.errors(candidate, verify) for candidate in (best, *baselines)} if verify else {}
         latency = latency_of(model, sampler, best, float(best.share * costs.softmax) * batch, batch) if timed else None
         outcomes.append(
             Outcome(budget=budget, chosen=best, reported=reported, baselines=baselines, solved_seconds=solved[budget], latency=latency)
@@ -375,10 +391,12 @@ def flops_of_search(
     forward: no weight has a gradient."""
     rows = sum(sampler.rows_of_calls(arch))
     converted = len(settings.converted(arch.depth)) / arch.depth
-    tried = MOST_TRIED * (RULES_ALONE if by_rule else 1)
+    tried = MOST_TRIED * RULES_ALONE if by_rule else 0
     table = 1 + DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2 * converted
-    forwards = trajectories * (1 + 2 * DIRECTIONS + table + tried * sum(budgets))
-    samples = 2 + len(settings.levels) + sum((evaluations + 16) * budget for budget in budgets)
+    forwards = trajectories * (2 + DIRECTIONS + table + tried * sum(budgets))
+    first = few_of(verify) / max(1, verify)
+    of_budget = SAMPLED * first + FINALISTS * (1 - first) + evaluations * (first + (1 - first) / 4) + REPORTED
+    samples = 2 + len(settings.levels) * first + of_budget * sum(budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
 
 
@@ -658,8 +676,7 @@ class Proposer:
                     path = self._largest(room, partial(best_path, errors), kind)
                     if path is not None:
                         seen |= {path, refined(table, path, mean_square)} if lead == 1 else {path}
-            paths = sorted(seen, key=lambda path: mean_square(table.joint(path)))
-            found += [self.along(kind, path, room) for path in paths if self._fits(kind, path, room)][: MOST_PATHS[kind]]
+            found += [self.along(kind, path, room) for path in sorted(seen) if self._fits(kind, path, room)]
         if min(self.costs.rows) == 2:
             found += self._guidance(room)
         if len(self.kinds) > 1:
@@ -884,16 +901,21 @@ class Tuner:
         self.store, self.world, self.progress = store, world, progress
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
 
-    def rules(self, proposer: Proposer, budget: float, times: int = 1) -> list[Proposal]:
+    def rules(self, proposer: Proposer, budget: float, far: float, times: int = 1) -> list[Proposal]:
         """The most promising rules that keep a budget.
 
         By the teacher's trajectories one knows about when a rule switches. The student's differ: where all that were tried spend more, the
         next ones are of less, by as much as those were over.
 
         Args:
+            far: a predicted error. Where the best rule's is above it, that rule is not run: it switches as on the teacher's trajectories.
             times: so many times as many are tried and found.
         """
         room, found, tried = self.costs.room(budget), list[Proposal](), set[SwitchRule]()
+        for best in proposer.rules.within(room)[:1]:
+            proposal = proposer.by_rule(best.rule, proposer.rules.switches(best.rule))
+            if proposal.error > far:
+                return [replace(proposal, name=f"{proposal.name}, for {budget:.2%}")]
         while len(found) < MOST_RULES * times and len(tried) < MOST_TRIED * times:
             rules = [each for each in proposer.rules.within(room) if each.rule not in tried][: MOST_RULES * times]
             if not rules:
@@ -931,6 +953,7 @@ def sample_by(
     batch: int,
     world: World,
     on_samples: Callable[[int], object],
+    first_index: int = 0,
 ) -> tuple[Tensor, list[list[int]]]:
     """`sample_many`, and where the schedule is a rule, the step that each stage but the first began with, by sample. Processes share the
     samples; all get all."""
@@ -943,12 +966,17 @@ def sample_by(
     mine = world.share(len(labels))
     latents = torch.zeros(0, model.arch.channels, *model.arch.input_size)  # where there are more processes than samples
     if world.count(len(labels)):
-        latents = sample_many(model, labels[mine], sampler, schedule, batch, on_samples, drive_of, mine.start)
+        latents = sample_many(model, labels[mine], sampler, schedule, batch, on_samples, drive_of, first_index + mine.start)
     if not isinstance(schedule, RuleSchedule):
         return world.gather(latents), []
     none = torch.zeros(0, len(schedule.rule.ratios), dtype=torch.long)
     switches = torch.cat([none, *(drive.switches for drive in drives if isinstance(drive, Switcher))])
     return world.gather(latents), world.gather(switches).tolist()
+
+
+def few_of(samples: int) -> int:
+    """How many of so many samples candidates are judged by at first sight."""
+    return samples if samples < FEWEST_TO_SPLIT else samples // AT_FIRST_SIGHT
 
 
 def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None:
@@ -968,7 +996,7 @@ def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None
 class Judge:
     """Measures the errors of candidates on one set of noise. What the store has for as many samples is not measured again.
 
-    At first sight a candidate is judged by one sample in `AT_FIRST_SIGHT`; only those that look best are judged by all.
+    At first sight a candidate is judged by one sample in `AT_FIRST_SIGHT`; only those that look best are judged by the others too.
     """
 
     def __init__(
@@ -981,25 +1009,39 @@ class Judge:
         store: Store,
         world: World = ALONE,
         progress: Progress = silent,
+        at_once: bool = False,
     ) -> None:
+        """
+        Args:
+            at_once: judge by all samples in one go, with no first sight.
+        """
         self.model, self.costs, self.sampler = model, costs, sampler
         self.samples, self.batch, self.store, self.world, self.progress = samples, batch, store, world, progress
-        self.few = samples if samples < FEWEST_TO_SPLIT else samples // AT_FIRST_SIGHT
+        self.few = samples if at_once else few_of(samples)
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
         self.candidates: list[Candidate] = []
 
-    def consider(self, proposals: Sequence[Proposal], budget: float) -> None:
-        """Judges proposals for a budget at first sight, by few samples, and then the best of them by all."""
-        seen = [self.add(proposal, self.few) for proposal in proposals]
-        for candidate in sorted(seen, key=lambda candidate: (not candidate.keeps(budget), candidate.error))[:FINALISTS]:
-            self.add(candidate)
+    def consider(self, proposals: Sequence[Proposal], budget: float, far: float, most: int) -> None:
+        """Judges proposals for a budget at first sight, by few samples, and then the best of them by all. Baselines are always sampled.
 
-    def add(self, proposal: Proposal, samples: int | None = None) -> Candidate:
-        """Judges a proposal by all samples, or by the first so many, unless one that does the same was judged by as many."""
-        samples = self.samples if samples is None else samples
+        Args:
+            far: a predicted error. What is above it is not sampled.
+            most: how many of a kind are, those of least predicted error.
+        """
+        sampled: list[Proposal] = []
+        for proposal in sorted(proposals, key=lambda each: each.error):
+            more = sum(each.kind == proposal.kind for each in sampled) < most and proposal.error <= far
+            sampled += [proposal] if more or proposal.kind in BASELINES else []
+        seen = [self.add(proposal, self.few if proposal in sampled else 0) for proposal in proposals]
+        judged = [candidate for candidate in seen if candidate.measured is not None]
+        for candidate in sorted(judged, key=lambda candidate: (not candidate.keeps(budget), candidate.error))[:FINALISTS]:
+            self.add(candidate, self.samples)
+
+    def add(self, proposal: Proposal, samples: int) -> Candidate:
+        """Judges a proposal by the first so many samples, unless one that does the same was judged by as many."""
         alike = [c for c in self.candidates if c.kind == proposal.kind and c.schedule == proposal.schedule]
         for candidate in alike:
-            if candidate.measured is None or candidate.measured.samples >= samples:
+            if samples <= (0 if candidate.measured is None else candidate.measured.samples):
                 return candidate
             self.candidates.remove(candidate)
         costs = costs_with(self.costs, self.model.arch, replace(self.sampler, steps=proposal.steps))
@@ -1011,27 +1053,29 @@ class Judge:
         self.candidates.append(judged)
         return judged
 
-    def errors(self, proposal: Proposal, samples: int | None = None) -> Errors:
-        """Of samples by the proposal's schedule, against the teacher's from the same noise: of all, or of the first so many."""
-        samples = self.samples if samples is None else samples
+    def errors(self, proposal: Proposal, samples: int) -> Errors:
+        """Of the first so many samples by the proposal's schedule, against the teacher's from the same noise."""
         content = json.dumps([proposal.steps, proposal.schedule.to_json()])
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        group = f"candidates-{samples}-{self.sampler.seed}"
-        found: list[Errors] = []
+        parts = [rows for rows in (range(self.few), range(self.few, samples)) if rows]
+        numbers: dict[str, list[float]] = {"error": [], "share": []}
+        for rows in parts:
+            measured = cache(partial(self._measure, proposal, rows))
+            for name, known in numbers.items():
+                group = f"{name}s-{rows.start}-{rows.stop}-{self.sampler.seed}"
+                if name == "error" or isinstance(proposal.schedule, RuleSchedule):
+                    known += self.store.numbers(group, key, lambda measured=measured, name=name: measured()[name])  # type: ignore[misc]
+        shares = numbers["share"]
+        return Errors.of(torch.tensor(numbers["error"], dtype=torch.float64), statistics.fmean(shares) if shares else None)
 
-        def measure() -> Errors:
-            if not found:
-                drawn, switches = self._sample(proposal.name, proposal.schedule, proposal.steps, samples)
-                share = self._spent(proposal.schedule, switches, self.costs) / self.costs.softmax if switches else None
-                found.append(Errors.of(drawn, self._teacher[:samples], share))
-            return found[0]
-
-        names = ("median", "mean", "geometric", "flipped", *(["share"] if isinstance(proposal.schedule, RuleSchedule) else []))
-        numbers = {
-            name: self.store.number(group, f"{key} {name}", lambda name=name: getattr(measure(), name))  # type: ignore[misc]
-            for name in names
+    def _measure(self, proposal: Proposal, rows: range) -> dict[str, list[float]]:
+        """Errors of samples by a proposal's schedule; of a rule's also their cost, as a share of the softmax sampler's."""
+        drawn, switches = self._sample(proposal.name, proposal.schedule, proposal.steps, rows)
+        softmax = self.costs.softmax
+        return {
+            "error": relative_errors(drawn, self._teacher[rows.start : rows.stop]).tolist(),
+            "share": [float(self._spent(proposal.schedule, [each], self.costs) / softmax) for each in switches],
         }
-        return Errors(samples=samples, **numbers)
 
     def _spent(self, schedule: AnySchedule, switches: Sequence[Sequence[int]], costs: Costs) -> Any:
         """What a schedule costs; a rule, where its samples switched so."""
@@ -1058,7 +1102,7 @@ class Judge:
                 continue
             named = replace(moved, name=f"{moved.name}, moved, for {budget:.2%}")
             if self.add(named, self.few).error < self.errors(best, self.few).geometric:
-                best = min(best, self.add(named), key=lambda candidate: candidate.error)
+                best = min(best, self.add(named, self.samples), key=lambda candidate: candidate.error)
 
     def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING), by_rule: bool = False) -> Candidate:
         """The candidate of least error within a budget, or the rule; of a smaller budget's too, should they be better."""
@@ -1078,7 +1122,7 @@ class Judge:
 
     def _whole(self, candidate: Candidate) -> bool:
         """Whether it was judged by all samples, not at first sight alone."""
-        return candidate.measured is None or candidate.measured.samples == self.samples
+        return self.samples == (0 if candidate.measured is None else candidate.measured.samples)
 
     def baselines(self, budget: float) -> tuple[Candidate, ...]:
         """The best candidate within a budget of every kind of baseline that has one."""
@@ -1090,13 +1134,13 @@ class Judge:
 
     @cached_property
     def _teacher(self) -> Tensor:
-        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps, self.samples)[0]
+        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps, range(self.samples))[0]
 
-    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, samples: int) -> tuple[Tensor, list[list[int]]]:
-        """Samples (n, c, h, w), and when each switched, where the schedule is a rule."""
-        how, labels = replace(self.sampler, steps=steps), self.labels[:samples]
-        with self.progress(self.world.count(samples), description, "sample") as bar:
-            return sample_by(self.model, labels, how, schedule, self.batch, self.world, bar.update)
+    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, rows: range) -> tuple[Tensor, list[list[int]]]:
+        """Samples (n, c, h, w) of those numbers, and when each switched, where the schedule is a rule."""
+        how, labels = replace(self.sampler, steps=steps), self.labels[rows.start : rows.stop]
+        with self.progress(self.world.count(len(rows)), description, "sample") as bar:
+            return sample_by(self.model, labels, how, schedule, self.batch, self.world, bar.update, rows.start)
 
 
 def latency_of(model: DiffusionTransformer, sampler: Sampler, candidate: Candidate, predicted: float, batch: int) -> Latency:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mediatorize.compression.allocate import Choice, chosen_vectors, joint_error
 from mediatorize.compression.paths import ForecastTable
@@ -62,7 +61,7 @@ def probe(
 ) -> Probes:
     """Samples with the teacher, sample i with index `first_index` + i, and walks back from each sample along `directions` random vectors.
 
-    Activations of one call at a time are in memory: each is computed again on the way back.
+    Activations of one call at a time are in memory: each is computed again on the way back, once for all directions.
     """
     arch = model.arch
     device = next(model.parameters()).device
@@ -72,11 +71,12 @@ def probe(
     states: list[Tensor] = []
     changes: list[Tensor] = []
 
-    draw = partial(draw_noise, sampler, indices, shape, device)
+    def draw(count: int) -> Tensor:  # for every direction the same
+        return draw_noise(sampler, indices, shape, device, count).repeat(directions, 1, 1, 1)
 
     def predict(x: Tensor, t: float) -> Tensor:
-        states.append(x.detach().cpu())
-        output = checkpoint(lambda x: guided.output(model(*guided.inputs(x, t))), x, use_reentrant=False)
+        states.append(x[: len(labels)].detach().cpu())
+        output = _OnCopies.apply(x, lambda x: guided.output(model(*guided.inputs(x, t))), directions)
         changes.append(torch.zeros_like(output, requires_grad=True))
         if on_call is not None:
             on_call()
@@ -84,12 +84,32 @@ def probe(
 
     with torch.enable_grad():
         end = sampler.run(predict, draw(-1), draw)
-    gradients = []
-    for direction in range(directions):
-        toward = gaussian(sampler.seed, "direction", indices, shape, direction).to(device)
-        found = torch.autograd.grad(end, changes, toward, retain_graph=direction + 1 < directions, allow_unused=True)
-        gradients.append(torch.stack([torch.zeros_like(c) if g is None else g for g, c in zip(found, changes, strict=True)]).cpu())
-    return Probes(labels.cpu(), torch.stack(states), torch.stack(gradients, dim=1), end.detach().cpu())
+    toward = torch.cat([gaussian(sampler.seed, "direction", indices, shape, direction) for direction in range(directions)])
+    found = torch.autograd.grad(end, changes, toward.to(device), materialize_grads=True)
+    gradients = torch.stack([gradient.cpu() for gradient in found]).unflatten(1, (directions, -1))
+    return Probes(labels.cpu(), torch.stack(states), gradients, end[: len(labels)].detach().cpu())
+
+
+class _OnCopies(torch.autograd.Function):
+    """A function of one of several equal copies of a batch, which gives as many copies of its value; each copy has a gradient of its own.
+
+    Nothing is kept but the batch: on the way back the function runs once more, for the gradients of all copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], copies: int) -> Tensor:
+        """(copies * b, ...) -> (copies * b, ...)"""
+        ctx.function, ctx.x = function, x.chunk(copies)[0]
+        return function(ctx.x).repeat(copies, 1, 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            value = ctx.function(x)
+        own = gradients[0].split(len(x))
+        found = [torch.autograd.grad(value, x, each, retain_graph=each is not own[-1])[0] for each in own]
+        return torch.cat(found), None, None
 
 
 def probe_all(
@@ -290,9 +310,9 @@ def adjoint_products(
         with torch.no_grad():
             inputs = [first, *tokens]
             for layer, block in enumerate(model.layers()):
-                for place, level in enumerate(levels if converts(layer) else ()):
-                    change = block(inputs[layer], conditioning, level) - inputs[layer + 1]
-                    found.levels[call, layer, place] = _products(change, by_block[layer], sampler.rows).sum(0)
+                outputs = block.at_levels(inputs[layer], conditioning, levels if converts(layer) else ())
+                for place, changed in enumerate(outputs):
+                    found.levels[call, layer, place] = _products(changed - inputs[layer + 1], by_block[layer], sampler.rows).sum(0)
             gates = torch.stack([torch.stack(block.gates(conditioning)) for block in model.layers()])
             after = [_Gradients(by_output, by_block[-1], gates), *after][: window + 1]
             for back, gradients in enumerate(after):

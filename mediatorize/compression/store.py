@@ -25,8 +25,8 @@ class Store(Protocol):
     def once(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What `make` gives, made at the first call for that name and remembered ever after."""
 
-    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
-        """The same for one number of a group."""
+    def numbers(self, group: str, key: str, make: Callable[[], list[float]]) -> list[float]:
+        """The same for a few numbers, one of many lists of a group."""
 
     def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
         """`once` for every name. Processes that share a store share these out among themselves."""
@@ -40,7 +40,7 @@ class InMemory:
 
     def __init__(self) -> None:
         self.things: dict[str, Kept] = {}
-        self.numbers: dict[tuple[str, str], float] = {}
+        self.lists: dict[tuple[str, str], list[float]] = {}
 
     def has(self, name: str) -> bool:
         return name in self.things
@@ -50,10 +50,10 @@ class InMemory:
             self.things[name] = make()
         return self.things[name]
 
-    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
-        if (group, key) not in self.numbers:
-            self.numbers[group, key] = make()
-        return self.numbers[group, key]
+    def numbers(self, group: str, key: str, make: Callable[[], list[float]]) -> list[float]:
+        if (group, key) not in self.lists:
+            self.lists[group, key] = make()
+        return self.lists[group, key]
 
     def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
         return [self.once(name, make) for name, make in makes.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import Attention
@@ -302,11 +302,33 @@ class Block(nn.Module):
             conditioning: (b, c).
             changed: whether the modulation is changed as at mediator levels.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning, changed)
-        y1, kept1 = attention.output(lambda: modulate(self.norm1(x), shift1, scale1), self.attn)
-        x = torch.addcmul(x, gate1.unsqueeze(1), y1)
-        y2, kept2 = mlp.output(lambda: modulate(self.norm2(x), shift2, scale2), self.run_mlp)
-        return BlockResult(torch.addcmul(x, gate2.unsqueeze(1), y2), kept1, kept2)
+        vectors = self.modulation(conditioning, changed)
+        tokens, kept_of_attention = self._attended(x, vectors, attention)
+        tokens, kept_of_mlp = self._transformed(tokens, vectors, mlp)
+        return BlockResult(tokens, kept_of_attention, kept_of_mlp)
+
+    def at_levels(self, x: Tensor, conditioning: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
+        """(b, n, c) -> what `forward` gives at each level. Levels that differ in the MLP alone share their attention's output."""
+        known: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        for level in levels:
+            parts, changed = parts_of(level), changes_modulation(level)
+            shared = parts.attention, changed
+            if shared not in known:
+                vectors = self.modulation(conditioning, changed)
+                known[shared] = self._attended(x, vectors, SubLayerRun(parts.attention.runs))[0], vectors
+            yield self._transformed(*known[shared], SubLayerRun(parts.mlp.runs))[0]
+
+    def _attended(self, x: Tensor, vectors: tuple[Tensor, ...], run: SubLayerRun) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The tokens after the attention, and what is to be remembered of it."""
+        shift, scale, gate, *_ = vectors
+        y, kept = run.output(lambda: modulate(self.norm1(x), shift, scale), self.attn)
+        return torch.addcmul(x, gate.unsqueeze(1), y), kept
+
+    def _transformed(self, x: Tensor, vectors: tuple[Tensor, ...], run: SubLayerRun) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The tokens after the MLP, and what is to be remembered of it."""
+        *_, shift, scale, gate = vectors
+        y, kept = run.output(lambda: modulate(self.norm2(x), shift, scale), self.run_mlp)
+        return torch.addcmul(x, gate.unsqueeze(1), y), kept
 
     def run_mlp(self, x: Tensor, level: Level) -> Tensor:
         """(b, n, c) -> (b, n, c) at a level of the MLP."""

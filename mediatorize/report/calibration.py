@@ -73,7 +73,12 @@ def _table(found: Outcomes, unit: str) -> str:
 
 
 def _about_errors(result: Calibration) -> str:
-    counts = sorted({c.measured.samples for c in result.found.candidates if c.measured}) if result.found else []
+    candidates = result.found.candidates if result.found else ()
+    counts = sorted({c.measured.samples for c in candidates if c.measured})
+    far = sum(candidate.measured is None for candidate in candidates) if result.verify else 0
+    counted = f"{len(candidates) - far} candidates were tried." + (
+        f" {far} more were not sampled: others are predicted to be better." if far else ""
+    )
     few = f", or of {counts[0]} where those were enough to drop a candidate" if len(counts) > 1 else ""
     measured = (
         f"Errors are of {result.verify} samples{few}; candidates are compared by the geometric mean"
@@ -82,7 +87,7 @@ def _about_errors(result: Calibration) -> str:
     )
     return (
         f"Error means a sample's |sample - teacher's sample| / |teacher's sample|. {measured}. A sample has flipped where it is above 0.5. "
-        f"{len(result.found.candidates) if result.found else 0} candidates were tried."
+        f"{counted}"
     )
 
 
@@ -254,7 +259,7 @@ def write_pictures(result: Calibration) -> None:
     errors[:, [layer for layer in range(result.arch.depth) if not result.settings.converts(layer)]] = np.nan
     write_error_table(result.folder / "sensitivity.png", found.table.noise_levels, levels, errors)
     kept = {outcome.chosen.name for outcome in found.outcomes}
-    shown = [candidate for candidate in found.candidates if math.isfinite(candidate.error)]
+    shown = [candidate for candidate in found.candidates if (candidate.measured or not result.verify) and math.isfinite(candidate.error)]
     points = [Point(c.kind, c.name if c.kind == WHOLE else "", c.share, c.error, c.name in kept, c.kind in BASELINES) for c in shown]
     error = "sample error" + (f", geometric mean of up to {result.verify} samples" if result.verify else ", predicted")
     write_candidates(result.folder / CANDIDATES_FILE, points, f"{unit} of the sampler, as a share of softmax's", error)

@@ -4,7 +4,6 @@ Results that exist are not made again."""
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,19 +75,19 @@ class Work:
         """What was made under that name."""
         return Kept(*read_tensors(self.folder / f"{name}.safetensors"))
 
-    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
-        """The same for one number. All numbers of a group share one file."""
-        known = self._numbers(group)
+    def numbers(self, group: str, key: str, make: Callable[[], list[float]]) -> list[float]:
+        """The same for a few numbers. All lists of a group share one file."""
+        known = self._lists(group)
         if key not in known:
             known[key] = make()
             write_json(self.folder / f"{group}.json", known)
         return known[key]
 
-    def known(self, group: str, key: str) -> float | None:
-        """A number, if it has been made."""
-        return self._numbers(group).get(key)
+    def known(self, group: str, key: str) -> list[float] | None:
+        """Numbers, if they have been made."""
+        return self._lists(group).get(key)
 
-    def _numbers(self, group: str) -> dict[str, float]:
+    def _lists(self, group: str) -> dict[str, list[float]]:
         file = self.folder / f"{group}.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
@@ -118,7 +117,7 @@ class SharedWork:
         self.work, self.world = work, world
 
     def has(self, name: str) -> bool:
-        return bool(self.world.as_first(self.world.is_first and self.work.has(name)))  # others may not see the file yet
+        return self.world.as_first(self.world.is_first and self.work.has(name))  # others may not see the file yet
 
     def once(self, name: str, make: Callable[[], Kept]) -> Kept:
         if self.has(name):
@@ -129,14 +128,13 @@ class SharedWork:
         self.world.barrier()
         return kept if self.world.is_first else self.work.read(name)  # all have the first's
 
-    def number(self, group: str, key: str, make: Callable[[], float]) -> float:
-        known = self.work.known(group, key) if self.world.is_first else None
-        number = self.world.as_first(math.nan if known is None else known)
-        if math.isnan(number):
-            number = self.world.as_first(make())
+    def numbers(self, group: str, key: str, make: Callable[[], list[float]]) -> list[float]:
+        known = self.world.as_first(self.work.known(group, key) if self.world.is_first else None)
+        if known is None:
+            known = made = self.world.as_first(make())
             if self.world.is_first:
-                self.work.number(group, key, lambda: number)
-        return number
+                self.work.numbers(group, key, lambda: made)
+        return known
 
     def each(self, makes: Mapping[str, Callable[[], Kept]]) -> list[Kept]:
         for name in list(makes)[self.world.rank :: self.world.size]:
