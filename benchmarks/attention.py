@@ -10,8 +10,7 @@ branch has its default rank. `published` is mediator attention in the published 
 from __future__ import annotations
 
 import json
-import platform
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,31 +20,35 @@ from timm.layers import Attention
 
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.model import cost
-from mediatorize.model.architecture import Architecture, default_local_rank, preset
+from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.attention import MediatorAttention
-from mediatorize.model.levels import MediatorSettings
+from mediatorize.model.forms import softmax_flops
 from mediatorize.report.tables import text_table
+from mediatorize.stages.inspect import shown_settings
+from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 
 def measure(
     arch: Architecture, levels: tuple[int, ...], batch: int, pairs: int, device: str, dtype: torch.dtype
 ) -> list[dict[str, object]]:
     torch.manual_seed(0)
-    rank = default_local_rank(arch.width)
+    settings = replace(shown_settings(arch), levels=levels)
     softmax = Attention(arch.width, num_heads=arch.heads, qkv_bias=True).to(device, dtype).eval()
-    mediator = MediatorAttention(arch.width, arch.heads, arch.grid, MediatorSettings(levels, local_rank=rank)).to(device, dtype).eval()
+    pretrained = softmax.qkv, softmax.proj
+    mediator = MediatorAttention(arch.width, arch.heads, arch.grid, settings, pretrained).to(device, dtype).eval()
     x = torch.randn(batch, arch.tokens, arch.width, device=device, dtype=dtype)
     rows = []
     for m in levels:
         absorbed = paired_time(lambda m=m: mediator(x, m), lambda: softmax(x), pairs, torch.device(device))
         published = paired_time(lambda m=m: mediator.plain(x, m), lambda: softmax(x), pairs, torch.device(device))
-        flops = cost.attention_flops(arch, m, mediator.settings) / cost.softmax_flops(arch.tokens, arch.width)
+        flops = cost.attention_flops(arch, m, mediator.settings) / softmax_flops(arch.tokens, arch.width)
         rows.append(
             {
                 "model": arch.name,
                 "image_size": arch.image_size,
                 "mediators": m,
-                "local_rank": rank,
+                "local_rank": settings.local_rank,
+                "projection_rank": settings.projection_rank,
                 "time_ratio": absorbed.ratio,
                 "flops_ratio": flops,
                 "published_time_ratio": published.ratio,
@@ -65,20 +68,13 @@ def main(
     destination: Annotated[Path | None, typer.Option("--json", help="where to write the figures")] = None,
 ) -> None:
     """Prints and writes the ratios."""
+    keep_freed_memory()
     rows: list[dict[str, object]] = []
     with torch.inference_mode():
         for name in models.split(","):
             counts = tuple(int(m) for m in levels.split(","))
             rows += measure(preset(name), counts, batch, pairs, device, getattr(torch, dtype))
-    hardware = {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "batch": batch,
-        "dtype": dtype,
-        "pairs": pairs,
-    }
+    told = {"hardware": hardware(torch.device(device)), "versions": versions(), "batch": batch, "dtype": dtype, "pairs": pairs}
     header = ("layer", "m", "time / softmax", "FLOPs / softmax", "published order, time / softmax")
     table = [
         (
@@ -92,7 +88,7 @@ def main(
     ]
     print(text_table(header, table))
     if destination:
-        destination.write_text(json.dumps({"hardware": hardware, "rows": rows}, indent=2) + "\n")
+        destination.write_text(json.dumps(told | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,18 +24,17 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from mediatorize.evaluation.timing import paired_time
+from mediatorize.evaluation.timing import model_call, paired_time
 from mediatorize.model import cost
-from mediatorize.model.architecture import Architecture, default_local_rank, preset
+from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
-from mediatorize.model.memory import Memory
 from mediatorize.model.transformer import DiffusionTransformer, from_scratch, initialise_from_scratch
 from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
+from mediatorize.stages.inspect import SHOWN_LEVELS, shown_settings
 from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 SIZES = ("DiT-S/2@256", "DiT-S/2@512", "DiT-S/2@1024", "DiT-B/2@256", "DiT-L/2@256", "DiT-XL/2@256", "DiT-XL/2@512")
-LEVELS = (1, 4, 16, 64)
 WITHOUT_ATTENTION = "no attention layers"
 COPY = "copy of what a forecast reads"
 SURROGATES = "linear+4|linear+1/8"
@@ -61,12 +60,7 @@ class Kind:
 def kinds(arch: Architecture, batch: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[Kind, Iterator[Kind]]:
     """The softmax call, and all others one after another; what one needs alone is freed once the next is made."""
     torch.manual_seed(0)
-    settings = MediatorSettings(LEVELS, local_rank=default_local_rank(arch.width), mlp_widths=(8, 4))
-    inputs = (
-        torch.randn(batch, arch.channels, *arch.input_size, device=device, dtype=dtype),
-        torch.full((batch,), 0.5, device=device, dtype=dtype),
-        torch.zeros(batch, dtype=torch.long, device=device),
-    )
+    settings = replace(shown_settings(arch), mlp_widths=(8, 4))
 
     def on_device(model: DiffusionTransformer) -> DiffusionTransformer:
         model = model.to(device, dtype).requires_grad_(False).eval()
@@ -76,36 +70,27 @@ def kinds(arch: Architecture, batch: int, device: torch.device, dtype: torch.dty
 
     model = on_device(from_scratch(arch, settings))
 
-    def at(level: Level, used: DiffusionTransformer = model, memory: Memory | None = None) -> Callable[[], object]:
-        return partial(used, *inputs, level, memory=memory)
-
-    def forecast(level: Level, name: str) -> Kind:
-        memory = Memory(arch.depth)
-        watched = [((4,), ("1/8",))] * arch.depth if level == SURROGATES else None
-        for place in (0.0, 1.0):
-            memory.begin(place, watched)
-            model(*inputs, SOFTMAX, memory=memory)
-        memory.begin(2.0)
-        return Kind(name, at(level, memory=memory), cost.forward_flops(arch, level, settings))
+    def at(level: Level, name: str) -> Kind:
+        return Kind(name, model_call(model, batch, level), cost.forward_flops(arch, level, settings))
 
     def others() -> Iterator[Kind]:
-        for level in LEVELS:
-            yield Kind(f"m = {level}", at(level), cost.forward_flops(arch, level, settings))
-        yield forecast(LINEAR, "forecast")
-        yield forecast(SURROGATES, "forecast with m = 4 and MLP 1/8")
-        published = MediatorSettings(LEVELS, form="published", projection_rank=None)
+        for level in SHOWN_LEVELS:
+            yield at(level, f"m = {level}")
+        yield at(LINEAR, "forecast")
+        yield at(SURROGATES, "forecast with m = 4 and MLP 1/8")
+        published = MediatorSettings(SHOWN_LEVELS, form="published", projection_rank=None)
         their = on_device(from_scratch(arch, published))
-        for level in LEVELS:
-            yield Kind(f"published form, m = {level}", at(level, their), cost.forward_flops(arch, level, published))
+        for level in SHOWN_LEVELS:
+            yield Kind(f"published form, m = {level}", model_call(their, batch, level), cost.forward_flops(arch, level, published))
         del their
         bare = DiffusionTransformer(arch)
         initialise_from_scratch(bare, 0)
         for block in bare.layers():
             block.attn = Nothing()  # type: ignore[assignment]
         rest = cost.forward_flops(arch) - cost.forward_flops_by_part(arch)["attention"]
-        yield Kind(WITHOUT_ATTENTION, at(SOFTMAX, on_device(bare)), rest)
+        yield Kind(WITHOUT_ATTENTION, model_call(on_device(bare), batch, SOFTMAX), rest)
 
-    return Kind("softmax", at(SOFTMAX), cost.forward_flops(arch)), others()
+    return at(SOFTMAX, "softmax"), others()
 
 
 def copying(arch: Architecture, batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -134,9 +119,8 @@ def measure(
 
 
 def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The exponents with which a kind's time grows with tokens (of one model) and a layer's with width (at one image size).
-
-    Of batches of one, by least squares of logarithms.
+    """The exponents with which a kind's time in one layer grows with tokens (of one model) and with width (at one image size), and how many
+    sizes each is from. Of batches of one, by least squares of logarithms.
     """
     found = []
     single = [row for row in rows if row["batch"] == 1]
@@ -149,7 +133,20 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if len({row[axis] for row in line}) > 1:
                 times = [math.log(row["softmax_seconds"] * row["time"] / row["depth"]) for row in line]
                 exponents[axis] = statistics.linear_regression([math.log(row[axis]) for row in line], times).slope
+                exponents[f"sizes of {axis}"] = len(line)
         found.append(exponents)
+    return found
+
+
+def per_mediator(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much of a softmax call's time one more mediator takes, by model and batch: the slope over m = 1, 4 and 16."""
+    found = []
+    for size in dict.fromkeys((row["model"], row["image_size"], row["batch"]) for row in rows):
+        times = {row["kind"]: row["time"] for row in rows if (row["model"], row["image_size"], row["batch"]) == size}
+        counts = [count for count in SHOWN_LEVELS[:3] if f"m = {count}" in times]
+        if len(counts) == 3:
+            slope = statistics.linear_regression(counts, [times[f"m = {count}"] for count in counts]).slope
+            found.append({"model": size[0], "image_size": size[1], "batch": size[2], "time": slope})
     return found
 
 
@@ -218,7 +215,8 @@ def keep(path: Path, rows: list[dict[str, Any]], device: torch.device, pairs: in
     rows = [row for row in facts["rows"] if any(row[key] != rows[0][key] for key in same)] + rows
     told = {"hardware": hardware(device), "versions": versions(), "pairs": pairs}
     alike = [row for row in rows if all(row[key] == rows[-1][key] for key in ("device", "dtype", "compiled"))]
-    path.write_text(json.dumps(told | {"exponents": slopes(alike), "rows": rows}, indent=2) + "\n")
+    told |= {"exponents": slopes(alike), "per mediator": per_mediator(alike)}
+    path.write_text(json.dumps(told | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

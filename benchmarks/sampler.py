@@ -1,6 +1,7 @@
 """Time of a whole sampler with forecast calls relative to the teacher's, side by side in one process.
 
     python benchmarks/sampler.py                           # S/2 and B/2 at 256 pixels, batch 8, at 40% of the FLOPs
+    python benchmarks/sampler.py --steps 5,10,20,40 --models SiT-S/2@256
     python benchmarks/sampler.py --models SiT-XL/2@256 --batch 32 --device cuda --dtype bfloat16 --json sampler.json
 
 The weights are random: which calls are computed does not matter here, only how many. The schedule is the one that `calibrate` would write
@@ -11,7 +12,6 @@ the median over pairs.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from functools import partial
@@ -29,6 +29,7 @@ from mediatorize.model.schedule import Call, CallSchedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 from mediatorize.report.tables import text_table
+from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 
 def measure(name: str, steps: int, budget: float, batch: int, pairs: int, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
@@ -75,7 +76,7 @@ def measure(name: str, steps: int, budget: float, batch: int, pairs: int, device
 
 def main(
     models: Annotated[str, typer.Option(help="published sizes, with commas")] = "SiT-S/2@256,SiT-B/2@256",
-    steps: int = 10,
+    steps: Annotated[str, typer.Option(help="of the sampler, with commas")] = "10",
     budget: float = 0.41,
     batch: int = 8,
     pairs: int = 3,
@@ -83,13 +84,15 @@ def main(
     dtype: str = "float32",
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
+    keep_freed_memory()
     where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    found = [measure(name, steps, budget, batch, pairs, where, kind) for name in models.split(",")]
+    counts = list(map(int, steps.split(",")))
+    found = [measure(name, count, budget, batch, pairs, where, kind) for name in models.split(",") for count in counts]
     header = ("model", "computed", "FLOPs", "time", "range", "softmax")
     rows = [
         (
             str(result["model"]),
-            f"{result['computed_calls']} of {steps}",
+            f"{result['computed_calls']} of {result['calls']}",
             f"{result['relative_flops']:.3f}",
             f"{result['relative_time']:.3f}",
             "{:.3f} to {:.3f}".format(*result["lowest_and_highest"]),  # type: ignore[misc]
@@ -99,9 +102,8 @@ def main(
     ]
     typer.echo(text_table(header, rows))
     if json_file is not None:
-        hardware = {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": device, "dtype": dtype}
-        hardware["torch"] = torch.__version__
-        json_file.write_text(json.dumps({"hardware": hardware, "results": found}, indent=2) + "\n")
+        told = {"hardware": hardware(where), "versions": versions(), "dtype": dtype}
+        json_file.write_text(json.dumps(told | {"results": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, official_state, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mediatorize.errors import UserError
+from mediatorize.evaluation import timing
+from mediatorize.evaluation.timing import PairedTime
 from mediatorize.formats import bundle
 from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.cost import count_parameters
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
+from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report.inspection import facts, words
-from mediatorize.stages.inspect import Inspection, inspect
+from mediatorize.stages.inspect import CallTimes, Inspection, inspect
 
 PUBLISHED_GMACS = {
     256: {"S": (0.36, 1.41, 6.06), "B": (1.42, 5.57, 23.01), "L": (5.01, 19.70, 80.70), "XL": (7.39, 29.04, 118.62)},
@@ -252,3 +255,48 @@ def test_bundle_whose_weights_are_of_another_model_is_refused(tmp_path: Path) ->
     other = write_bundle(tmp_path / "other", tiny_model(MediatorSettings((1, 4)), depth=2))
     (other / "model.safetensors").replace(path / "model.safetensors")
     assert "model.safetensors" in refusal(str(path))
+
+
+# --- time ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_measured_at_every_level_and_for_a_forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a clock that counts the FLOPs of what runs, times are the shares of FLOPs that stand beside them."""
+    settings = MediatorSettings((1, 4), local_rank=8)
+    path = write_bundle(tmp_path / "bundle", tiny_model(settings))
+    counted = FlopCounterMode(display=False)
+
+    def seconds(call: Callable[[], object], device: torch.device) -> float:
+        with counted, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted on a CPU
+            call()
+        return float(counted.get_total_flops())
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    found = inspect(str(path), measure=True, batch=1, device="cpu")
+    assert found.times is not None
+    assert list(found.times.calls) == [1, 4, LINEAR]
+    for share, time in found.times.calls.values():
+        assert time.ratio == pytest.approx(share, rel=1e-6)
+        assert time.reference_seconds == counted_flops(found.arch)[0]
+    rows = words(found).split("random weights:\n")[1].splitlines()
+    assert [row.split()[0] for row in rows[2:]] == ["m=1", "m=4", "forecast"]
+    told = facts(found)["times"]
+    assert (told["batch"], told["dtype"], list(told["calls"])) == (1, "float32", ["1", "4", "linear"])
+    assert inspect(str(path)).times is None
+
+
+def test_what_is_slower_with_fewer_flops_is_told() -> None:
+    found = inspect("DiT-S/2@256")
+    times = {
+        1: (0.6, PairedTime(0.7, (0.6, 0.8), 1.0)),
+        4: (0.7, PairedTime(1.2, (1.1, 1.3), 1.0)),
+        16: (0.8, PairedTime(1.1, (0.9, 1.2), 1.0)),
+    }
+    where = {"device": "cpu", "processor": "a", "threads": 2}
+    text = words(dataclasses.replace(found, times=CallTimes(hardware=where, dtype="float32", batch=2, calls=times)))
+    assert text.endswith("Slower than softmax here, though of fewer FLOPs: m=4.")
+
+
+def test_a_call_of_no_rows_is_refused() -> None:
+    with pytest.raises(UserError, match="batch"):
+        inspect("DiT-S/2@256", measure=True, batch=0)

@@ -91,6 +91,7 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
         extra, limit = extra / scale, room / scale - slack
     gain = errors.reshape(cells, options)
     gain = gain - gain.min(1, keepdims=True)
+    most = np.where(_dominated(gain, extra[group]), 0.0, 1.0)
 
     cell, option = np.indices((cells, options)).reshape(2, -1)
     each = np.arange(cells * options)
@@ -103,7 +104,7 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
     result = milp(
         np.concatenate([(gain / (gain.max() or 1.0)).ravel(), np.zeros(counts)]),
         integrality=np.concatenate([np.zeros(each.size), np.ones(counts)]),
-        bounds=Bounds(0, np.concatenate([np.ones(each.size), np.full(counts, cells)])),
+        bounds=Bounds(0, np.concatenate([most.ravel(), np.full(counts, cells)])),
         constraints=[LinearConstraint(structure, sums, sums), LinearConstraint(spent.reshape(1, -1), -np.inf, limit)],
         options={"mip_rel_gap": 0.0} if nodes is None else {"mip_rel_gap": LEAST_GAIN, "node_limit": nodes},
     )
@@ -115,6 +116,14 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
     if np.abs(chosen - chosen.round()).max() > 1e-6:
         raise RuntimeError("HiGHS found no corner of the transportation problem.")
     return chosen.argmax(1).reshape(errors.shape[:2])
+
+
+def _dominated(errors: NDArray[np.float64], costs: NDArray[Any]) -> NDArray[np.bool_]:
+    """(cells, options): whether another option of the cell errs no more and costs no more; of equal ones all but the first are."""
+    order = np.arange(errors.shape[1])
+    no_worse = (errors[:, None] <= errors[..., None]) & (costs[:, None] <= costs[..., None])  # (cells, options, others)
+    equal = no_worse & no_worse.mT
+    return np.any(no_worse & (~equal | (order < order[:, None])), axis=2)
 
 
 def descend(

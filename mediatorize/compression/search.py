@@ -274,7 +274,7 @@ def search(
     kinds: Collection[str] = tuple(KINDS_OF_SAVING),
     per: Per = "cell",
     by_rule: bool = False,
-    trajectories: int = 16,
+    trajectories: int = 8,
     verify: int = 32,
     evaluations: int = EVALUATIONS,
     seconds: float | None = None,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mediatorize.devices import seconds, wait_for
+from mediatorize.model.levels import SOFTMAX, Level, parts_of
+from mediatorize.model.memory import Memory
+from mediatorize.model.transformer import DiffusionTransformer
 
 Call = Callable[[], object]
 
@@ -49,6 +53,31 @@ def paired_time(call: Call, reference: Call, pairs: int, device: torch.device) -
     ratios = [a / b for a, b in times]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return PairedTime(middle, (low, high), statistics.median(b for _, b in times))
+
+
+def model_call(model: DiffusionTransformer, batch: int, level: Level) -> Call:
+    """A whole model call on random latents, with every layer at a level. What a forecast reads of two computed calls is made here.
+
+    Args:
+        batch: rows of the call.
+    """
+    arch, weight = model.arch, next(model.parameters())
+    draw = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(batch, arch.channels, *arch.input_size, generator=draw).to(weight),
+        torch.full((batch,), 0.5, device=weight.device),
+        torch.zeros(batch, dtype=torch.long, device=weight.device),
+    )
+    parts = parts_of(level)
+    if parts.computed:
+        return partial(model, *inputs, level)
+    memory = Memory(arch.depth)
+    attention, mlp = (() if part.runs is None else (part.runs,) for part in (parts.attention, parts.mlp))
+    for place in (0.0, 1.0):
+        memory.begin(place, [(attention, mlp)] * arch.depth)
+        model(*inputs, SOFTMAX, memory=memory)
+    memory.begin(2.0)
+    return partial(model, *inputs, level, memory=memory)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

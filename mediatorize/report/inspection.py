@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
-from mediatorize.model.levels import title
+from mediatorize.model.levels import LINEAR, title
 from mediatorize.report.tables import gmacs, text_table
 
 if TYPE_CHECKING:
     from mediatorize.compression.redundancy import Redundancy
-    from mediatorize.stages.inspect import Inspection
+    from mediatorize.stages.inspect import CallTimes, Inspection
 
 
 def words(found: Inspection) -> str:
@@ -35,6 +35,8 @@ def words(found: Inspection) -> str:
         "FLOPs of a sampler that computes some model calls and forecasts the others from them, as a share of softmax's:",
         _forecasts(found),
     ]
+    if found.times is not None:
+        lines += ["", _times(found.times)]
     if found.redundancy is not None:
         lines += ["", _redundancy(found.redundancy, arch.tokens), f"Wrote {found.redundancy_picture}."]
     return "\n".join(lines)
@@ -65,6 +67,22 @@ def _forecasts(found: Inspection) -> str:
     shares = cost.forecast_shares(found.arch)
     rows = [(str(calls), *(f"{share:.1%}" for share in of_calls.values())) for calls, of_calls in shares.items()]
     return text_table(("model calls", *(f"1 in {every} computed" for every in cost.COMPUTED)), rows)
+
+
+def _times(found: CallTimes) -> str:
+    where = found.hardware
+    rows, slower = [], []
+    for level, (share, time) in found.calls.items():
+        name = "forecast" if level == LINEAR else title(level)
+        rows.append((name, f"{share:.1%}", f"{time.ratio:.1%}", "{:.1%} to {:.1%}".format(*time.quartiles)))
+        slower += [name] if share < 1 < time.quartiles[0] else []
+    seconds = next(iter(found.calls.values()))[1].reference_seconds
+    about = (
+        f"Time of a whole model call of {found.batch} rows, as a share of softmax's ({seconds:.3g} s), measured side by side on "
+        f"{where['device']} ({where['processor']}, {where['threads']} threads), {found.dtype}, random weights:"
+    )
+    warning = f"\nSlower than softmax here, though of fewer FLOPs: {', '.join(slower)}." if slower else ""
+    return f"{about}\n{text_table(('call', 'FLOPs', 'time', 'quartiles'), rows)}{warning}"
 
 
 def _redundancy(found: Redundancy, tokens: int) -> str:
@@ -98,6 +116,14 @@ def _earlier(found: Redundancy) -> str:
     )
 
 
+def _times_facts(found: CallTimes) -> dict[str, Any]:
+    calls = {
+        str(level): {"flops": share, "time": time.ratio, "quartiles": time.quartiles, "softmax_seconds": time.reference_seconds}
+        for level, (share, time) in found.calls.items()
+    }
+    return {"hardware": found.hardware, "dtype": found.dtype, "batch": found.batch, "calls": calls}
+
+
 def facts(found: Inspection) -> dict[str, Any]:
     parts = cost.forward_flops_by_part(found.arch)
     flops = sum(parts.values())
@@ -124,5 +150,6 @@ def facts(found: Inspection) -> dict[str, Any]:
         "forecasts": cost.forecast_shares(found.arch),
         "local_rank": found.settings.local_rank,
         "notes": list(found.notes),
+        "times": None if found.times is None else _times_facts(found.times),
         "redundancy": vars(found.redundancy) | {"effective_rank": found.redundancy.effective_rank} if found.redundancy else None,
     }

@@ -112,7 +112,7 @@ def calibrate(
     cfg_interval: options.Interval = (0.0, 1.0),
     timestep_shift: options.Shift = 1.0,
     seed: options.Seed = 0,
-    trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 16,
+    trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 8,
     verify: Annotated[int, option("held-out samples to measure each candidate's error on; 0 uses predicted errors", SAMPLING, min=0)] = 32,
     batch: options.Batch = 32,
     device: options.Device = "auto",

@@ -9,23 +9,40 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mediatorize.errors import UserError
+from mediatorize.errors import UserError, refuse_below
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
-from mediatorize.model.levels import MediatorSettings, kind_of, title
+from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings, kind_of, levels_per_layer, title
 from mediatorize.report.tables import layers_in_words, left_out
 from mediatorize.stages import options
-from mediatorize.stages.options import WHAT, option
-from mediatorize.stages.running import progress_bar
+from mediatorize.stages.options import RESOURCES, WHAT, option
+from mediatorize.stages.running import hardware, progress_bar
 
 if TYPE_CHECKING:
     from mediatorize.compression.redundancy import Redundancy
+    from mediatorize.evaluation.timing import PairedTime
 
 SHOWN_LEVELS = (1, 4, 16, 64)
 """Levels shown for a model that is not converted yet."""
 
 REDUNDANCY_CALLS = 10
 """Model calls per trajectory when redundancy is measured."""
+
+
+PAIRS = 5
+"""Of calls, one at softmax in each, that a time is the median of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallTimes:
+    """Time of whole model calls on this device, each beside one at softmax."""
+
+    hardware: dict[str, object]
+    dtype: str
+    batch: int
+    """Rows of a call."""
+    calls: dict[Level, tuple[float, PairedTime]]
+    """By level: FLOPs as a share of softmax's, and the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +61,7 @@ class Inspection:
     notes: tuple[str, ...] = ()
     redundancy: Redundancy | None = None
     redundancy_picture: Path | None = None
+    times: CallTimes | None = None
 
 
 def inspect(
@@ -56,13 +74,31 @@ def inspect(
     redundancy: Annotated[
         Path | None, option("a .png to write: how redundant attention is, per layer and noise level; draws a few samples", WHAT)
     ] = None,
+    measure: Annotated[bool, option("time a model call at each level and a forecast call on this device, beside softmax", WHAT)] = False,
+    batch: Annotated[int, option("rows of a timed call; a guided sample takes two", RESOURCES, min=1)] = 2,
     device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
 ) -> Inspection:
     """Shows the model in a checkpoint, where its FLOPs go, and what each level would cost. Checks that all weights are finite.
 
     Example: mediatorize inspect DiT-XL/2@512
     """
-    path = Path(checkpoint)
+    refuse_below({"batch": batch}, 1)
+    found = _found(Path(checkpoint), checkpoint, family, num_heads, num_classes, weights, redundancy, device)
+    return replace(found, times=call_times(found.arch, found.settings, batch, device, dtype)) if measure else found
+
+
+def _found(
+    path: Path,
+    checkpoint: str,
+    family: options.Family,
+    num_heads: options.Heads,
+    num_classes: options.Classes,
+    weights: options.Weights,
+    redundancy: Path | None,
+    device: str,
+) -> Inspection:
+    """All but times."""
     if redundancy is not None and (redundancy.suffix != ".png" or not redundancy.absolute().parent.is_dir()):
         raise UserError(f"{redundancy}: not a .png in a folder that is there.", hint="Pass --redundancy OUT.png.")
     if "@" in checkpoint and not path.exists():
@@ -124,6 +160,26 @@ def inspect(
         measured = attention_redundancy(model, ranks, calls=REDUNDANCY_CALLS, on_step=bar.update)
     write_redundancy(redundancy, measured.effective_rank_of_heads, measured.errors, measured.noise_levels)
     return replace(found, redundancy=measured, redundancy_picture=redundancy)
+
+
+def call_times(arch: Architecture, settings: MediatorSettings, batch: int, device: str, dtype: str) -> CallTimes:
+    """Times a call at every level and a forecast call. The weights are random: time does not depend on them."""
+    import torch
+
+    from mediatorize.devices import DTYPES, pick_device
+    from mediatorize.evaluation.timing import model_call, paired_time
+    from mediatorize.model.transformer import from_scratch
+
+    where = pick_device(device)
+    model = from_scratch(arch, settings).to(where, DTYPES[dtype])
+    softmax, calls = cost.forward_flops(arch), {}
+    with torch.inference_mode(), progress_bar(len(settings.levels) + 1, "timing", "level") as bar:
+        reference = model_call(model, batch, SOFTMAX)
+        for level in (*settings.levels, LINEAR):
+            share = cost.forward_flops(arch, levels_per_layer(level, arch.depth, settings), settings) / softmax
+            calls[level] = share, paired_time(model_call(model, batch, level), reference, PAIRS, where)
+            bar.update()
+    return CallTimes(hardware=hardware(where), dtype=dtype, batch=batch, calls=calls)
 
 
 def _published(name: str) -> Inspection:
