@@ -4,15 +4,16 @@
     python benchmarks/attention.py --json attention.json --device cuda --dtype bfloat16
 
 The two run in turn, A B A B ..., and the ratio is the median over pairs: machines drift, pairs do not. Pooling is per head, the local
-branch has its default rank. `published` is mediator attention in the published order of operations, without the local branch.
+branch and the change of the projections have their default ranks. The published form is measured beside it.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,24 +24,26 @@ from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.attention import MediatorAttention
 from mediatorize.model.forms import softmax_flops
+from mediatorize.model.levels import MediatorSettings
 from mediatorize.report.tables import text_table
 from mediatorize.stages.inspect import shown_settings
 from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 
-def measure(
-    arch: Architecture, levels: tuple[int, ...], batch: int, pairs: int, device: str, dtype: torch.dtype
-) -> list[dict[str, object]]:
+def measure(arch: Architecture, levels: tuple[int, ...], batch: int, pairs: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     settings = replace(shown_settings(arch), levels=levels)
     softmax = Attention(arch.width, num_heads=arch.heads, qkv_bias=True).to(device, dtype).eval()
     pretrained = softmax.qkv, softmax.proj
-    mediator = MediatorAttention(arch.width, arch.heads, arch.grid, settings, pretrained).to(device, dtype).eval()
+    mediator, published = (
+        MediatorAttention(arch.width, arch.heads, arch.grid, each, pretrained).to(device, dtype).eval()
+        for each in (settings, MediatorSettings(levels, form="published", projection_rank=None))
+    )
     x = torch.randn(batch, arch.tokens, arch.width, device=device, dtype=dtype)
     rows = []
     for m in levels:
-        absorbed = paired_time(lambda m=m: mediator(x, m), lambda: softmax(x), pairs, torch.device(device))
-        published = paired_time(lambda m=m: mediator.plain(x, m), lambda: softmax(x), pairs, torch.device(device))
+        reference, where = partial(softmax, x), torch.device(device)
+        ours, theirs = (paired_time(partial(layer, x, m), reference, pairs, where) for layer in (mediator, published))
         flops = cost.attention_flops(arch, m, mediator.settings) / softmax_flops(arch.tokens, arch.width)
         rows.append(
             {
@@ -49,10 +52,10 @@ def measure(
                 "mediators": m,
                 "local_rank": settings.local_rank,
                 "projection_rank": settings.projection_rank,
-                "time_ratio": absorbed.ratio,
+                "time_ratio": ours.ratio,
                 "flops_ratio": flops,
-                "published_time_ratio": published.ratio,
-                "softmax_seconds": absorbed.reference_seconds,
+                "published_time_ratio": theirs.ratio,
+                "softmax_seconds": ours.reference_seconds,
             }
         )
     return rows
@@ -69,13 +72,13 @@ def main(
 ) -> None:
     """Prints and writes the ratios."""
     keep_freed_memory()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for name in models.split(","):
             counts = tuple(int(m) for m in levels.split(","))
             rows += measure(preset(name), counts, batch, pairs, device, getattr(torch, dtype))
     told = {"hardware": hardware(torch.device(device)), "versions": versions(), "batch": batch, "dtype": dtype, "pairs": pairs}
-    header = ("layer", "m", "time / softmax", "FLOPs / softmax", "published order, time / softmax")
+    header = ("layer", "m", "time / softmax", "FLOPs / softmax", "published form, time / softmax")
     table = [
         (
             f"{r['model']}@{r['image_size'][0]}",

@@ -104,7 +104,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for every kind of call that is wanted; none named: for all."""
     arch = preset(name)
-    about = {"model": arch.name, "image_size": arch.image_size[0], "batch": batch}
+    about: dict[str, Any] = {"model": arch.name, "image_size": int(name.rpartition("@")[2]), "batch": batch}
     about |= {"tokens": arch.tokens, "width": arch.width, "depth": arch.depth}
     softmax, others = kinds(arch, batch, device, dtype, compiled)
     rows = []
@@ -127,7 +127,7 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for kind in dict.fromkeys(row["kind"] for row in single):
         mine = [row for row in single if row["kind"] == kind]
         smallest = min(row["width"] for row in mine), min(row["tokens"] for row in mine)
-        exponents = {"kind": kind}
+        exponents: dict[str, Any] = {"kind": kind}
         for axis, same, value in (("tokens", "width", smallest[0]), ("width", "tokens", smallest[1])):
             line = [row for row in mine if row[same] == value]
             if len({row[axis] for row in line}) > 1:
@@ -198,7 +198,8 @@ def main(
             for batch in map(int, batches.split(",")):
                 rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled, wanted)]
                 table = [
-                    (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", "{:.3f} to {:.3f}".format(*row["quartiles"])) for row in rows
+                    (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", f"{row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f}")
+                    for row in rows
                 ]
                 typer.echo(f"\n{name}, batch {batch}: softmax {rows[0]['softmax_seconds']:.3f} s")
                 typer.echo(text_table(("call", "FLOPs", "time", "quartiles"), table))

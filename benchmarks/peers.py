@@ -217,7 +217,7 @@ def main(
             f"At no more {what}, ours has the smaller error than {ahead} of {len(met)} settings of others. {rest} cost less than ours."
         )
     if json_file is not None:
-        facts = {"hardware": hardware(torch.device("cpu")), "versions": versions() | {"cache-dit": version("cache-dit")}}
+        facts: dict[str, Any] = {"hardware": hardware(torch.device("cpu")), "versions": versions() | {"cache-dit": version("cache-dit")}}
         facts |= {"sampler": sampler.to_json(), "samples": samples, "frechet_samples": frechet, "batch": batch, "pairs": pairs}
         json_file.write_text(json.dumps(facts | {"teacher_frechet": base, "rows": rows}, indent=2) + "\n")
     if picture is not None:

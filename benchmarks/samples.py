@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 
 from mediatorize.compression.costs import kinds_of
-from mediatorize.compression.search import EVALUATIONS, Candidate, Errors, Outcomes, costs_of, relative_errors, search
+from mediatorize.compression.search import EVALUATIONS, Candidate, Errors, Outcomes, costs_of, search
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler, sample_many
 from mediatorize.evaluation.digits import distance_to_digits
@@ -77,7 +77,7 @@ def main(
         for candidate in shown(found, outcome.budget, outcome.chosen):
             is_chosen = candidate is outcome.chosen
             drawn = draw(candidate, len(labels) if is_chosen else samples)
-            errors = Errors.of(relative_errors(drawn[:samples], teacher[:samples]))
+            errors = Errors.of(drawn[:samples], teacher[:samples])
             ratio = distance_to_digits(drawn) / base if is_chosen and base else None
             rows.append(
                 vars(errors)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ def main(
             took = seconds(arguments)
             if turn:
                 times[name].append(took)
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "median": round(statistics.median(taken), 3),
             "least": round(min(taken), 3),

@@ -34,7 +34,6 @@ from mediatorize.compression.search import (
     Proposal,
     costs_of,
     measured_tables,
-    relative_errors,
     search,
 )
 from mediatorize.compression.sensitivity import (
@@ -463,7 +462,7 @@ def test_schedules_among_ten_levels_and_more_are_told_apart() -> None:
 def test_one_flipped_sample_does_not_rule_what_candidates_are_compared_by() -> None:
     teacher = torch.ones(11, 1, 2, 2)
     steady, flips = teacher * 1.02, torch.cat([teacher[:10] * 1.01, -teacher[10:]])
-    one, other = (Errors.of(relative_errors(samples, teacher)) for samples in (steady, flips))
+    one, other = Errors.of(steady, teacher), Errors.of(flips, teacher)
     assert one.mean < other.mean
     assert other.geometric < one.geometric
     assert (other.flipped, one.flipped) == (pytest.approx(1 / 11), 0)
@@ -517,7 +516,7 @@ def test_the_teacher_with_fewer_steps_is_what_sample_gives(bundle: Callable[...,
     teacher, student = (sample(model, labels, steps=steps, seed=seed, schedule=SOFTMAX) for steps in (4, fewer.steps))
     assert (fewer.steps, fewer.share) == (2, 0.5)
     assert fewer.measured is not None
-    measured, expected = fewer.measured, Errors.of(relative_errors(student, teacher))
+    measured, expected = fewer.measured, Errors.of(student, teacher)
     for name in ("samples", "median", "mean", "geometric", "flipped"):
         assert getattr(measured, name) == pytest.approx(getattr(expected, name), rel=1e-4)
     assert measured.share is None  # it is no rule
@@ -593,7 +592,7 @@ def test_no_sample_of_a_candidate_is_drawn_twice(bundle: Callable[..., Path], mo
     labels = spread_labels(10, 16, seed)
     student, teacher = (sample(model, labels, steps=6, seed=seed, schedule=schedule) for schedule in (best.schedule, SOFTMAX))
     assert best.measured is not None
-    assert best.measured.geometric == pytest.approx(Errors.of(relative_errors(student, teacher)).geometric, rel=1e-4)
+    assert best.measured.geometric == pytest.approx(Errors.of(student, teacher).geometric, rel=1e-4)
 
 
 def test_what_is_predicted_to_be_far_behind_is_not_sampled_but_baselines_are(
@@ -689,7 +688,7 @@ def test_the_measured_error_is_that_of_whole_samples_from_held_out_noise(bundle:
     teacher, student = (sample(model, labels, steps=4, seed=seed, schedule=level) for level in (SOFTMAX, None))
     assert outcome.chosen.steps == 4
     assert outcome.chosen.measured is not None
-    assert outcome.chosen.measured.mean == pytest.approx(Errors.of(relative_errors(student, teacher)).mean, rel=1e-4)
+    assert outcome.chosen.measured.mean == pytest.approx(Errors.of(student, teacher).mean, rel=1e-4)
     assert outcome.chosen.measured.mean > 0
     assert report.sampler.seed == 2**33
 
@@ -990,7 +989,7 @@ def test_a_rule_keeps_its_budget_by_what_it_really_spends_where_it_was_tuned(bun
     labels = spread_labels(model.arch.classes, 3, held_out.seed)
     drawn = [sample_many(model, labels, held_out, levels, 2) for levels in (schedule, SOFTMAX)]
     own = outcome.reported[outcome.chosen.name]
-    assert own.median == pytest.approx(Errors.of(relative_errors(*drawn)).median)
+    assert own.median == pytest.approx(Errors.of(*drawn).median)
     told, found = words(report), facts(report)["schedules"][0]
     assert "beside it, " in told
     assert f"{own.share:.2%} of softmax's FLOPs" in told

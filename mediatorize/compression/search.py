@@ -155,7 +155,12 @@ class Errors:
     """Of a step-wise rule: what these samples cost, as a share of the softmax sampler's."""
 
     @classmethod
-    def of(cls, errors: Tensor, share: float | None = None) -> Errors:
+    def of(cls, samples: Tensor, expected: Tensor) -> Errors:
+        """Of samples (n, c, h, w)."""
+        return cls.summed(relative_errors(samples, expected))
+
+    @classmethod
+    def summed(cls, errors: Tensor, share: float | None = None) -> Errors:
         """Of single samples' errors (n,)."""
         return cls(
             samples=len(errors),
@@ -1066,7 +1071,7 @@ class Judge:
                 if name == "error" or isinstance(proposal.schedule, RuleSchedule):
                     known += self.store.numbers(group, key, lambda measured=measured, name=name: measured()[name])  # type: ignore[misc]
         shares = numbers["share"]
-        return Errors.of(torch.tensor(numbers["error"], dtype=torch.float64), statistics.fmean(shares) if shares else None)
+        return Errors.summed(torch.tensor(numbers["error"], dtype=torch.float64), statistics.fmean(shares) if shares else None)
 
     def _measure(self, proposal: Proposal, rows: range) -> dict[str, list[float]]:
         """Errors of samples by a proposal's schedule; of a rule's also their cost, as a share of the softmax sampler's."""
