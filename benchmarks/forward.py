@@ -191,15 +191,14 @@ def main(
     if not return_freed:
         keep_freed_memory()
     where, kind = torch.device(device), {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    how = {"device": device, "dtype": dtype, "compiled": compiled}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled}
     wanted = list(filter(None, only.split(";")))
     with torch.inference_mode():
         for name in filter(None, models.split(",")):
             for batch in map(int, batches.split(",")):
                 rows = [how | row for row in measure(name, batch, pairs, where, kind, compiled, wanted)]
                 table = [
-                    (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", f"{row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f}")
-                    for row in rows
+                    (row["kind"], f"{row['flops']:.3f}", f"{row['time']:.3f}", "{:.3f} to {:.3f}".format(*row["quartiles"])) for row in rows
                 ]
                 typer.echo(f"\n{name}, batch {batch}: softmax {rows[0]['softmax_seconds']:.3f} s")
                 typer.echo(text_table(("call", "FLOPs", "time", "quartiles"), table))
