@@ -611,7 +611,7 @@ def test_what_is_predicted_to_be_far_behind_is_not_sampled_but_baselines_are(
 
 
 def test_of_each_kind_those_of_least_predicted_error_are_sampled(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching, "MOST_OF_A_KIND", 1)
+    monkeypatch.setattr(searching, "MOST_OF_A_KIND", {PATH: 1})
     candidates = found_by(calibrate(bundle(), budget=0.6, search="0", **QUICK | {"steps": 10})).candidates
     paths = [candidate for candidate in candidates if candidate.kind == PATH]
     (sampled,) = (candidate for candidate in paths if candidate.measured)

@@ -83,12 +83,14 @@ PAIRS = 3
 EVALUATIONS = 8
 """How many times, for each budget, the best path so far is changed and measured again, unless more or fewer are asked for."""
 
-AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 4
-"""At first sight candidates are judged by one sample in four, where there are sixteen; then the best four for a budget by all."""
+AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 3
+"""At first sight candidates are judged by one sample in four, where there are sixteen; then the best three for a budget by all."""
 
-FAR, MOST_OF_A_KIND = 10.0, 3
-"""Of what is proposed for a budget so many of a kind are sampled, those of least predicted error: within a kind predictions rank well. Not
-sampled is what is predicted to err so many times as much as the best. Baselines always are."""
+FAR = 10.0
+"""What is predicted to err so many times as much as the best of a budget is not sampled, unless it is a baseline."""
+
+MOST_OF_A_KIND = {"computed and forecast calls": 2, "forecasts of the model's output": 2, "forecasts of the guidance": 2}
+"""Of these kinds so many are sampled for a budget, before the best is improved: those of least predicted error. Their predictions rank well."""
 
 MOST_RULES, MOST_TRIED = 1, 3
 """How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
@@ -96,7 +98,7 @@ MOST_RULES, MOST_TRIED = 1, 3
 RULES_ALONE = 5
 """So many times as many where a rule is what was asked for."""
 
-SAMPLED, REPORTED = 13, 3
+SAMPLED, REPORTED = 12, 3
 """Roughly how many candidates a budget has at first sight, and in the report: for what a search will take."""
 
 FLIPPED = 0.5
@@ -333,10 +335,10 @@ def search(
         proposals = list(proposer.within(budget))
         solved[budget] = time.monotonic() - begun
         least = min((proposal.error for proposal in proposals), default=float("inf"))
-        far, most = (float("inf"), RULES_ALONE) if by_rule else (FAR * least, MOST_OF_A_KIND)
+        far = float("inf") if by_rule else FAR * least
         if set(kinds) - {"forecasts"}:
             proposals += tuner.rules(proposer, budget, far, RULES_ALONE if by_rule else 1)
-        judge.consider(proposals, budget, far, most)
+        judge.consider(proposals, budget, far)
         if by_rule:
             refuse_without_rule(judge, proposer, budget)
         if verify and "forecasts" in kinds:
@@ -1026,17 +1028,17 @@ class Judge:
         self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
         self.candidates: list[Candidate] = []
 
-    def consider(self, proposals: Sequence[Proposal], budget: float, far: float, most: int) -> None:
-        """Judges proposals for a budget at first sight, by few samples, and then the best of them by all. Baselines are always sampled.
+    def consider(self, proposals: Sequence[Proposal], budget: float, far: float) -> None:
+        """Judges proposals for a budget at first sight, by few samples, and then the best of them by all.
 
         Args:
-            far: a predicted error. What is above it is not sampled.
-            most: how many of a kind are, those of least predicted error.
+            far: a predicted error. What is above it is not sampled, unless it is a baseline.
         """
         sampled: list[Proposal] = []
         for proposal in sorted(proposals, key=lambda each: each.error):
-            more = sum(each.kind == proposal.kind for each in sampled) < most and proposal.error <= far
-            sampled += [proposal] if more or proposal.kind in BASELINES else []
+            alike = sum(each.kind == proposal.kind for each in sampled)
+            near = proposal.error <= far and alike < MOST_OF_A_KIND.get(proposal.kind, len(proposals))
+            sampled += [proposal] if near or proposal.kind in BASELINES else []
         seen = [self.add(proposal, self.few if proposal in sampled else 0) for proposal in proposals]
         judged = [candidate for candidate in seen if candidate.measured is not None]
         for candidate in sorted(judged, key=lambda candidate: (not candidate.keeps(budget), candidate.error))[:FINALISTS]:
