@@ -90,7 +90,7 @@ FAR = 10.0
 """What is predicted to err so many times as much as the best of a budget is not sampled, unless it is a baseline."""
 
 MOST_OF_A_KIND = {"computed and forecast calls": 2, "forecasts of the model's output": 2, "forecasts of the guidance": 2}
-"""Of these kinds so many are sampled for a budget, before the best is improved: those of least predicted error. Their predictions rank well."""
+"""Of these kinds so many are sampled for a budget, those of least predicted error, before the best is improved."""
 
 MOST_RULES, MOST_TRIED = 1, 3
 """How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
