@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -247,6 +249,22 @@ def test_memory_of_nothing_or_of_another_batch_is_refused() -> None:
         model(x[:2], t[:2], y[:2], levels=LINEAR, memory=memory)
     with pytest.raises(UserError, match="needs a model call that was computed before it"):
         sample(model, [1], steps=2, schedule=LINEAR)
+
+
+def test_what_a_memory_holds_is_freed_with_it() -> None:
+    """At once, and not when Python next looks for cycles: it can be as large as the model."""
+    model = model_of()
+    memory = Memory(model.arch.depth)
+    memory.begin(0.0)
+    model(*model_inputs(model, 2), SOFTMAX, memory=memory)
+    held = weakref.ref(memory.blocks[0].attention.outputs.values[0])
+    assert held() is not None
+    gc.disable()
+    try:
+        del memory
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_in_bfloat16_forecasts() -> None:

@@ -8,7 +8,7 @@ table keeps the products <g, d>, not their squares. So changes that point the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,9 +107,8 @@ class _OnCopies(torch.autograd.Function):
         with torch.enable_grad():
             x = ctx.x.detach().requires_grad_()
             value = ctx.function(x)
-        own = gradients[0].split(len(x))
-        found = [torch.autograd.grad(value, x, each, retain_graph=each is not own[-1])[0] for each in own]
-        return torch.cat(found), None, None
+        found = _along(value, [x], gradients[0].unflatten(0, (-1, len(x))))
+        return torch.cat([each for (each,) in found]), None, None
 
 
 def probe_all(
@@ -291,22 +290,20 @@ def adjoint_products(
     found = Products.zeros(
         len(both_halves), window, depth, len(levels), surrogates.count, sampler.rows, len(rows), probes.gradients.shape[1]
     )
-    after: list[_Gradients] = []
-    for call, t in reversed(list(enumerate(sampler.times()))):
+
+    def of_call(call: int, t: float, after: list[_Gradients]) -> list[_Gradients]:
+        """One call's products, with what the calls after it gave; what it needs in memory is freed with its names."""
         memory = Memory(depth, order=0)
         memory.begin(0.0, watched)
         batch, times, labels = guided.inputs(probes.states[call, rows].to(device), t)
         conditioning = model.condition(times, labels)
+        toward = probes.gradients[call][:, rows].to(device)
         with torch.enable_grad():
             embedded = model.embed(batch).detach().requires_grad_()
             first, *tokens = model.walk(embedded, conditioning, SOFTMAX, memory=memory)
             output = model.finish(tokens[-1], conditioning)
             told = guided.output(output if both_halves[call] else output[: len(rows)])  # both are run, so that all calls have one shape
-            toward = probes.gradients[call][:, rows].to(device)
-            grads = [
-                torch.autograd.grad(told, [output, *tokens], v, retain_graph=index + 1 < len(toward)) for index, v in enumerate(toward)
-            ]
-        by_output, *by_block = (torch.stack(parts) for parts in zip(*grads, strict=True))  # (k, rows, ...) each
+            by_output, *by_block = map(torch.stack, zip(*_along(told, [output, *tokens], toward), strict=True))  # (k, rows, ...) each
         with torch.no_grad():
             inputs = [first, *tokens]
             for layer, block in enumerate(model.layers()):
@@ -325,7 +322,18 @@ def adjoint_products(
                 found.outputs[call + back, back], found.surrogates[call + back, back] = products[:, :2], products[:, 2:]
         if on_call is not None:
             on_call()
+        return after
+
+    after: list[_Gradients] = []
+    for call, t in reversed(list(enumerate(sampler.times()))):
+        after = of_call(call, t, after)
     return found
+
+
+def _along(value: Tensor, inputs: Sequence[Tensor], directions: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Gradients of the value's product with every direction (k, *value's shape), by the inputs. The last frees the graph."""
+    for index, direction in enumerate(directions, 1):
+        yield torch.autograd.grad(value, inputs, direction, retain_graph=index < len(directions))
 
 
 @dataclass(frozen=True)

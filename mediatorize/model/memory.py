@@ -55,10 +55,20 @@ class Series:
 
 
 @dataclass
+class Where:
+    """Where a trajectory stands. Parts of a memory share it, and not the memory: without a cycle, tensors are freed with the memory."""
+
+    place: float
+    """Of the model call at hand, on the axis of the polynomials."""
+    keep: int
+    """How many values of a sequence are remembered."""
+
+
+@dataclass
 class SubLayerMemory:
     """Of one attention or MLP."""
 
-    trajectory: Memory
+    where: Where
     watched: tuple[Level, ...] = ()
     """Surrogates whose outputs a computed call must leave in memory, for later forecasts."""
     outputs: Series = field(default_factory=Series)
@@ -66,7 +76,7 @@ class SubLayerMemory:
 
     def remember(self, output: Tensor, surrogates: Mapping[Level, Tensor]) -> None:
         """Keeps a computed output (b, n, c), and those of the watched surrogates on the same input."""
-        place, keep = self.trajectory.place, self.trajectory.keep
+        place, keep = self.where.place, self.where.keep
         self.outputs.add(place, output, keep)
         for level in [level for level in self.surrogates if level not in surrogates]:
             del self.surrogates[level]
@@ -84,7 +94,7 @@ class SubLayerMemory:
         if part.order is None:
             return None
         series = self.outputs if part.runs is None else self.surrogates.get(part.runs, Series())
-        found = series.at(self.trajectory.place, part.order)
+        found = series.at(self.where.place, part.order)
         if found.shape != like.shape:
             raise UserError(
                 f"This memory is of a batch {list(found.shape)}, the call of {list(like.shape)}.",
@@ -112,9 +122,8 @@ class Memory:
             depth: blocks of the model.
             order: the highest order of the forecasts to come.
         """
-        self.keep = order + 1
-        self.place = 0.0
-        self.blocks = [BlockMemory(SubLayerMemory(self), SubLayerMemory(self)) for _ in range(depth)]
+        self.where = Where(0.0, order + 1)
+        self.blocks = [BlockMemory(SubLayerMemory(self.where), SubLayerMemory(self.where)) for _ in range(depth)]
 
     def begin(self, place: float, watched: Sequence[Watched] | None = None) -> None:
         """Says where on the trajectory the next model call stands.
@@ -123,6 +132,6 @@ class Memory:
             place: on the axis of the polynomials: which of the sampler's times it is.
             watched: for every block, surrogates of the attention and of the MLP that the call must leave in memory; None is none.
         """
-        self.place = place
+        self.where.place = place
         for index, block in enumerate(self.blocks):
             block.attention.watched, block.mlp.watched = ((), ()) if watched is None else watched[index]
