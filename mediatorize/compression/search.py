@@ -98,6 +98,9 @@ MOST_RULES, MOST_TRIED = 1, 3
 RULES_ALONE = 5
 """So many times as many where a rule is what was asked for."""
 
+CATCHES_UP = 1.25
+"""A path whose error is so many times the best one's is not improved. Moves of single calls seldom gain a tenth."""
+
 SAMPLED, REPORTED = 12, 3
 """Roughly how many candidates a budget has at first sight, and in the report: for what a search will take."""
 
@@ -1091,12 +1094,17 @@ class Judge:
         return costs.of(schedule)
 
     def improve(self, proposer: Proposer, budget: float, evaluations: int, seconds: float | None) -> None:
-        """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept."""
+        """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept.
+
+        Nothing is done where another kind is so far ahead that no path will catch up.
+        """
         room, begun = self.costs.room(budget), time.monotonic()
         paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and c.keeps(budget) and self._whole(c)]
         if not paths:
             return
         best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
+        if best.error > CATCHES_UP * min(c.error for c in self.candidates if c.keeps(budget) and self._whole(c)):
+            return
         for _ in range(evaluations):
             if seconds is not None and self.world.as_first(time.monotonic() - begun) > seconds:
                 return
