@@ -213,9 +213,10 @@ def keep(path: Path, rows: list[dict[str, Any]], device: torch.device, pairs: in
     facts = json.loads(path.read_text()) if path.exists() else {"rows": []}
     same = ("model", "image_size", "batch", "device", "dtype", "compiled")
     rows = [row for row in facts["rows"] if any(row[key] != rows[0][key] for key in same)] + rows
-    told = {"hardware": hardware(device), "versions": versions(), "pairs": pairs}
-    alike = [row for row in rows if all(row[key] == rows[-1][key] for key in ("device", "dtype", "compiled"))]
-    told |= {"exponents": slopes(alike), "per mediator": per_mediator(alike)}
+    told: dict[str, Any] = {"hardware": hardware(device), "versions": versions(), "pairs": pairs}
+    ways = list(dict.fromkeys(tuple((key, row[key]) for key in ("device", "dtype", "compiled")) for row in rows))
+    for name, summary in (("exponents", slopes), ("per mediator", per_mediator)):
+        told[name] = [dict(way) | each for way in ways for each in summary([row for row in rows if set(way) <= row.items()])]
     path.write_text(json.dumps(told | {"rows": rows}, indent=2) + "\n")
 
 
