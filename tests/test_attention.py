@@ -10,11 +10,14 @@ from conftest import randomise, relative_error
 from timm.layers import Attention
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mediatorize.errors import UserError
 from mediatorize.model import forms
+from mediatorize.model.architecture import preset
 from mediatorize.model.attention import ChangedLinear, LocalBranch, MediatorAttention
 from mediatorize.model.block import SwitchableAttention
+from mediatorize.model.forms import change_in_weight, interpolation_flops, plain_change_flops, plain_flops
 from mediatorize.model.levels import SOFTMAX, MediatorSettings, Space
 from mediatorize.model.mediators import grid_partition
 
@@ -304,3 +307,31 @@ def test_key_bias_of_the_projection_has_no_effect_in_query_space(form: str) -> N
     before = run(x, 4)
     attention.qkv.bias.data[WIDTH : 2 * WIDTH] += 1
     assert torch.equal(run(x, 4), before)
+
+
+@pytest.mark.parametrize(("tokens", "in_weight"), [(5, False), (6, True)])
+def test_a_low_rank_change_is_added_to_the_weight_where_that_costs_no_more(tokens: int, in_weight: bool) -> None:
+    """Of 8 inputs and 24 outputs: 192 numbers of a weight, or 32 for every token. The output is the same."""
+    torch.manual_seed(0)
+    layer = ChangedLinear(torch.nn.Linear(8, 24), 3)
+    torch.nn.init.normal_(layer.down)
+    torch.nn.init.normal_(layer.up)
+    x = torch.randn(1, tokens, 8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        found = layer.without_bias(x)
+    torch.testing.assert_close(found, x @ (layer.pretrained[0].weight + layer.up @ layer.down).T)
+    assert change_in_weight(tokens, 8, 24) == in_weight
+    change = 8 * 24 if in_weight else tokens * (8 + 24)
+    assert counter.get_total_flops() == 2 * tokens * 8 * 24 + 2 * 3 * change
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2@256", "DiT-S/2@512", "DiT-XL/2@256", "DiT-XL/2@512"])
+def test_the_published_order_with_a_low_rank_change_costs_what_is_stated(name: str) -> None:
+    arch = preset(name)
+    with torch.device("meta"):
+        pretrained = torch.nn.Linear(arch.width, 3 * arch.width), torch.nn.Linear(arch.width, arch.width)
+        layer = MediatorAttention(arch.width, arch.heads, arch.grid, MediatorSettings((64,), projection_rank=32), pretrained)
+        with FlopCounterMode(display=False) as counter:
+            layer.plain(torch.empty(1, arch.tokens, arch.width), 64)
+    stated = plain_flops(arch.tokens, arch.width, arch.heads, 64) + plain_change_flops(arch.tokens, arch.width, 32)
+    assert counter.get_total_flops() == stated + interpolation_flops(arch.grid, arch.heads, 64)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import NormKind
+from mediatorize.model.forms import change_in_weight
 from mediatorize.model.levels import Level, MediatorSettings, kind_of
 from mediatorize.model.mediators import MediatorLevel, PublishedLevel
 
@@ -136,7 +137,11 @@ class ChangedLinear(nn.Module):
         return self.pretrained[0].weight + self.up @ self.down
 
     def without_bias(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.pretrained[0].weight) + F.linear(F.linear(x, self.down), self.up)
+        """(b, n, inputs) -> (b, n, outputs), by the changed weight where to make it costs no more than the change of n tokens."""
+        (pretrained,) = self.pretrained
+        if change_in_weight(x.shape[-2], pretrained.in_features, pretrained.out_features):
+            return F.linear(x, self.weight)
+        return F.linear(x, pretrained.weight) + F.linear(F.linear(x, self.down), self.up)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.without_bias(x) + self.bias

@@ -45,9 +45,18 @@ def absorbed_change_flops(width: int, heads: int, mediators: int, rank: int) -> 
     return 10 * heads * mediators * rank * (width + width // heads)
 
 
+def change_in_weight(tokens: int, inputs: int, outputs: int) -> bool:
+    """Whether adding a low-rank change to a weight costs no more than applying it to the tokens of one sample."""
+    return inputs * outputs <= tokens * (inputs + outputs)
+
+
 def plain_change_flops(tokens: int, width: int, rank: int) -> int:
-    """The same to the published order: of all tokens."""
-    return 12 * tokens * width * rank
+    """The same to the published order: of all tokens, or of the weights. These are changed once per call, but counted for each sample."""
+    total = 0
+    for outputs in (3 * width, width):  # q, k, v; output
+        added = change_in_weight(tokens, width, outputs)
+        total += 2 * rank * (width * outputs if added else tokens * (width + outputs))
+    return total
 
 
 def absorbed_is_cheaper(tokens: int, width: int, heads: int, mediators: int) -> bool:
