@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import groupby, pairwise, product
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -1067,25 +1067,20 @@ class Judge:
         """Of the first so many samples by the proposal's schedule, against the teacher's from the same noise."""
         content = json.dumps([proposal.steps, proposal.schedule.to_json()])
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        parts = [rows for rows in (range(self.few), range(self.few, samples)) if rows]
-        numbers: dict[str, list[float]] = {"error": [], "share": []}
-        for rows in parts:
-            measured = cache(partial(self._measure, proposal, rows))
-            for name, known in numbers.items():
-                group = f"{name}s-{rows.start}-{rows.stop}-{self.sampler.seed}"
-                if name == "error" or isinstance(proposal.schedule, RuleSchedule):
-                    known += self.store.numbers(group, key, lambda measured=measured, name=name: measured()[name])  # type: ignore[misc]
-        shares = numbers["share"]
-        return Errors.summed(torch.tensor(numbers["error"], dtype=torch.float64), statistics.fmean(shares) if shares else None)
+        errors, shares = list[float](), list[float]()
+        for rows in filter(None, (range(self.few), range(self.few, samples))):
+            group = f"errors-{rows.start}-{rows.stop}-{self.sampler.seed}"
+            known = self.store.numbers(group, key, partial(self._measure, proposal, rows))
+            errors += known[: len(rows)]
+            shares += known[len(rows) :]
+        return Errors.summed(torch.tensor(errors, dtype=torch.float64), statistics.fmean(shares) if shares else None)
 
-    def _measure(self, proposal: Proposal, rows: range) -> dict[str, list[float]]:
-        """Errors of samples by a proposal's schedule; of a rule's also their cost, as a share of the softmax sampler's."""
+    def _measure(self, proposal: Proposal, rows: range) -> list[float]:
+        """Errors of samples by a proposal's schedule; after them, of a rule's, their costs as shares of the softmax sampler's."""
         drawn, switches = self._sample(proposal.name, proposal.schedule, proposal.steps, rows)
         softmax = self.costs.softmax
-        return {
-            "error": relative_errors(drawn, self._teacher[rows.start : rows.stop]).tolist(),
-            "share": [float(self._spent(proposal.schedule, [each], self.costs) / softmax) for each in switches],
-        }
+        shares = [float(self._spent(proposal.schedule, [each], self.costs) / softmax) for each in switches]
+        return [*relative_errors(drawn, self._teacher[rows.start : rows.stop]).tolist(), *shares]
 
     def _spent(self, schedule: AnySchedule, switches: Sequence[Sequence[int]], costs: Costs) -> Any:
         """What a schedule costs; a rule, where its samples switched so."""

@@ -12,7 +12,7 @@ import typer
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings, kind_of, levels_per_layer, title
+from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings, kind_of, title
 from mediatorize.report.tables import layers_in_words, left_out
 from mediatorize.stages import options
 from mediatorize.stages.options import RESOURCES, WHAT, option
@@ -27,7 +27,6 @@ SHOWN_LEVELS = (1, 4, 16, 64)
 
 REDUNDANCY_CALLS = 10
 """Model calls per trajectory when redundancy is measured."""
-
 
 PAIRS = 5
 """Of calls, one at softmax in each, that a time is the median of."""
@@ -84,12 +83,11 @@ def inspect(
     Example: mediatorize inspect DiT-XL/2@512
     """
     refuse_below({"batch": batch}, 1)
-    found = _found(Path(checkpoint), checkpoint, family, num_heads, num_classes, weights, redundancy, device)
+    found = _found(checkpoint, family, num_heads, num_classes, weights, redundancy, device)
     return replace(found, times=call_times(found.arch, found.settings, batch, device, dtype)) if measure else found
 
 
 def _found(
-    path: Path,
     checkpoint: str,
     family: options.Family,
     num_heads: options.Heads,
@@ -99,6 +97,7 @@ def _found(
     device: str,
 ) -> Inspection:
     """All but times."""
+    path = Path(checkpoint)
     if redundancy is not None and (redundancy.suffix != ".png" or not redundancy.absolute().parent.is_dir()):
         raise UserError(f"{redundancy}: not a .png in a folder that is there.", hint="Pass --redundancy OUT.png.")
     if "@" in checkpoint and not path.exists():
@@ -176,7 +175,7 @@ def call_times(arch: Architecture, settings: MediatorSettings, batch: int, devic
     with torch.inference_mode(), progress_bar(len(settings.levels) + 1, "timing", "level") as bar:
         reference = model_call(model, batch, SOFTMAX)
         for level in (*settings.levels, LINEAR):
-            share = cost.forward_flops(arch, levels_per_layer(level, arch.depth, settings), settings) / softmax
+            share = cost.forward_flops(arch, level, settings) / softmax
             calls[level] = share, paired_time(model_call(model, batch, level), reference, PAIRS, where)
             bar.update()
     return CallTimes(hardware=hardware(where), dtype=dtype, batch=batch, calls=calls)
