@@ -260,9 +260,12 @@ def test_bundle_whose_weights_are_of_another_model_is_refused(tmp_path: Path) ->
 # --- time ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_time_is_measured_at_every_level_and_for_a_forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [None, (0, 2)], ids=["every layer", "some layers"])
+def test_time_is_measured_at_every_level_and_for_a_forecast(
+    layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """By a clock that counts the FLOPs of what runs, times are the shares of FLOPs that stand beside them."""
-    settings = MediatorSettings((1, 4), local_rank=8)
+    settings = MediatorSettings((1, 4), local_rank=8, layers=layers)
     path = write_bundle(tmp_path / "bundle", tiny_model(settings))
     counted = FlopCounterMode(display=False)
 

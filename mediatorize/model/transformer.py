@@ -248,8 +248,8 @@ def from_scratch(arch: Architecture, settings: MediatorSettings, seed: int = 0) 
     model = DiffusionTransformer(arch)
     initialise_from_scratch(model, seed)
     model.add_mediators(settings, seed)
-    for index, layer in enumerate(model.attention_layers()):
-        _reset_published(layer.mediated(), generator(seed, "layer", index))
+    for index in model.added().converted(arch.depth):
+        _reset_published(model.attention_layers()[index].mediated(), generator(seed, "layer", index))
     return model.requires_grad_(False).eval()
 
 
