@@ -25,6 +25,9 @@ MOST_DAMPING = 256.0
 MOST_NODES = 200
 """For each step of `descend`, which is of a model of the error only. To the very best HiGHS can take minutes."""
 
+PRICES = 40
+"""How often the price of cost is halved in between, to bound what any choice can reach."""
+
 
 def allocate(errors: ArrayLike, costs: ArrayLike, budget: float, *, per_step: bool = False, nodes: int | None = None) -> Choice:
     """The option of every cell that makes the sum of errors smallest while the sum of costs is at most `budget`.
@@ -91,7 +94,7 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
         extra, limit = extra / scale, room / scale - slack
     gain = errors.reshape(cells, options)
     gain = gain - gain.min(1, keepdims=True)
-    most = np.where(_dominated(gain, extra[group]), 0.0, 1.0)
+    most = np.where(_dominated(gain, extra[group]) | _hopeless(gain, extra[group], limit), 0.0, 1.0)
 
     cell, option = np.indices((cells, options)).reshape(2, -1)
     each = np.arange(cells * options)
@@ -124,6 +127,46 @@ def _dominated(errors: NDArray[np.float64], costs: NDArray[Any]) -> NDArray[np.b
     no_worse = (errors[:, None] <= errors[..., None]) & (costs[:, None] <= costs[..., None])  # (cells, options, others)
     equal = no_worse & no_worse.mT
     return np.any(no_worse & (~equal | (order < order[:, None])), axis=2)
+
+
+def _hopeless(errors: NDArray[np.float64], costs: NDArray[Any], room: float) -> NDArray[np.bool_]:
+    """(cells, options): whether every choice within the room that takes this option errs more than one that is at hand.
+
+    With a price on cost, every cell alone takes the option of least error and price: what that adds up to, less the price of the room, is a
+    bound from below for all choices (Sinha and Zoltners 1979, "The multiple-choice knapsack problem"). An option whose own surplus lifts it
+    above the error of a known choice is in no best one.
+
+    Args:
+        costs: the least of every cell is 0.
+        room: at least 0.
+    """
+    cells = np.arange(len(errors))
+
+    def bought(price: float) -> Choice:
+        return (errors + price * costs).argmin(1)
+
+    def keeps(choice: Choice) -> bool:
+        return bool(costs[cells, choice].sum() <= room)
+
+    low, high = 0.0, 0.0
+    while not keeps(bought(high)):
+        low, high = high, 2 * high or (errors.max() or 1.0) / costs.max()
+    for _ in range(PRICES):
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps(bought(middle)) else (middle, high)
+
+    known = bought(high)
+    while True:  # what is left of the room is spent where it gains most
+        now = errors[cells, known], costs[cells, known]
+        gain = np.where(costs - now[1][:, None] <= room - now[1].sum(), now[0][:, None] - errors, 0.0)
+        cell, option = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[cell, option] <= 0:
+            break
+        known[cell] = option
+    priced = errors + high * costs
+    surplus = priced - priced.min(1, keepdims=True)
+    bound = priced.min(1).sum() - high * room
+    return surplus > errors[cells, known].sum() - bound + 1e-9 * errors.max()
 
 
 def descend(
