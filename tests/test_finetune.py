@@ -28,6 +28,7 @@ from mediatorize.compression.distill import (
     forward_with_features,
     levels_of_step,
     mean_squares,
+    optimizer_bytes,
     output_errors,
     saved_bytes,
 )
@@ -314,6 +315,22 @@ def test_saved_bytes_are_those_that_autograd_keeps() -> None:
     predicted = saved_bytes(arch, SETTINGS, settings, len(states))
     assert sum(kept.values()) == predicted
     assert saved_bytes(arch, SETTINGS, DistillSettings(checkpointing=True), len(states)) < predicted / 3
+
+
+@pytest.mark.parametrize("how", [{}, {"optimizer": "adamw"}, {"ema": 0.9}])
+def test_optimizer_bytes_are_those_after_a_step(how: dict[str, Any]) -> None:
+    model, settings = tiny_model(SETTINGS), DistillSettings(**how)
+    distiller, states = Distiller(model, model, settings), targets(model, 2)
+    for parameter in distiller.parameters.values():
+        parameter.grad = torch.ones_like(parameter)  # a step leaves some without, in turn
+    for optimizer in distiller.optimizers:
+        optimizer.step()
+    distiller.step(states, mean_squares(states.output, 4))
+    moments = [moment for each in distiller.optimizers for state in each.state.values() for moment in state.values()]
+    averages = [] if distiller.average is None else distiller.average.shadow_params
+    numbers = sum(moment.numel() for moment in (*moments, *averages) if torch.is_tensor(moment) and moment.ndim)
+    gradients = sum(parameter.numel() for parameter in distiller.parameters.values())
+    assert optimizer_bytes(model.arch, SETTINGS, settings) == 4 * (numbers + gradients)
 
 
 # --- the loop, without a bundle --------------------------------------------------------------------------------------------------

@@ -136,6 +136,22 @@ def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> d
     return errors
 
 
+def trained_parameters(model: DiffusionTransformer, settings: DistillSettings) -> dict[str, nn.Parameter]:
+    """What training changes, by name."""
+    trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
+    trained.pop("pos_embed", None)  # fixed in the originals
+    return trained
+
+
+def optimizer_bytes(arch: Architecture, settings: MediatorSettings, distill: DistillSettings) -> int:
+    """Bytes of gradients, averages and moments in float32; under Muon a matrix has one moment, all else has two."""
+    with torch.device("meta"):
+        model = DiffusionTransformer(arch, settings)
+    trained, averages = trained_parameters(model, distill).values(), 1 if distill.ema else 0
+    moments = [1 if distill.optimizer == "muon" and parameter.ndim == 2 else 2 for parameter in trained]
+    return 4 * sum(parameter.numel() * (1 + count + averages) for parameter, count in zip(trained, moments, strict=True))
+
+
 def saved_bytes(arch: Architecture, settings: MediatorSettings, distill: DistillSettings, batch: int) -> int:
     """Bytes that a step on `batch` states at the largest level keeps for its backward pass, by running it on the meta device."""
     with torch.device("meta"):
@@ -194,9 +210,7 @@ class Distiller:
         """
         self.model, self.teacher, self.settings = model, teacher, settings
         self.levels = tuple(in_order(settings.levels)) or model.added().levels
-        trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
-        trained.pop("pos_embed", None)  # fixed in the originals
-        self.parameters = trained
+        self.parameters = trained = trained_parameters(model, settings)
         for parameter in trained.values():
             parameter.requires_grad_(True)
         self.optimizers = OPTIMIZERS[settings.optimizer](list(trained.values()), settings.learning_rate, model.arch.width)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mediatorize.compression.distill import Distiller, mean_squares, output_errors, saved_bytes
+from mediatorize.compression.distill import Distiller, mean_squares, optimizer_bytes, output_errors, saved_bytes
 from mediatorize.compression.records import DistillSettings, Errors, Weighting
 from mediatorize.compression.sensitivity import Effects, effects_on_samples, probe_all
 from mediatorize.compression.trajectories import DataSet, Samples, Targets, data_targets, teacher_targets, training_states
@@ -199,11 +199,10 @@ class TrainingPlan:
         return steps + judged + EFFECTS_SAMPLES * calls * (5 * forward + sum(per_level))  # sampled, run again and walked back, compared
 
     def peak_bytes(self, arch: Architecture, settings: MediatorSettings, batch: int) -> int:
-        """Weights, what the optimiser keeps (gradient, momentum and, at most, a second moment), and activations of `batch` states."""
+        """Weights, gradients, what the optimiser keeps, and activations of `batch` states."""
         copies = 2 if self.distill.train == "all" and self.distill.teacher != "none" else 1
         weights = 4 * copies * cost.count_parameters(arch, settings)
-        kept = (16 if self.distill.ema else 12) * self.trained_parameters(arch, settings)
-        return weights + kept + saved_bytes(arch, settings, self.distill, batch)
+        return weights + optimizer_bytes(arch, settings, self.distill) + saved_bytes(arch, settings, self.distill, batch)
 
 
 def _refuse_settings(distill: DistillSettings, *, trajectories: int, reuse: int, renoised: int) -> None:
