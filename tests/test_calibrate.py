@@ -23,6 +23,7 @@ from mediatorize.compression import search as searching
 from mediatorize.compression.costs import COSTS, CallCosts, Unit, flops_costs
 from mediatorize.compression.search import (
     FEWER,
+    MIXED,
     OUTPUTS,
     PATH,
     RULE,
@@ -50,7 +51,7 @@ from mediatorize.compression.sensitivity import (
     spread_labels,
 )
 from mediatorize.compression.store import InMemory
-from mediatorize.diffusion.sampling import GuidedModel, Sampler, driver_of, flops_by_rule, sample, sample_batch, sample_many
+from mediatorize.diffusion.sampling import GuidedModel, Sampler, driver_of, flops_by_rule, patterns, sample, sample_batch, sample_many
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.formats import bundle as bundles
@@ -640,6 +641,24 @@ def test_schedules_over_the_memory_limit_are_not_proposed(bundle: Callable[..., 
     assert report.memory_bytes == 4 * 2 * 2 * 3 * 16 * 48  # orders, sub-layers, layers, tokens, width
 
 
+def test_schedules_run_blocks_in_no_more_ways_than_patterns_allow(bundle: Callable[..., Path]) -> None:
+    """Where the best mixture needs more, one of fewer levels is allocated; it is not the plain forecast that is left."""
+    path = bundle(tiny_model(MediatorSettings((1, 4), mlp_widths=(8, 4)), channels=1, learn_sigma=False))
+    model, how = bundles.load_bundle(path), QUICK | {"steps": 8, "force": True}
+    ways: dict[int, list[int]] = {}
+    for most in (0, 6, 3):
+        report = calibrate(path, budget=0.6, patterns=most, **how)
+        candidates = found_by(report).candidates
+        needed = [patterns(model, replace(report.sampler, steps=c.steps), c.schedule) for c in candidates]
+        ways[most] = [count for count, c in zip(needed, candidates, strict=True) if count is not None and c.kind == MIXED]
+        assert max(ways[most]) > 6 if most == 0 else max(filter(None, needed)) <= most
+        assert not most or RULE not in {candidate.kind for candidate in candidates}
+        graphs = found_by(report).outcomes[0].patterns
+        assert graphs == facts(report)["schedules"][0]["patterns"]
+        assert graphs is not None and re.search(rf"needs {graphs} graphs?, one for each way", words(report))
+    assert max(ways[6]) > 3 and max(ways[3]) > 2  # a plain forecast has two: with a memory and, at the end, without
+
+
 def test_a_search_ends_after_the_samples_or_the_time_it_is_given(bundle: Callable[..., Path]) -> None:
     how: dict[str, Any] = QUICK | {"steps": 8, "kinds": ("forecasts",)}
     none = calibrate(bundle(), budget=0.6, search="0", **how)
@@ -1063,6 +1082,7 @@ def test_heun_switches_between_steps_and_a_guided_rule_counts_its_rows(bundle: C
     ("changes", "message"),
     [
         ({"kinds": ("forecasts",)}, "--kinds forecasts leaves only softmax"),
+        ({"patterns": 4}, "Leave --patterns out"),
         ({"solver": "dopri5"}, "a rule needs a fixed number"),
         ({"budget": 0.1}, r"can go down to .* with mediators"),
         ({"steps": 3}, "In 3 steps there is no time for a rule to switch"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import mediatorize
 from mediatorize import sample
-from mediatorize.diffusion.sampling import Sampler, guide
+from mediatorize.diffusion.sampling import Sampler, guide, patterns
 from mediatorize.errors import UserError
 from mediatorize.model.block import Block, BlockResult, SubLayerRun
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
@@ -280,4 +280,5 @@ def test_compiled_blocks_share_a_graph_for_each_way_they_run_and_compile_no_more
     torch.testing.assert_close(sample(model, [1, 2], seed=3, **how), expected)
     assert len(graphs) == len(ways)
     sample(model, [2, 0], seed=4, **how)
-    assert len(graphs) == len(ways)
+    sampler = Sampler.resolve(model.arch, solver=solver, steps=4, cfg_scale=1.5)
+    assert len(graphs) == len(ways) == patterns(model, sampler, schedule)

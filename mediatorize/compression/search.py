@@ -16,7 +16,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -49,7 +50,7 @@ from mediatorize.compression.sensitivity import (
 )
 from mediatorize.compression.store import InMemory, Kept, Store
 from mediatorize.devices import ALONE, World
-from mediatorize.diffusion.sampling import Drive, Sampler, driver_of, sample_batch, sample_many
+from mediatorize.diffusion.sampling import Drive, Sampler, driver_of, patterns, sample_batch, sample_many
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.model import cost as closed_form
@@ -253,6 +254,8 @@ class Outcome:
     """The best of every kind of baseline within the budget."""
     solved_seconds: float
     """Time to propose candidates for this budget."""
+    patterns: int | None
+    """In how many ways blocks run by the schedule (`sampling.patterns`)."""
     latency: Latency | None = None
 
     @property
@@ -289,6 +292,7 @@ def search(
     evaluations: int = EVALUATIONS,
     seconds: float | None = None,
     most_memory: float | None = None,
+    most_patterns: int | None = None,
     batch: int = 32,
     timed: bool = False,
     store: Store | None = None,
@@ -311,6 +315,7 @@ def search(
         evaluations: for each budget, how many changes of the best candidate are measured.
         seconds: for each budget, the time after which no more are.
         most_memory: numbers per sample that a schedule may keep for its forecasts.
+        most_patterns: ways that a schedule may run blocks in, each of which is compiled by itself. Rules are left out.
         batch: samples at a time.
         timed: also time whole batches by the chosen schedules.
         store: keeps what is measured; one that outlasts the process resumes the search.
@@ -328,7 +333,7 @@ def search(
 
     judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, world, progress)
     tuner = Tuner(model, costs, samplers(sampler)[0], trajectories, batch, store, world, progress)
-    proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory)
+    proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory, most_patterns)
     for level in model.added().levels:
         whole = proposer.whole(level)
         judge.add(whole, judge.samples if costs.share(whole.schedule) <= max(budgets) else judge.few)
@@ -339,7 +344,7 @@ def search(
         solved[budget] = time.monotonic() - begun
         least = min((proposal.error for proposal in proposals), default=float("inf"))
         far = float("inf") if by_rule else FAR * least
-        if set(kinds) - {"forecasts"}:
+        if set(kinds) - {"forecasts"} and most_patterns is None:
             proposals += tuner.rules(proposer, budget, far, RULES_ALONE if by_rule else 1)
         judge.consider(proposals, budget, far)
         if by_rule:
@@ -353,10 +358,10 @@ def search(
         best = judge.best(budget, per, kinds, by_rule)
         baselines = judge.baselines(budget)
         reported = {candidate.name: reporter.errors(candidate, verify) for candidate in (best, *baselines)} if verify else {}
+        told: dict[str, Any] = {"reported": reported, "baselines": baselines, "solved_seconds": solved[budget]}
+        told |= {"patterns": patterns(model, replace(sampler, steps=best.steps), best.schedule)}
         latency = latency_of(model, sampler, best, float(best.share * costs.softmax) * batch, batch) if timed else None
-        outcomes.append(
-            Outcome(budget=budget, chosen=best, reported=reported, baselines=baselines, solved_seconds=solved[budget], latency=latency)
-        )
+        outcomes.append(Outcome(budget=budget, chosen=best, latency=latency, **told))
     return Outcomes(outcomes=tuple(outcomes), candidates=tuple(judge.candidates), table=tables.errors, table_seconds=table_seconds)
 
 
@@ -549,9 +554,10 @@ class Proposer:
         kinds: Collection[str],
         per: Per = "cell",
         most_memory: float | None = None,
+        most_patterns: int | None = None,
     ) -> None:
         self.model, self.sampler, self.costs, self.tables, self.kinds, self.per = model, sampler, costs, tables, kinds, per
-        self.most_memory = most_memory
+        self.most_memory, self.most_patterns = most_memory, most_patterns
         self.noise_levels = tuple(sampler.noise_levels(model.arch))
         self.settings, self.depth = model.added(), model.arch.depth
         self.calls = len(self.noise_levels)
@@ -562,17 +568,22 @@ class Proposer:
         found: list[Proposal] = []
         if (fewer := self.fewer_steps(room)) is not None:
             found.append(fewer)
-        bare = [kind for kind in self.kinds if kind != "forecasts"]
-        if bare and self.costs.least(bare) <= budget:
+        if set(self.kinds) - {"forecasts"}:
             found += self.levels(room)
         if "forecasts" in self.kinds:
             found += self.paths(room)
         for proposal in found:
-            if (
-                self.most_memory is None
-                or self.sampler.memory_numbers(self.model.arch, proposal.schedule, self.settings) <= self.most_memory
-            ):
+            if self.allows(proposal.schedule):
                 yield replace(proposal, name=proposal.name + named)
+
+    def allows(self, schedule: AnySchedule) -> bool:
+        """Whether a schedule keeps the limits of memory and of patterns."""
+        sampler, most = self.sampler, self.most_memory
+        kept = 0 if most is None else sampler.memory_numbers(self.model.arch, schedule, self.settings)
+        return (most is None or kept <= most) and not self._too_many_patterns(schedule)
+
+    def _too_many_patterns(self, schedule: AnySchedule) -> bool:
+        return self.most_patterns is not None and (patterns(self.model, self.sampler, schedule) or 0) > self.most_patterns
 
     def whole(self, level: Level) -> Proposal:
         """One level throughout."""
@@ -594,15 +605,18 @@ class Proposer:
 
     # levels in computed calls alone
 
-    def levels(self, room: Any) -> list[Proposal]:
+    def levels(self, room: Any, without: frozenset[Level] = frozenset()) -> list[Proposal]:
         """Levels by noise level and layer, and by step.
 
         Where forecasts may not be used, errors are added up in several more ways: those take long, and do not come near forecasts.
+
+        Args:
+            without: levels that may not be used.
         """
         alone = "forecasts" not in self.kinds
         table, squares = self.tables.errors, self.tables.errors.squares()
         cells, place = cells_of(self.noise_levels)
-        usable = set(bare_levels(self.settings, self.kinds))
+        usable = set(bare_levels(self.settings, self.kinds)) - without
         softmax = table.options.index(SOFTMAX)
         offered = np.tile([level in usable for level in table.options], (self.depth, 1))  # (layers, options)
         offered[[layer for layer in range(self.depth) if not self.settings.converts(layer)]] = False
@@ -611,6 +625,8 @@ class Proposer:
         np.add.at(rows, place, self.costs.rows)
         costs = rows[:, None, None] * np.where(offered, one, one[softmax])
         left = room - int(rows.sum()) * self.costs.call.rest
+        if costs.min(2).sum() > left:
+            return []
         products = np.where(offered[..., None], table.products, 0.0)  # what is not offered does as softmax, whose cost it has
         squares = np.square(products).sum(-1)
         chosen: list[tuple[str, str, Choice]] = []
@@ -626,10 +642,15 @@ class Proposer:
         how: dict[str, Any] = {"steps": self.sampler.steps}
         layers = np.arange(self.depth)
         kept = [(name, kind, np.where(offered[layers, choice], choice, softmax)) for name, kind, choice in chosen]
-        return [
+        proposals = [
             Proposal(name=name, kind=kind, schedule=table.schedule(choice), predicted=table.predicted(choice), **how)
             for name, kind, choice in kept
         ]
+        if not any(self._too_many_patterns(proposal.schedule) for proposal in proposals):
+            return proposals
+        rarest = _rarest(table.options[option] for _, _, choice in kept for option in choice.flat)
+        fewer = [] if rarest is None else self.levels(room, without | {rarest})
+        return [proposal for proposal in proposals if self.allows(proposal.schedule)] + fewer
 
     # step-wise rules
 
@@ -794,13 +815,25 @@ class Proposer:
         paths = [path for count in counts if (path := best_path(errors, count)) is not None]
         return list(dict.fromkeys(refined(self.tables.calls, path, mean_square) for path in paths))
 
-    def _filled(self, path: tuple[int, ...], room: Any, name: str, how: dict[str, Any]) -> Proposal:
+    def _filled(
+        self, path: tuple[int, ...], room: Any, name: str, how: dict[str, Any], without: frozenset[Level] = frozenset()
+    ) -> Proposal:
         """Levels at the computed calls and surrogates at the others, by an exact allocation under what the budget leaves.
 
         Squares of errors are added up: with as many options as these, few probes would let vectors cancel that do not.
+
+        Args:
+            without: levels that may not be used.
         """
         options, products = self._options(path)
         computed = set(path)
+        plain_places = options[0].index(LINEAR), options[1].index(SOFTMAX)
+        usable = [
+            [plain if level in without else place for place, level in enumerate(levels)]
+            for levels, plain in zip(options, plain_places, strict=True)
+        ]
+        options = [options[0][place] for place in usable[0]], [options[1][place] for place in usable[1]]
+        products = np.stack([row[:, usable[call in computed]] for call, row in enumerate(products)])
         plain = Proposal(name=name, schedule=self._plain(PATH, path), **how)
         resting, bare = (
             [[self.costs.call.block(self.settings.level_of(layer, level)) for level in levels] for layer in range(self.depth)]
@@ -816,6 +849,9 @@ class Proposer:
             choice = allocate(squares, costs, left)
             schedule = self._chosen(choice, options, computed)
             over = self.costs.of(schedule) - room
+            if over <= 0 and self._too_many_patterns(schedule):
+                rarest = _rarest(options[call in computed][option] for call, row in enumerate(choice) for option in row)
+                return plain if rarest is None else self._filled(path, room, name, how, without | {rarest})
             if over <= 0:
                 error = joint_error(products, choice) ** 0.5
                 return replace(plain, schedule=schedule, predicted={"vectors": error})
@@ -877,6 +913,12 @@ class Proposer:
                 whole[call, :, place] = effect
             whole[call, :, len(resting) :] = whole[call, :, :1]
         return options, (whole.flatten(3) / (whole.shape[-2] * whole.shape[-1]) ** 0.5).numpy()
+
+
+def _rarest(levels: Iterable[Level]) -> Level | None:
+    """The level that is there least often, the pretrained one and the plain forecast aside."""
+    counts = Counter(level for level in levels if level not in (SOFTMAX, LINEAR))
+    return min(counts, key=lambda level: counts[level], default=None)
 
 
 def _in_short(path: Sequence[int]) -> str:
@@ -1108,7 +1150,7 @@ class Judge:
                 return
             seen.add(near[0])
             moved = proposer.along(best.kind, near[0], room)
-            if self.costs.of(moved.schedule) > room:
+            if self.costs.of(moved.schedule) > room or not proposer.allows(moved.schedule):
                 continue
             named = replace(moved, name=f"{moved.name}, moved, for {budget:.2%}")
             if self.add(named, self.few).error < self.errors(best, self.few).geometric:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mediatorize.errors import UserError
+from mediatorize.model.block import way_of_running
 from mediatorize.model.levels import Level
 from mediatorize.model.memory import Memory, Series
 from mediatorize.model.schedule import Call, highest_order, is_computed, places_of, streams_of, watched_surrogates
@@ -33,12 +34,20 @@ class Driver:
             rows: of the same calls per sample: 2 where they are guided, else 1.
             batch: samples.
         """
-        self.model, self.batch, self.index = model, batch, 0
+        self.model, self.rows, self.batch, self.index = model, rows, batch, 0
         self.places = places_of(noise_levels)
         halves = streams_of(calls, rows)
         forecast = any(not is_computed(levels) for levels in halves[0])
         self.apart = any(call.unconditional is not None for call in calls) or (forecast and len(set(rows)) > 1)
         self.streams = [_Stream(levels, depth, self.places) for levels in (halves if self.apart else halves[:1])]
+
+    def ways(self) -> set[tuple[object, ...]]:
+        """The ways that blocks run along the trajectory, as `DiffusionTransformer.compile_blocks` tells them apart: a graph for each."""
+        found: set[tuple[object, ...]] = set()
+        for stream in self.streams:
+            for index, rows in enumerate(self.rows):
+                found |= {(1 if self.apart else rows, *way) for way in stream.ways(index)}
+        return found
 
     def look(self, x: Tensor) -> None:
         """Is shown the solver's state before every call. A schedule does not go by it."""
@@ -70,6 +79,13 @@ class _Stream:
         self.outputs = Series()
         self.last_forecast = max((index for index, own in enumerate(levels) if own and not is_computed(own)), default=-1)
         self.last_output = max((index for index, own in enumerate(levels) if not own), default=-1)
+
+    def ways(self, index: int) -> list[tuple[object, ...]]:
+        """How blocks run that compute something at a call."""
+        levels = self.levels[index]
+        watched = self.watched[index] if index <= self.last_forecast else [None] * len(levels)
+        found = (way_of_running(level, own) for level, own in zip(levels, watched if levels else [], strict=True))
+        return [way for way in found if way is not None]
 
     def run(self, model: Model, index: int, place: float, x: Tensor, t: Tensor, y: Tensor, base: Tensor | None = None) -> Tensor:
         """The output, of which the part over `base` is forecast where the model is not called."""

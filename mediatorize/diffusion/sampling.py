@@ -322,6 +322,15 @@ def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedu
     return AtOnce(model, schedule)
 
 
+def patterns(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None) -> int | None:
+    """In how many ways the model's blocks run along a trajectory: `DiffusionTransformer.compile_blocks` makes a graph for each.
+
+    None where that is not known before: a rule switches batches of any size, and an adaptive solver takes any steps.
+    """
+    drive = driver_of(model, sampler, schedule, 1)
+    return len(drive.ways()) if isinstance(drive, Driver) else None
+
+
 @dataclass(frozen=True)
 class AtOnce:
     """Calls a model at the levels of a call's noise level, however many calls there are."""

@@ -20,6 +20,7 @@ from mediatorize.model.levels import (
     SOFTMAX,
     Level,
     MediatorSettings,
+    Part,
     changes_modulation,
     in_full,
     is_pretrained,
@@ -27,6 +28,7 @@ from mediatorize.model.levels import (
 )
 from mediatorize.model.memory import BlockMemory
 from mediatorize.model.mlp import NarrowMlp, block_mlp
+from mediatorize.model.schedule import Watched
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -177,6 +179,12 @@ class SubLayerRun(NamedTuple):
     keep: bool = False
     """Whether its output is to be remembered."""
 
+    @classmethod
+    def remembering(cls, part: Part, rest: Tensor | None, watched: tuple[Level, ...]) -> SubLayerRun:
+        """How a part of a level runs where there is a memory, which surrogates are watched for."""
+        computed = part.order is None
+        return cls(part.runs, rest, watched if computed else (), keep=computed)
+
     def output(self, inputs: Callable[[], Tensor], run: Callable[[Tensor, Level], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output (b, n, c), and what is to be remembered: the output and those of the watched surrogates, or nothing.
 
@@ -192,6 +200,22 @@ class SubLayerRun(NamedTuple):
         if self.rest is not None:
             y = self.rest + y
         return y, (y, *(run(x, level) for level in self.watched)) if self.keep else ()
+
+
+def way_of_running(level: Level, watched: Watched | None) -> tuple[object, ...] | None:
+    """What tells graphs of `Block.compute` apart, beside the batch; None where a block computes nothing.
+
+    Args:
+        watched: surrogates that the call must leave in memory; None: there is no memory.
+    """
+    parts = parts_of(in_full(level) if watched is None else level)
+    both = parts.attention, parts.mlp
+    if all(part.runs is None for part in both):
+        return None
+    if watched is None:
+        return *(SubLayerRun(part.runs) for part in both), changes_modulation(level)
+    runs = (SubLayerRun.remembering(part, None, own) for part, own in zip(both, watched, strict=True))
+    return *runs, *(part.order is None for part in both), changes_modulation(level)
 
 
 class BlockResult(NamedTuple):
@@ -285,8 +309,7 @@ class Block(nn.Module):
                 x = torch.addcmul(x, gate.unsqueeze(1), rest)
             return x
         run1, run2 = (
-            SubLayerRun(part.runs, rest, own.watched if part.order is None else (), keep=part.order is None)
-            for own, part, rest in zip(memories, (attention, mlp), rests, strict=True)
+            SubLayerRun.remembering(part, rest, own.watched) for own, part, rest in zip(memories, (attention, mlp), rests, strict=True)
         )
         result = self.compute(x, conditioning, run1, run2, changes_modulation(level))
         for own, run, kept in zip(memories, (run1, run2), (result.attention, result.mlp), strict=True):

@@ -130,6 +130,9 @@ def _about(result: Calibration, outcome: Outcome, unit: str) -> list[str]:
         for other in _beside(result, outcome):
             told = "" if other.measured is None else f", median error {other.measured.median:.4f}"
             lines.append(f"  beside it, {other.kind}, {other.share:.2%} of softmax's {unit}{told}: {other.name}")
+    if outcome.patterns is not None:
+        graphs = "1 graph" if outcome.patterns == 1 else f"{outcome.patterns} graphs"
+        lines.append(f"  with --compile it needs {graphs}, one for each way that a block runs")
     lines += [] if outcome.latency is None else [_about_time(outcome.latency)]
     return lines
 
@@ -196,6 +199,7 @@ def _outcome_facts(result: Calibration, outcome: Outcome) -> dict[str, Any]:
             if c.name in outcome.reported
         ],
         "solved_seconds": round(outcome.solved_seconds, 3),
+        "patterns": outcome.patterns,
         "latency": None if outcome.latency is None else vars(outcome.latency),
     }
 

@@ -105,6 +105,9 @@ def calibrate(
         option("how long to improve the best candidate of a budget: a number of samples, or a time (90s)", WHAT, metavar="N|Ns"),
     ] = "",
     memory: Annotated[float, option("GiB that the memory of forecasts may take at --batch; 0 is no limit", WHAT, min=0)] = 0.0,
+    patterns: Annotated[
+        int, option("most ways that blocks may run in by a schedule: with --compile, a graph for each; 0 is no limit", WHAT, min=0)
+    ] = 0,
     solver: options.Solver = None,
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
@@ -140,7 +143,7 @@ def calibrate(
     if COSTS[cost].timed and started_by_torchrun():
         raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
-    refuse_below({"verify": verify, "seed": seed}, 0)
+    refuse_below({"verify": verify, "seed": seed, "patterns": patterns}, 0)
     evaluations, seconds = read_search(search, verify) if search else (searching.EVALUATIONS, None)
     if not bundles.is_bundle(model):
         raise UserError(f"{model}: is no bundle.", hint="Run `mediatorize convert` first.")
@@ -152,6 +155,8 @@ def calibrate(
     with about(model):
         saving = kinds_of(settings, kinds)
         bare = tuple(kind for kind in saving if kind != "forecasts")
+        if rule is not None and patterns:
+            raise UserError("A rule switches batches of any size, each of which is compiled by itself.", hint="Leave --patterns out.")
         if rule is not None and not bare:
             raise UserError("A rule switches between levels, and --kinds forecasts leaves only softmax.", hint="Pass --kinds mediators.")
     how: dict[str, Any] = {
@@ -211,7 +216,7 @@ def calibrate(
 
     most = memory * 2**30 / (batch * next(loaded.parameters()).element_size()) if memory else None
     wanted: dict[str, Any] = {"per": per, "kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
-    wanted |= {"most_memory": most, "by_rule": rule is not None}
+    wanted |= {"most_memory": most, "most_patterns": patterns or None, "by_rule": rule is not None}
     wanted |= {"evaluations": evaluations, "seconds": seconds, "timed": unit.timed, "facts": plan, "progress": progress_bar}
     with processes(where) as world:
         work = Work.open(result.folder, plan, force=force, refusal=refusal, world=world)
