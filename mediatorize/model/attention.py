@@ -154,19 +154,21 @@ class _Heads:
         """
         Args:
             weight: (h, d, c).
-            up, down: of a low-rank change, (h or 1, d, r) and (h or 1, r, c).
+            up, down: of a low-rank change, (h, d, r), and (r, c) for all heads.
         """
         self.weight, self.up, self.down = weight, up, down
 
     def onto(self, x: Tensor, bias: Tensor) -> Tensor:
         """x W' + bias: (h, rows, c) -> (h, rows, d)"""
         y = torch.baddbmm(bias, x, self.weight.mT)
-        return y if self.up is None or self.down is None else y + (x @ self.down.mT) @ self.up.mT
+        return y if self.up is None or self.down is None else torch.baddbmm(y, x @ self.down.mT, self.up.mT)
 
     def back(self, t: Tensor, bias: Tensor | None = None) -> Tensor:
         """t W + bias: (h, rows, d) -> (h, rows, c)"""
         y = torch.bmm(t, self.weight) if bias is None else torch.baddbmm(bias, t, self.weight)
-        return y if self.up is None or self.down is None else y + (t @ self.up) @ self.down
+        if self.up is None or self.down is None:
+            return y
+        return torch.addmm(y.flatten(0, 1), torch.bmm(t, self.up).flatten(0, 1), self.down).view_as(y)
 
 
 class MediatorAttention(nn.Module):
@@ -281,10 +283,10 @@ class MediatorAttention(nn.Module):
         if isinstance(self.qkv, ChangedLinear) and isinstance(self.proj, ChangedLinear):
             (qkv,), (proj,) = self.qkv.pretrained, self.proj.pretrained
             rank, c = self.qkv.down.shape
-            ups, down = self.qkv.up.view(3, h, c // h, rank), self.qkv.down.unsqueeze(0)
-            q, k, v = (_Heads(weight, up, down) for weight, up in zip(qkv.weight.view(3, h, c // h, c), ups, strict=True))
+            ups = self.qkv.up.view(3, h, c // h, rank)
+            q, k, v = (_Heads(weight, up, self.qkv.down) for weight, up in zip(qkv.weight.view(3, h, c // h, c), ups, strict=True))
             out_down = self.proj.down.view(rank, h, c // h).permute(1, 2, 0)  # (h, d, r)
-            return q, k, v, _Heads(proj.weight.view(c, h, c // h).permute(1, 2, 0), out_down, self.proj.up.mT.unsqueeze(0))
+            return q, k, v, _Heads(proj.weight.view(c, h, c // h).permute(1, 2, 0), out_down, self.proj.up.mT)
         c = self.proj.weight.shape[0]
         q, k, v = map(_Heads, self.qkv.weight.view(3, h, c // h, c))
         return q, k, v, _Heads(self.proj.weight.view(c, h, c // h).permute(1, 2, 0))  # (h, d, c)
