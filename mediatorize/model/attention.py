@@ -88,9 +88,12 @@ class LocalBranch(nn.Module):
             nn.init.uniform_(weight, -bound, bound, generator=generator)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, n, c) -> (b, n, c) over a token grid of (rows, columns)."""
-        y = self.down(x).mT.unflatten(2, grid)
-        return self.up(self.depthwise(y).flatten(2).mT)
+        """(b, n, c) -> (b, n, c) over a token grid of (rows, columns).
+
+        The permutations leave channels last, also in a batch of one, so that nothing is copied.
+        """
+        y = self.down(x).unflatten(1, grid).permute(0, 3, 1, 2)
+        return self.up(self.depthwise(y).permute(0, 2, 3, 1).flatten(1, 2))
 
 
 class SharedLinear(nn.Module):
