@@ -21,8 +21,9 @@ import torch
 import typer
 
 from mediatorize.compression.distill import Distiller, mean_squares
+from mediatorize.compression.judging import Errors
 from mediatorize.compression.records import DistillSettings
-from mediatorize.compression.search import Errors, costs_of, search
+from mediatorize.compression.search import costs_of, search
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.compression.trajectories import Targets
 from mediatorize.diffusion.process import process_of

@@ -23,7 +23,8 @@ from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mediatorize.compression.search import Errors, costs_of, search
+from mediatorize.compression.judging import Errors
+from mediatorize.compression.search import costs_of, search
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.evaluation.digits import distance_to_digits

@@ -21,7 +21,8 @@ import typer
 from torch import Tensor
 
 from mediatorize.compression.costs import kinds_of
-from mediatorize.compression.search import EVALUATIONS, Candidate, Errors, Outcomes, costs_of, search
+from mediatorize.compression.judging import Candidate, Errors
+from mediatorize.compression.search import EVALUATIONS, Outcomes, costs_of, search
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler, sample_many
 from mediatorize.evaluation.digits import distance_to_digits

@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from mediatorize.compression.search import Errors
+from mediatorize.compression.judging import Errors
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler, sample_many
 from mediatorize.diffusion.solvers import SOLVERS

@@ -19,24 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mediatorize import devices
+from mediatorize.compression import judging, tables
 from mediatorize.compression import search as searching
 from mediatorize.compression.costs import COSTS, CallCosts, Unit, flops_costs
-from mediatorize.compression.search import (
-    FEWER,
-    MIXED,
-    OUTPUTS,
-    PATH,
-    RULE,
-    UNIFORM,
-    WHOLE,
-    Errors,
-    Judge,
-    Outcomes,
-    Proposal,
-    costs_of,
-    measured_tables,
-    search,
-)
+from mediatorize.compression.judging import MOST_RULES, Errors, Judge
+from mediatorize.compression.proposals import BASELINES, FEWER, MIXED, OUTPUTS, PATH, RULE, UNIFORM, WHOLE, Proposal
+from mediatorize.compression.search import Outcomes, costs_of, search
 from mediatorize.compression.sensitivity import (
     Effects,
     ErrorTable,
@@ -51,6 +39,7 @@ from mediatorize.compression.sensitivity import (
     spread_labels,
 )
 from mediatorize.compression.store import InMemory
+from mediatorize.compression.tables import measured_tables
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, driver_of, flops_by_rule, patterns, sample, sample_batch, sample_many
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
@@ -577,14 +566,14 @@ def test_only_what_looks_best_at_first_sight_is_judged_by_all_samples(bundle: Ca
 def test_no_sample_of_a_candidate_is_drawn_twice(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What was judged at first sight is judged by the other samples later, and the errors are those of all in one go."""
     drawn: list[tuple[str, int]] = []
-    sample_by = searching.sample_by
+    sample_by = judging.sample_by
 
     def counted(model: Any, labels: Tensor, sampler: Sampler, schedule: Any, batch: int, world: Any, on: Any, first: int = 0) -> Any:
         what = f"{sampler.seed} {sampler.steps} {schedule if isinstance(schedule, str) else schedule.to_json()}"
         drawn.extend((what, first + place) for place in range(len(labels)))
         return sample_by(model, labels, sampler, schedule, batch, world, on, first)
 
-    monkeypatch.setattr(searching, "sample_by", counted)
+    monkeypatch.setattr(judging, "sample_by", counted)
     path = bundle()
     report = calibrate(path, budget=0.6, **QUICK | {"steps": 6, "verify": 16})
     assert len(drawn) == len(set(drawn)) > 100
@@ -603,16 +592,16 @@ def test_what_is_predicted_to_be_far_behind_is_not_sampled_but_baselines_are(
     report = calibrate(bundle(), budget=0.9, **QUICK | {"steps": 8, "solver": "sde"})
     found = found_by(report)
     sampled = {candidate.kind for candidate in found.candidates if candidate.measured}
-    assert sampled <= set(searching.BASELINES)
+    assert sampled <= set(BASELINES)
     assert {candidate.kind for candidate in found.candidates} >= {PATH, OUTPUTS, RULE, FEWER, UNIFORM}
-    assert found.outcomes[0].chosen.kind in searching.BASELINES
+    assert found.outcomes[0].chosen.kind in BASELINES
     assert not list((report.bundle / "calibration").glob("rule-*"))  # nor is it run on the trajectories
     far = sum(candidate.measured is None for candidate in found.candidates)
     assert f"{far} more were not sampled" in words(report)
 
 
 def test_of_each_kind_those_of_least_predicted_error_are_sampled(bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching, "MOST_OF_A_KIND", {PATH: 1})
+    monkeypatch.setattr(judging, "MOST_OF_A_KIND", {PATH: 1})
     candidates = found_by(calibrate(bundle(), budget=0.6, search="0", **QUICK | {"steps": 10})).candidates
     paths = [candidate for candidate in candidates if candidate.kind == PATH]
     (sampled,) = (candidate for candidate in paths if candidate.measured)
@@ -745,13 +734,13 @@ def test_another_budget_measures_nothing_again(bundle: Callable[..., Path], monk
     def never(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(searching, "probe", never)
-    monkeypatch.setattr(searching, "adjoint_products", never)
+    monkeypatch.setattr(tables, "probe", never)
+    monkeypatch.setattr(tables, "adjoint_products", never)
     second = calibrate(path, budget=0.95, **QUICK)
     assert found_by(second).table_seconds is None
     assert found_by(second).outcomes[0].solved_seconds < 5
     assert [line for line in words(second).splitlines() if "was there from before" in line]
-    monkeypatch.setattr(searching, "sample_many", never)  # whole samples of the same schedules neither
+    monkeypatch.setattr(judging, "sample_many", never)  # whole samples of the same schedules neither
     again = calibrate(path, budgets=(0.9,), force=True, **QUICK)
     assert found_by(again).outcomes[0].chosen.measured == found_by(first).outcomes[0].chosen.measured
 
@@ -858,12 +847,12 @@ def test_finished_trajectories_are_not_measured_again_after_a_kill(bundle: Calla
 
         return measure
 
-    monkeypatch.setattr(searching, "adjoint_products", until(1))
+    monkeypatch.setattr(tables, "adjoint_products", until(1))
     with pytest.raises(KeyboardInterrupt):
         calibrate(path, budget=0.9, **QUICK)
     assert not (path / "schedule.json").exists()
-    monkeypatch.setattr(searching, "adjoint_products", until(99))
-    monkeypatch.setattr(searching, "probe", None)
+    monkeypatch.setattr(tables, "adjoint_products", until(99))
+    monkeypatch.setattr(tables, "probe", None)
     calibrate(path, budget=0.9, **QUICK)
     assert measured == [[0, 1], [2]]
     assert not list((path / "calibration").glob("part-*"))
@@ -1052,14 +1041,14 @@ def test_the_rule_competes_in_every_table_and_is_tried_once(bundle: Callable[...
     path = bundle()
     report = calibrate(path, budget=0.9, **QUICK | {"steps": 8, "solver": "sde"})
     rules = [candidate for candidate in found_by(report).candidates if candidate.kind == RULE]
-    assert 0 < len(rules) <= searching.MOST_RULES
+    assert 0 < len(rules) <= MOST_RULES
     assert all(isinstance(rule.schedule, RuleSchedule) and rule.share <= 0.9 for rule in rules)
     (row,) = [line for line in words(report).splitlines() if line.startswith(RULE)]
     assert "first " in row
     assert all(candidate.kind == RULE for candidate in found_by(report).candidates if isinstance(candidate.schedule, RuleSchedule))
     without = calibrate(bundle(name="other"), budget=0.6, kinds=("forecasts",), **QUICK)
     assert RULE not in {candidate.kind for candidate in found_by(without).candidates}
-    monkeypatch.setattr(searching, "sample_by", None)
+    monkeypatch.setattr(judging, "sample_by", None)
     repeated = calibrate(path, budget=0.9, force=True, **QUICK | {"steps": 8, "solver": "sde"})
     assert [c.measured for c in found_by(repeated).candidates] == [c.measured for c in found_by(report).candidates]
 

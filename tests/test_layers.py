@@ -19,9 +19,11 @@ from mediatorize import UserError, load_model, sample
 from mediatorize.cli import app
 from mediatorize.compression.costs import KINDS_OF_SAVING, latency_costs
 from mediatorize.compression.distill import levels_of_step
-from mediatorize.compression.search import Proposer, costs_of, measured_tables, search
+from mediatorize.compression.proposals import Proposer
+from mediatorize.compression.search import costs_of, search
 from mediatorize.compression.sensitivity import Surrogates, adjoint_products, probe_all
 from mediatorize.compression.store import InMemory
+from mediatorize.compression.tables import measured_tables
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.formats import bundle as bundles
 from mediatorize.model import cost

@@ -16,7 +16,8 @@ from mediatorize.report.tables import layers_in_words, seconds_in_words, text_ta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mediatorize.compression.search import Candidate, Errors, Latency, Outcome, Outcomes
+    from mediatorize.compression.judging import Candidate, Errors
+    from mediatorize.compression.search import Latency, Outcome, Outcomes
     from mediatorize.stages.calibrate import Calibration
 
 CANDIDATES_FILE = "candidates.png"
@@ -247,7 +248,7 @@ def write_pictures(result: Calibration) -> None:
     """Into the calibration's folder: a map of every schedule, the error table, and error against cost of all candidates."""
     import numpy as np
 
-    from mediatorize.compression.search import BASELINES, WHOLE
+    from mediatorize.compression.proposals import BASELINES, WHOLE
     from mediatorize.report.pictures import Point, write_candidates, write_error_table, write_schedule_map
 
     found, unit = result.found, COSTS[result.cost].name

@@ -128,7 +128,8 @@ def calibrate(
     Example: mediatorize calibrate out --budgets 0.35,0.5 --steps 50 --cfg-scale 4
     """
     from mediatorize.compression import search as searching
-    from mediatorize.compression.search import DIRECTIONS, costs_of, flops_of_search, peak_bytes_of_search, samplers
+    from mediatorize.compression.search import costs_of, flops_of_search, peak_bytes_of_search, samplers
+    from mediatorize.compression.tables import DIRECTIONS
     from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle as bundles
