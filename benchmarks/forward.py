@@ -151,25 +151,31 @@ def per_mediator(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A PNG: time against FLOPs, a panel for this tool's calls and one for the published form. On the diagonal, FLOPs saved are time."""
+    """A PNG: time against FLOPs, a panel for this tool's calls and one for the published form. On the diagonal, FLOPs saved are time.
+
+    A colour for every model, a shape for every image size; hollow with one row per call.
+    """
     figure = new_figure(9, 4.2)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    sizes = list(dict.fromkeys((row["model"], row["image_size"], row["batch"]) for row in rows))
+    sizes = sorted({(row["width"], row["image_size"], row["batch"], row["model"]) for row in rows})
+    widths, pixels_of = (sorted({size[place] for size in sizes}) for place in (0, 1))
     for axis, title in zip(panels, ("this tool: mediators and forecasts", "the published form"), strict=True):
         axis.plot((0, 110), (0, 110), color="0.8", linewidth=1)
-        for number, size in enumerate(sizes):
+        for width, pixels, batch, name in sizes:
+            size = name, pixels, batch
             mine = [row for row in rows if (row["model"], row["image_size"], row["batch"]) == size and row["kind"] != COPY]
             theirs = [row for row in mine if row["kind"].startswith("published")]
             ours = [row for row in mine if row not in theirs and row["kind"] != WITHOUT_ATTENTION]
             points = theirs if axis is panels[1] else ours
             flops, times = ([100 * row[measure] for row in points] for measure in ("flops", "time"))
-            name, pixels, batch = size
-            axis.plot(flops, times, "o", color=f"C{number}", markersize=5, label=f"{name}, {pixels} pixels, batch {batch}")
+            colour, shape = f"C{widths.index(width)}", "os^Dv"[pixels_of.index(pixels)]
+            look: dict[str, Any] = {"color": colour, "markersize": 5, "markerfacecolor": "white" if batch == 1 else colour}
+            axis.plot(flops, times, shape, label=f"{name}, {pixels} pixels, batch {batch}", **look)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("% of softmax's FLOPs", fontsize=9)
         calm(axis)
     panels[0].set_ylabel("% of softmax's time", fontsize=9)
-    panels[0].legend(fontsize=7.5, frameon=False)
+    panels[1].legend(fontsize=7, frameon=False, loc="lower right")
     figure.savefig(path)
 
 

@@ -16,7 +16,22 @@ from torch import Tensor
 
 from mediatorize.compression.costs import KINDS_OF_SAVING, Costs
 from mediatorize.compression.progress import Progress, silent
-from mediatorize.compression.proposals import BASELINES, FEWER, MIXED, PER_CELL, RULE, UNIFORM, WHOLE, Per, Proposal, Proposer, costs_with
+from mediatorize.compression.proposals import (
+    BASELINES,
+    DIFFERENCE,
+    FEWER,
+    MIXED,
+    OUTPUTS,
+    PATH,
+    PER_CELL,
+    RULE,
+    UNIFORM,
+    WHOLE,
+    Per,
+    Proposal,
+    Proposer,
+    costs_with,
+)
 from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.compression.store import Kept, Store
 from mediatorize.devices import ALONE, World
@@ -30,7 +45,7 @@ from mediatorize.model.transformer import DiffusionTransformer
 AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 3
 """At first sight candidates are judged by one sample in four, where there are sixteen; then the best three for a budget by all."""
 
-MOST_OF_A_KIND = {"computed and forecast calls": 2, "forecasts of the model's output": 2, "forecasts of the guidance": 2}
+MOST_OF_A_KIND = {PATH: 2, OUTPUTS: 2, DIFFERENCE: 2}
 """Of these kinds so many are sampled for a budget, those of least predicted error, before the best is improved."""
 
 MOST_RULES, MOST_TRIED = 1, 3
