@@ -88,6 +88,14 @@ def test_more_budget_never_gives_more_error(seed: int, per_step: bool) -> None:
     assert found[-1] == pytest.approx(errors.sum(1).min(1).sum() if per_step else errors.min(2).sum())
 
 
+@pytest.mark.parametrize("room", [1.5e-6, 1.2e-6, 1e-6, 5e-7, 0.0])
+def test_a_room_within_the_tolerance_of_the_solver_is_kept(room: float) -> None:
+    errors, costs = np.tile(np.array([5.0, 1.0, 0.5]), (1, 2, 1)), np.tile(np.array([1.0, 1.0 + 1e-6, 2.0]), (1, 2, 1))
+    choice = allocate(errors, costs, total(costs, np.zeros((1, 2), dtype=np.int64)) + room)
+    assert total(costs, choice) <= 2.0 + room
+    assert choice.max() <= 1
+
+
 def test_costs_may_be_seconds() -> None:
     random = np.random.default_rng(1)
     errors, costs = random.random((4, 3, 3)), np.tile(np.array([1e-5, 2e-5, 7e-5]), (4, 3, 1))

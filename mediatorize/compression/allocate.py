@@ -92,6 +92,9 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
     else:
         scale = float(extra.max()) or 1.0
         extra, limit = extra / scale, room / scale - slack
+    cheapest = rows.argmin(1)[group].reshape(errors.shape[:2])
+    if limit < 0:  # less than the tolerance is left
+        return cheapest
     gain = errors.reshape(cells, options)
     gain = gain - gain.min(1, keepdims=True)
     most = np.where(_dominated(gain, extra[group]) | _hopeless(gain, extra[group], limit), 0.0, 1.0)
@@ -112,7 +115,7 @@ def _solve(errors: NDArray[np.float64], costs: NDArray[Any], budget: float, slac
         options={"mip_rel_gap": 0.0} if nodes is None else {"mip_rel_gap": LEAST_GAIN, "node_limit": nodes},
     )
     if result.x is None and nodes is not None:  # nothing was found so far
-        return rows.argmin(1)[group].reshape(errors.shape[:2])
+        return cheapest
     if result.x is None:
         raise RuntimeError(f"HiGHS found no choice: {result.message}")
     chosen = result.x[: each.size].reshape(cells, options)

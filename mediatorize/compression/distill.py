@@ -136,7 +136,7 @@ def output_errors(model: DiffusionTransformer, states: Targets, batch: int) -> d
     return errors
 
 
-def trained_parameters(model: DiffusionTransformer, settings: DistillSettings) -> dict[str, nn.Parameter]:
+def parameters_to_train(model: DiffusionTransformer, settings: DistillSettings) -> dict[str, nn.Parameter]:
     """What training changes, by name."""
     trained = model.mediator_parameters() if settings.train == "mediators" else dict(model.named_parameters())
     trained.pop("pos_embed", None)  # fixed in the originals
@@ -147,7 +147,7 @@ def optimizer_bytes(arch: Architecture, settings: MediatorSettings, distill: Dis
     """Bytes of gradients, averages and moments in float32; under Muon a matrix has one moment, all else has two."""
     with torch.device("meta"):
         model = DiffusionTransformer(arch, settings)
-    trained, averages = trained_parameters(model, distill).values(), 1 if distill.ema else 0
+    trained, averages = parameters_to_train(model, distill).values(), 1 if distill.ema else 0
     moments = [1 if distill.optimizer == "muon" and parameter.ndim == 2 else 2 for parameter in trained]
     return 4 * sum(parameter.numel() * (1 + count + averages) for parameter, count in zip(trained, moments, strict=True))
 
@@ -210,7 +210,7 @@ class Distiller:
         """
         self.model, self.teacher, self.settings = model, teacher, settings
         self.levels = tuple(in_order(settings.levels)) or model.added().levels
-        self.parameters = trained = trained_parameters(model, settings)
+        self.parameters = trained = parameters_to_train(model, settings)
         for parameter in trained.values():
             parameter.requires_grad_(True)
         self.optimizers = OPTIMIZERS[settings.optimizer](list(trained.values()), settings.learning_rate, model.arch.width)
