@@ -22,7 +22,7 @@ from mediatorize import devices
 from mediatorize.compression import judging, tables
 from mediatorize.compression import search as searching
 from mediatorize.compression.costs import COSTS, CallCosts, Unit, flops_costs
-from mediatorize.compression.judging import MOST_RULES, Errors, Judge
+from mediatorize.compression.judging import MOST_RULES, Draws, Errors, Judge
 from mediatorize.compression.proposals import BASELINES, FEWER, MIXED, OUTPUTS, PATH, RULE, UNIFORM, WHOLE, Proposal
 from mediatorize.compression.search import Outcomes, costs_of, search
 from mediatorize.compression.sensitivity import (
@@ -433,7 +433,7 @@ def test_schedules_among_ten_levels_and_more_are_told_apart() -> None:
     """Levels (2, 1, 11) and (11, 2, 1) have the same digits."""
     model = tiny_model(MediatorSettings(tuple(range(1, 12))), channels=1, learn_sigma=False)
     sampler = Sampler.resolve(model.arch, steps=2, seed=7)
-    judge = Judge(model, costs_of("flops", model, sampler), sampler, samples=2, batch=2, store=InMemory())
+    judge = Judge(Draws(model, sampler, count=2, batch=2), costs_of("flops", model, sampler), InMemory())
     schedules = Schedule((), ((2, 1, 11),)), Schedule((), ((11, 2, 1),))
     for name, schedule in zip("ab", schedules, strict=True):
         judge.add(Proposal(name=name, kind=WHOLE, schedule=schedule, steps=2), 2)

@@ -120,68 +120,6 @@ class Candidate(Proposal):
         return within(max(self.share, judged or 0.0), budget)
 
 
-class Tuner:
-    """Runs step-wise rules on the trajectories that tables are of, to see what they really spend there."""
-
-    def __init__(
-        self,
-        model: DiffusionTransformer,
-        costs: Costs,
-        sampler: Sampler,
-        samples: int,
-        batch: int,
-        store: Store,
-        world: World = ALONE,
-        progress: Progress = silent,
-    ) -> None:
-        self.model, self.costs, self.sampler, self.batch = model, costs, sampler, batch
-        self.store, self.world, self.progress = store, world, progress
-        self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
-
-    def rules(self, proposer: Proposer, budget: float, far: float, times: int = 1) -> list[Proposal]:
-        """The most promising rules that keep a budget.
-
-        By the teacher's trajectories one knows about when a rule switches. The student's differ: where all that were tried spend more, the
-        next ones are of less, by as much as those were over.
-
-        Args:
-            far: a predicted error. Where the best rule's is above it, that rule is not run: it switches as on the teacher's trajectories.
-            times: so many times as many are tried and found.
-        """
-        room, found, tried = self.costs.room(budget), list[Proposal](), set[SwitchRule]()
-        for best in proposer.rules.within(room)[:1]:
-            proposal = proposer.by_rule(best.rule, proposer.rules.switches(best.rule))
-            if proposal.error > far:
-                return [replace(proposal, name=f"{proposal.name}, for {budget:.2%}")]
-        while len(found) < MOST_RULES * times and len(tried) < MOST_TRIED * times:
-            rules = [each for each in proposer.rules.within(room) if each.rule not in tried][: MOST_RULES * times]
-            if not rules:
-                break
-            over: list[float] = []
-            for each in rules[: MOST_TRIED * times - len(tried)]:
-                tried.add(each.rule)
-                switches = self.switches(each.rule)
-                spent = self.costs.by_rule(each.rule, switches, self.sampler.how.calls_per_step)
-                over.append(spent - each.cost)
-                if spent <= self.costs.room(budget):
-                    proposal = proposer.by_rule(each.rule, switches)
-                    found.append(replace(proposal, name=f"{proposal.name}, for {budget:.2%}"))
-            room = min(room, self.costs.room(budget) - max(0.0, min(over)))
-        return found[: MOST_RULES * times]
-
-    def switches(self, rule: SwitchRule) -> list[list[int]]:
-        """By sample, the step that each stage but the first began with; -1: it never did."""
-
-        def make() -> Kept:
-            schedule = RuleSchedule(rule, Schedule((), ((rule.levels[0],) * self.model.arch.depth,)))
-            with self.progress(self.world.count(len(self.labels)), "tuning the rule", "sample") as bar:
-                switches = sample_by(self.model, self.labels, self.sampler, schedule, self.batch, self.world, bar.update)[1]
-            return Kept({"switches": torch.tensor(switches)})
-
-        key = hashlib.sha256(repr(rule).encode()).hexdigest()[:16]
-        return self.store.once(f"rule-{key}", make).tensors["switches"].tolist()
-
-
 def sample_by(
     model: DiffusionTransformer,
     labels: Tensor,
@@ -211,6 +149,80 @@ def sample_by(
     return world.gather(latents), world.gather(switches).tolist()
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Samples of a model from one set of noise, which processes share."""
+
+    model: DiffusionTransformer
+    sampler: Sampler
+    count: int
+    batch: int
+    """Samples at a time."""
+    world: World = ALONE
+    progress: Progress = silent
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(count,)"""
+        return spread_labels(self.model.arch.classes, self.count, self.sampler.seed)
+
+    def by(self, schedule: AnySchedule | Level, steps: int, rows: range, description: str) -> tuple[Tensor, list[list[int]]]:
+        """Samples (n, c, h, w) of those numbers, and when each switched, where the schedule is a rule."""
+        how, labels = replace(self.sampler, steps=steps), self.labels[rows.start : rows.stop]
+        with self.progress(self.world.count(len(rows)), description, "sample") as bar:
+            return sample_by(self.model, labels, how, schedule, self.batch, self.world, bar.update, rows.start)
+
+
+class Tuner:
+    """Runs step-wise rules on the trajectories that tables are of, to see what they really spend there."""
+
+    def __init__(self, draws: Draws, costs: Costs, store: Store) -> None:
+        self.draws, self.costs, self.store = draws, costs, store
+
+    def rules(self, proposer: Proposer, budget: float, far: float, times: int = 1) -> list[Proposal]:
+        """The most promising rules that keep a budget.
+
+        By the teacher's trajectories one knows about when a rule switches. The student's differ: where all that were tried spend more, the
+        next ones are of less, by as much as those were over.
+
+        Args:
+            far: a predicted error. Where the best rule's is above it, that rule is not run: it switches as on the teacher's trajectories.
+            times: so many times as many are tried and found.
+        """
+        room, found, tried = self.costs.room(budget), list[Proposal](), set[SwitchRule]()
+        for best in proposer.rules.within(room)[:1]:
+            proposal = proposer.by_rule(best.rule, proposer.rules.switches(best.rule))
+            if proposal.error > far:
+                return [replace(proposal, name=f"{proposal.name}, for {budget:.2%}")]
+        while len(found) < MOST_RULES * times and len(tried) < MOST_TRIED * times:
+            rules = [each for each in proposer.rules.within(room) if each.rule not in tried][: MOST_RULES * times]
+            if not rules:
+                break
+            over: list[float] = []
+            for each in rules[: MOST_TRIED * times - len(tried)]:
+                tried.add(each.rule)
+                switches = self.switches(each.rule)
+                spent = self.costs.by_rule(each.rule, switches, self.draws.sampler.how.calls_per_step)
+                over.append(spent - each.cost)
+                if spent <= self.costs.room(budget):
+                    proposal = proposer.by_rule(each.rule, switches)
+                    found.append(replace(proposal, name=f"{proposal.name}, for {budget:.2%}"))
+            room = min(room, self.costs.room(budget) - max(0.0, min(over)))
+        return found[: MOST_RULES * times]
+
+    def switches(self, rule: SwitchRule) -> list[list[int]]:
+        """By sample, the step that each stage but the first began with; -1: it never did."""
+
+        def make() -> Kept:
+            draws = self.draws
+            schedule = RuleSchedule(rule, Schedule((), ((rule.levels[0],) * draws.model.arch.depth,)))
+            switches = draws.by(schedule, draws.sampler.steps, range(draws.count), "tuning the rule")[1]
+            return Kept({"switches": torch.tensor(switches)})
+
+        key = hashlib.sha256(repr(rule).encode()).hexdigest()[:16]
+        return self.store.once(f"rule-{key}", make).tensors["switches"].tolist()
+
+
 def few_of(samples: int) -> int:
     """How many of so many samples candidates are judged by at first sight."""
     return samples if samples < FEWEST_TO_SPLIT else samples // AT_FIRST_SIGHT
@@ -222,26 +234,14 @@ class Judge:
     At first sight a candidate is judged by one sample in `AT_FIRST_SIGHT`; only those that look best are judged by the others too.
     """
 
-    def __init__(
-        self,
-        model: DiffusionTransformer,
-        costs: Costs,
-        sampler: Sampler,
-        samples: int,
-        batch: int,
-        store: Store,
-        world: World = ALONE,
-        progress: Progress = silent,
-        at_once: bool = False,
-    ) -> None:
+    def __init__(self, draws: Draws, costs: Costs, store: Store, at_once: bool = False) -> None:
         """
         Args:
             at_once: judge by all samples in one go, with no first sight.
         """
-        self.model, self.costs, self.sampler = model, costs, sampler
-        self.samples, self.batch, self.store, self.world, self.progress = samples, batch, store, world, progress
-        self.few = samples if at_once else few_of(samples)
-        self.labels = spread_labels(model.arch.classes, samples, sampler.seed)
+        self.draws, self.costs, self.store = draws, costs, store
+        self.sampler, self.samples = draws.sampler, draws.count
+        self.few = self.samples if at_once else few_of(self.samples)
         self.candidates: list[Candidate] = []
 
     def consider(self, proposals: Sequence[Proposal], budget: float, far: float) -> None:
@@ -267,7 +267,7 @@ class Judge:
             if samples <= (0 if candidate.measured is None else candidate.measured.samples):
                 return candidate
             self.candidates.remove(candidate)
-        costs = costs_with(self.costs, self.model.arch, replace(self.sampler, steps=proposal.steps))
+        costs = costs_with(self.costs, self.draws.model.arch, replace(self.sampler, steps=proposal.steps))
         judged = Candidate(
             **{each.name: getattr(proposal, each.name) for each in fields(Proposal)},
             share=float(self._spent(proposal.schedule, proposal.switches, costs) / self.costs.softmax),
@@ -290,7 +290,7 @@ class Judge:
 
     def _measure(self, proposal: Proposal, rows: range) -> list[float]:
         """Errors of samples by a proposal's schedule; after them, of a rule's, their costs as shares of the softmax sampler's."""
-        drawn, switches = self._sample(proposal.name, proposal.schedule, proposal.steps, rows)
+        drawn, switches = self.draws.by(proposal.schedule, proposal.steps, rows, proposal.name)
         softmax = self.costs.softmax
         shares = [float(self._spent(proposal.schedule, [each], self.costs) / softmax) for each in switches]
         return [*relative_errors(drawn, self._teacher[rows.start : rows.stop]).tolist(), *shares]
@@ -314,7 +314,7 @@ class Judge:
         if best.error > CATCHES_UP * min(c.error for c in self.candidates if c.keeps(budget) and self._whole(c)):
             return
         for _ in range(evaluations):
-            if seconds is not None and self.world.as_first(time.monotonic() - begun) > seconds:
+            if seconds is not None and self.draws.world.as_first(time.monotonic() - begun) > seconds:
                 return
             near = [path for path in proposer.neighbours(best, room) if path not in seen]
             if not near:
@@ -357,10 +357,4 @@ class Judge:
 
     @cached_property
     def _teacher(self) -> Tensor:
-        return self._sample("held-out teacher", SOFTMAX, self.sampler.steps, range(self.samples))[0]
-
-    def _sample(self, description: str, schedule: AnySchedule | Level, steps: int, rows: range) -> tuple[Tensor, list[list[int]]]:
-        """Samples (n, c, h, w) of those numbers, and when each switched, where the schedule is a rule."""
-        how, labels = replace(self.sampler, steps=steps), self.labels[rows.start : rows.stop]
-        with self.progress(self.world.count(len(rows)), description, "sample") as bar:
-            return sample_by(self.model, labels, how, schedule, self.batch, self.world, bar.update, rows.start)
+        return self.draws.by(SOFTMAX, self.sampler.steps, range(self.samples), "held-out teacher")[0]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, bare_levels, median_seconds
-from mediatorize.compression.judging import FINALISTS, MOST_TRIED, Candidate, Errors, Judge, Tuner, few_of, within
+from mediatorize.compression.judging import FINALISTS, MOST_TRIED, Candidate, Draws, Errors, Judge, Tuner, few_of, within
 from mediatorize.compression.paths import WINDOW
 from mediatorize.compression.progress import Progress, silent
 from mediatorize.compression.proposals import RULE, Per, Proposer
@@ -148,11 +148,12 @@ def search(
     begun = time.monotonic()
     store = InMemory() if store is None else store
     was_there = store.has("probes") and store.has("sensitivity")
-    tables = measured_tables(model, samplers(sampler)[0], trajectories, batch, store, world, progress, facts)
+    measuring, judging, reporting = samplers(sampler)
+    tables = measured_tables(model, measuring, trajectories, batch, store, world, progress, facts)
     table_seconds = None if was_there else time.monotonic() - begun
 
-    judge = Judge(model, costs, samplers(sampler)[1], verify, batch, store, world, progress)
-    tuner = Tuner(model, costs, samplers(sampler)[0], trajectories, batch, store, world, progress)
+    judge = Judge(Draws(model, judging, verify, batch, world, progress), costs, store)
+    tuner = Tuner(Draws(model, measuring, trajectories, batch, world, progress), costs, store)
     proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory, most_patterns)
     for level in model.added().levels:
         whole = proposer.whole(level)
@@ -172,7 +173,7 @@ def search(
         if verify and "forecasts" in kinds:
             judge.improve(proposer, budget, evaluations, seconds)
 
-    reporter = Judge(model, costs, samplers(sampler)[2], verify, batch, store, world, progress, at_once=True)
+    reporter = Judge(Draws(model, reporting, verify, batch, world, progress), costs, store, at_once=True)
     outcomes = []
     for budget in budgets:
         best = judge.best(budget, per, kinds, by_rule)
