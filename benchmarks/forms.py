@@ -24,7 +24,6 @@ from mediatorize.compression.distill import Distiller, mean_squares
 from mediatorize.compression.judging import Errors
 from mediatorize.compression.records import DistillSettings
 from mediatorize.compression.search import costs_of, search
-from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.compression.trajectories import Targets
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler, sample_batch, sample_many
@@ -34,6 +33,7 @@ from mediatorize.formats.bundle import load_bundle, read_log
 from mediatorize.model.levels import SOFTMAX, Form, Level, title
 from mediatorize.model.schedule import AnySchedule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.randomness import spread_labels
 from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
 from mediatorize.stages.convert import convert

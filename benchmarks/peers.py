@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mediatorize.compression.judging import Errors
 from mediatorize.compression.search import costs_of, search
-from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.evaluation.timing import paired_time
@@ -34,7 +33,7 @@ from mediatorize.export.travelling.pipeline import MediatorPipeline
 from mediatorize.formats.bundle import load_bundle
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
-from mediatorize.randomness import gaussian
+from mediatorize.randomness import gaussian, spread_labels
 from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
 from mediatorize.stages.running import hardware, versions

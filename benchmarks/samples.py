@@ -23,11 +23,11 @@ from torch import Tensor
 from mediatorize.compression.costs import kinds_of
 from mediatorize.compression.judging import Candidate, Errors
 from mediatorize.compression.search import EVALUATIONS, Outcomes, costs_of, search
-from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler, sample_many
 from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.formats.bundle import load_bundle, read_log
 from mediatorize.model.levels import SOFTMAX
+from mediatorize.randomness import spread_labels
 from mediatorize.report.tables import text_table
 
 OTHER_SEED = 90210

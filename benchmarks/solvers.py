@@ -19,12 +19,12 @@ import typer
 from torch import Tensor
 
 from mediatorize.compression.judging import Errors
-from mediatorize.compression.sensitivity import spread_labels
 from mediatorize.diffusion.sampling import Sampler, sample_many
 from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.evaluation.digits import digit_classifier, distance_to_digits
 from mediatorize.formats.loading import load_model
 from mediatorize.model.levels import SOFTMAX
+from mediatorize.randomness import spread_labels
 from mediatorize.report.tables import text_table
 from mediatorize.stages.running import hardware, keep_freed_memory, versions
 

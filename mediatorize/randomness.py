@@ -52,3 +52,9 @@ def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
 def gaussian(seed: int, purpose: str, samples: Sequence[int], shape: Sequence[int], *index: int) -> Tensor:
     """Gaussian noise (len(samples), *shape); each sample's depends on (seed, purpose, its number, index) alone."""
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, purpose, sample, *index)) for sample in samples])
+
+
+def spread_labels(classes: int, count: int, seed: int) -> Tensor:
+    """(count,) classes in random order, none again before all others."""
+    order = torch.randperm(classes, generator=generator(seed, "states"))
+    return order.repeat(-(-count // classes))[:count]

@@ -36,9 +36,7 @@ from mediatorize.compression.sensitivity import (
     error_table,
     forecast_table,
     probe,
-    spread_labels,
 )
-from mediatorize.compression.store import InMemory
 from mediatorize.compression.tables import measured_tables
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, driver_of, flops_by_rule, patterns, sample, sample_batch, sample_many
 from mediatorize.diffusion.switching import Switcher
@@ -50,13 +48,14 @@ from mediatorize.model.levels import KINDS, LINEAR, SOFTMAX, Level, MediatorSett
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import Call, CallSchedule, RuleSchedule, Schedule
 from mediatorize.model.transformer import DiffusionTransformer, LastLayer
-from mediatorize.randomness import gaussian, seed_for
+from mediatorize.randomness import gaussian, seed_for, spread_labels
 from mediatorize.report import evaluation
 from mediatorize.report.calibration import facts, words
 from mediatorize.report.sampling import began_in_words
 from mediatorize.stages.calibrate import Calibration, calibrate
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.sample import sample as sample_stage
+from mediatorize.store import InMemory
 
 SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2)
 OPTIONS: list[Level] = [1, 4, SOFTMAX]

@@ -23,7 +23,6 @@ from mediatorize.compression.conversion import JUDGED_STATES, STATES_PER_TRAJECT
 from mediatorize.compression.fit import fit_layers
 from mediatorize.compression.initialise import CLUSTER_STATES, INITIALISERS
 from mediatorize.compression.records import FitSettings
-from mediatorize.compression.store import InMemory
 from mediatorize.compression.trajectories import States, teacher_states
 from mediatorize.devices import World
 from mediatorize.diffusion.sampling import Sampler
@@ -32,6 +31,7 @@ from mediatorize.model.levels import MediatorSettings
 from mediatorize.report.conversion import facts, words
 from mediatorize.stages.convert import convert
 from mediatorize.stages.running import process_bytes
+from mediatorize.store import InMemory
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "digits" / "sit.safetensors"
 QUICK: dict[str, Any] = {

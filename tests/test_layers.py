@@ -22,7 +22,6 @@ from mediatorize.compression.distill import levels_of_step
 from mediatorize.compression.proposals import Proposer
 from mediatorize.compression.search import costs_of, search
 from mediatorize.compression.sensitivity import Surrogates, adjoint_products, probe_all
-from mediatorize.compression.store import InMemory
 from mediatorize.compression.tables import measured_tables
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.formats import bundle as bundles
@@ -46,6 +45,7 @@ from mediatorize.stages.export import export
 from mediatorize.stages.finetune import finetune
 from mediatorize.stages.inspect import inspect
 from mediatorize.stages.resize import resize
+from mediatorize.store import InMemory
 
 SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, projection_rank=3, mlp="own", mlp_widths=(8, 4), layers=(0, 2))
 """Of the three layers of a tiny model, the first and the last."""

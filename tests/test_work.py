@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mediatorize.compression.store import InMemory, Kept, Store
 from mediatorize.devices import ALONE, World
 from mediatorize.errors import UserError
 from mediatorize.stages.work import PLAN_FILE, STATE_FILE, SharedWork, Work
+from mediatorize.store import InMemory, Kept, Store
 
 PLAN: dict[str, Any] = {"levels": [1, "softmax"], "seed": 0, "of": {"file": "model.pt"}}
 OTHER = PLAN | {"seed": 1}

@@ -20,11 +20,11 @@ from mediatorize.model.levels import Level, MediatorSettings, most_mediators, ti
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
-    from mediatorize.compression.store import Store
     from mediatorize.compression.trajectories import States
     from mediatorize.devices import World
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.model.transformer import DiffusionTransformer
+    from mediatorize.store import Store
 
 JUDGED_STATES = 16
 """Where nothing is fitted: how many states errors are measured on."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mediatorize.compression.initialise import CLUSTER_STATES, states_looked_at
 from mediatorize.compression.narrow import start_from_units
 from mediatorize.compression.records import FitSettings, LayerErrors
-from mediatorize.compression.store import Kept, Store
 from mediatorize.compression.trajectories import States
 from mediatorize.devices import ALONE, World
 from mediatorize.errors import UserError
@@ -23,6 +22,7 @@ from mediatorize.model.block import Block
 from mediatorize.model.levels import SOFTMAX, Level, kind_of
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import generator, seed_for
+from mediatorize.store import Kept, Store
 
 if TYPE_CHECKING:
     from mediatorize.compression.initialise import Initialiser

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mediatorize.compression.costs import KINDS_OF_SAVING, Costs
-from mediatorize.compression.progress import Progress, silent
 from mediatorize.compression.proposals import (
     BASELINES,
     DIFFERENCE,
@@ -32,8 +31,6 @@ from mediatorize.compression.proposals import (
     Proposer,
     costs_with,
 )
-from mediatorize.compression.sensitivity import spread_labels
-from mediatorize.compression.store import Kept, Store
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Drive, Sampler, driver_of, sample_many
 from mediatorize.diffusion.switching import Switcher
@@ -41,6 +38,10 @@ from mediatorize.errors import UserError
 from mediatorize.model.levels import SOFTMAX, Level
 from mediatorize.model.schedule import AnySchedule, RuleSchedule, Schedule, SwitchRule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.planning.judge import Errors, relative_errors
+from mediatorize.progress import Progress, silent
+from mediatorize.randomness import spread_labels
+from mediatorize.store import Kept, Store
 
 AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 3
 """At first sight candidates are judged by one sample in four, where there are sixteen; then the best three for a budget by all."""
@@ -53,46 +54,6 @@ MOST_RULES, MOST_TRIED = 1, 3
 
 CATCHES_UP = 1.25
 """A path whose error is so many times the best one's is not improved. Moves of single calls seldom gain a tenth."""
-
-FLIPPED = 0.5
-"""A sample whose relative error is above this has flipped to another one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Errors:
-    """Relative errors |sample - teacher's| / |teacher's| of single samples, summed up."""
-
-    samples: int
-    median: float
-    mean: float
-    geometric: float
-    """The geometric mean: what candidates are compared by. Samples that flip to another mode do not rule it."""
-    flipped: float
-    """The share of samples whose error is above `FLIPPED`."""
-    share: float | None = None
-    """Of a step-wise rule: what these samples cost, as a share of the softmax sampler's."""
-
-    @classmethod
-    def of(cls, samples: Tensor, expected: Tensor) -> Errors:
-        """Of samples (n, c, h, w)."""
-        return cls.summed(relative_errors(samples, expected))
-
-    @classmethod
-    def summed(cls, errors: Tensor, share: float | None = None) -> Errors:
-        """Of single samples' errors (n,)."""
-        return cls(
-            samples=len(errors),
-            median=float(errors.median()),
-            mean=float(errors.mean()),
-            geometric=float(errors.clamp(min=1e-9).log().mean().exp()),
-            flipped=float((errors > FLIPPED).float().mean()),
-            share=share,
-        )
-
-
-def relative_errors(samples: Tensor, expected: Tensor) -> Tensor:
-    """(n, c, h, w) each -> (n,): how far each sample is from the expected one, as a share of that one's norm."""
-    return (samples - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-12)
 
 
 def within(share: float, budget: float) -> bool:

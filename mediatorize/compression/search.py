@@ -24,10 +24,8 @@ import torch
 from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, bare_levels, median_seconds
 from mediatorize.compression.judging import FINALISTS, MOST_TRIED, Candidate, Draws, Errors, Judge, Tuner, few_of, within
 from mediatorize.compression.paths import WINDOW
-from mediatorize.compression.progress import Progress, silent
 from mediatorize.compression.proposals import RULE, Per, Proposer
 from mediatorize.compression.sensitivity import ErrorTable, peak_bytes_of_products
-from mediatorize.compression.store import InMemory, Store
 from mediatorize.compression.tables import DIRECTIONS, measured_tables, surrogates_of
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Sampler, patterns, sample_batch
@@ -37,7 +35,9 @@ from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.schedule import AnySchedule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.progress import Progress, silent
 from mediatorize.randomness import gaussian, seed_for
+from mediatorize.store import InMemory, Store
 
 PAIRS = 3
 """Batches by the schedule and by softmax that a latency is the median of."""

@@ -25,7 +25,7 @@ from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.memory import Memory
 from mediatorize.model.schedule import Schedule, places_of
 from mediatorize.model.transformer import DiffusionTransformer
-from mediatorize.randomness import gaussian, generator
+from mediatorize.randomness import gaussian, spread_labels
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def probe(
     changes: list[Tensor] = []
 
     def draw(count: int) -> Tensor:  # for every direction the same
-        return draw_noise(sampler, indices, shape, device, count).repeat(directions, 1, 1, 1)
+        return draw_noise(sampler.seed, indices, shape, device, count).repeat(directions, 1, 1, 1)
 
     def predict(x: Tensor, t: float) -> Tensor:
         states.append(x[: len(labels)].detach().cpu())
@@ -152,12 +152,6 @@ def peak_bytes_of_products(
     converted = len(settings.converted(arch.depth))
     outputs = 2 * arch.depth + surrogates.count * converted
     return activations + tokens.nbytes * (2 * outputs + 2 * directions * arch.depth + (window + 1) * directions)
-
-
-def spread_labels(classes: int, count: int, seed: int) -> Tensor:
-    """(count,) classes in random order, none again before all others."""
-    order = torch.randperm(classes, generator=generator(seed, "states"))
-    return order.repeat(-(-count // classes))[:count]
 
 
 @dataclass(frozen=True)

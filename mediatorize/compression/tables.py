@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mediatorize.compression.costs import KINDS_OF_SAVING, bare_levels
 from mediatorize.compression.paths import WINDOW, ForecastTable
-from mediatorize.compression.progress import Progress, silent
 from mediatorize.compression.sensitivity import (
     ErrorTable,
     Probes,
@@ -26,13 +25,14 @@ from mediatorize.compression.sensitivity import (
     forecast_table,
     latent_changes,
     probe,
-    spread_labels,
 )
-from mediatorize.compression.store import Kept, Store
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.model.levels import MediatorSettings, is_pretrained
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.progress import Progress, silent
+from mediatorize.randomness import spread_labels
+from mediatorize.store import Kept, Store
 
 DIRECTIONS = 4
 """Random directions per trajectory along which the change of a sample is followed."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mediatorize.diffusion.driver import Driver
+from mediatorize.diffusion.plan import Plan
+from mediatorize.diffusion.planned import choose_plan, sample_by_plan
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.solvers import SOLVERS, Solver, find_solver, refuse_steps
 from mediatorize.diffusion.switching import Switcher
@@ -228,9 +230,10 @@ def sample(
     model: DiffusionTransformer,
     labels: Tensor | Sequence[int],
     *,
+    plan: Plan | None = None,
     solver: str | None = None,
     steps: int | None = None,
-    cfg_scale: float = 1.0,
+    cfg_scale: float | None = None,
     cfg_channels: Channels = 3,
     cfg_interval: Interval = EVERYWHERE,
     timestep_shift: float = 1.0,
@@ -244,9 +247,10 @@ def sample(
 
     Args:
         labels: (b,) class labels.
+        plan: calls and weights that were fitted (`mz.load_plan`, `mz.calibrate`), in place of a solver; it brings its own guidance.
         solver: a name in `SOLVERS`; `None` takes ddim (DiT) or euler (SiT).
         steps: of the solver; all but heun and dopri5 call the model once per step. `None` takes the solver's default.
-        cfg_scale: classifier-free guidance; 1 is none, and costs half.
+        cfg_scale: classifier-free guidance; 1 is none, and costs half. `None` is the plan's, else 1.
         cfg_channels: how many channels are guided. DiT and SiT guide the first 3, whatever there are; REPA and diffusers all.
         cfg_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
         timestep_shift: warps the steps of euler, heun and unipc: below 1 there are more where there is noise. LightningDiT: 0.3.
@@ -259,7 +263,14 @@ def sample(
     Returns:
         Latents (b, c, h, w), on the model's device.
     """
-    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    if plan is not None:
+        if solver is not None or steps is not None or schedule is not None or timestep_shift != 1:
+            raise UserError("A plan says which calls are made, and so do solver, steps, shift and schedule.", hint="Pass one of them.")
+        choose_plan({len(plan.calls): plan}, cfg_scale=cfg_scale)
+        labels, x = first_state(model, labels, seed, first_index, noise)
+        return sample_by_plan(model, labels, plan, x, observe)
+    guidance: dict[str, Any] = {"cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
+    guidance["cfg_scale"] = 1.0 if cfg_scale is None else cfg_scale
     sampler = Sampler.resolve(model.arch, solver=solver, steps=steps, timestep_shift=timestep_shift, seed=seed, **guidance)
     return sample_batch(model, labels, sampler, schedule, noise=noise, first_index=first_index, observe=observe)
 
@@ -281,15 +292,8 @@ def sample_batch(
     Args:
         drive: makes the model calls of this one trajectory, in place of a schedule.
     """
-    arch = model.arch
-    parameter = next(model.parameters())
-    labels = torch.as_tensor(labels, device=parameter.device)
-    refuse_unknown_labels(arch, labels)
-    shape = (arch.channels, *arch.input_size)
-    draw = partial(draw_noise, sampler, range(first_index, first_index + len(labels)), shape, parameter.device)
-    x = draw(-1) if noise is None else noise.to(parameter.device, torch.float32)
-    if x.shape != (len(labels), *shape):
-        raise UserError(f"Noise of shape {list(x.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
+    labels, x = first_state(model, labels, sampler.seed, first_index, noise)
+    draw = partial(draw_noise, sampler.seed, range(first_index, first_index + len(labels)), x.shape[1:], x.device)
     schedule = schedule if schedule is not None else model.schedule
     guided_model = GuidedModel(model, labels, sampler, whole=sampler.how.adaptive)
     call = driver_of(model, sampler, schedule, len(labels)) if drive is None else drive
@@ -406,10 +410,27 @@ def sample_part(
     drive: Drive | None = None,
 ) -> Tensor:
     """One batch, whose samples have indices from `first_index`, on the CPU in float32; refuses what is not finite."""
-    latents = sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive)
+    return on_the_cpu(sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive))
+
+
+def on_the_cpu(latents: Tensor) -> Tensor:
+    """Samples in float32; refuses what is not finite."""
     if not latents.isfinite().all():
         raise UserError("The samples are not finite.", hint="Try --dtype float32, more steps or less guidance.")
     return latents.float().cpu()
+
+
+def sample_many_by_plan(
+    model: DiffusionTransformer, labels: Tensor, plan: Plan, seed: int, batch: int, on_samples: Callable[[int], object] | None = None
+) -> Tensor:
+    """`sample_many` by a plan."""
+    parts = []
+    for first in range(0, len(labels), batch):
+        own, noise = first_state(model, labels[first : first + batch], seed, first)
+        parts.append(on_the_cpu(sample_by_plan(model, own, plan, noise)))
+        if on_samples is not None:
+            on_samples(len(own))
+    return torch.cat(parts)
 
 
 def sample_many(
@@ -439,11 +460,26 @@ def sample_many(
     return torch.cat(parts)
 
 
-def draw_noise(sampler: Sampler, samples: Sequence[int], shape: Sequence[int], device: torch.device, count: int) -> Tensor:
-    """Noise of the sampler's k-th step (len(samples), *shape) for `count` = k, or the initial state for -1."""
+def first_state(
+    model: DiffusionTransformer, labels: Tensor | Sequence[int], seed: int, first_index: int = 0, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Labels (b,) and the initial noise (b, c, h, w), on the model's device; drawn, unless it is given, by (seed, index of the sample)."""
+    arch, device = model.arch, next(model.parameters()).device
+    labels = torch.as_tensor(labels, device=device)
+    refuse_unknown_labels(arch, labels)
+    shape = (arch.channels, *arch.input_size)
+    if noise is None:
+        noise = draw_noise(seed, range(first_index, first_index + len(labels)), shape, device, -1)
+    if noise.shape != (len(labels), *shape):
+        raise UserError(f"Noise of shape {list(noise.shape)} does not fit.", hint=f"It must be {[len(labels), *shape]}.")
+    return labels, noise.to(device, torch.float32)
+
+
+def draw_noise(seed: int, samples: Sequence[int], shape: Sequence[int], device: torch.device, count: int) -> Tensor:
+    """Noise of a sampler's k-th step (len(samples), *shape) for `count` = k, or the initial state for -1."""
     if count < 0:
-        return gaussian(sampler.seed, "initial noise", samples, shape).to(device)
-    return gaussian(sampler.seed, "step noise", samples, shape, count).to(device)
+        return gaussian(seed, "initial noise", samples, shape).to(device)
+    return gaussian(seed, "step noise", samples, shape, count).to(device)
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:

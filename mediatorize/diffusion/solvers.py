@@ -163,19 +163,21 @@ class Solver:
     """How many steps can be taken; None is as many as you like."""
     shifts: bool = False
     """Whether its steps can be warped towards noise or data."""
+    stochastic: bool = False
+    """Whether it draws noise in its steps."""
     calls_per_step: int = 1
     """Model calls in a step. The first one gets the latents that the step begins with."""
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddpm": Solver(ddpm, "ddpm", 250, most=TRAIN_STEPS),
+    "ddpm": Solver(ddpm, "ddpm", 250, most=TRAIN_STEPS, stochastic=True),
     "ddim": Solver(ddim, "ddpm", 50, most=TRAIN_STEPS),
     "dpm-solver++": Solver(dpm_solver, "ddpm", 20, most=TRAIN_STEPS - 1),
     "euler": Solver(euler, "flow", 25, shifts=True),
     "heun": Solver(heun, "flow", 25, calls_per_step=2, shifts=True),
     "unipc": Solver(unipc, "flow", 10, shifts=True),
     "dopri5": Solver(dopri5, "flow", 1, adaptive=True),
-    "sde": Solver(sde, "flow", 250, fewest=2),
+    "sde": Solver(sde, "flow", 250, fewest=2, stochastic=True),
 }
 """Solvers by name. To add one: a function (predict, x, steps, draw) -> x, and its process."""
 

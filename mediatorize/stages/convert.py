@@ -23,10 +23,10 @@ from mediatorize.stages.options import DATA, SAMPLING, WHAT, option
 from mediatorize.stages.running import process_bytes, progress_bar
 
 if TYPE_CHECKING:
-    from mediatorize.compression.store import Kept
     from mediatorize.devices import World
     from mediatorize.formats.data import Latents
     from mediatorize.model.transformer import DiffusionTransformer
+    from mediatorize.store import Kept
 
 
 ABOUT_FITTING = (
@@ -277,8 +277,8 @@ def refuse_fitting(arguments: dict[str, Any]) -> tuple[int, ...]:
 
 def _collect(model: DiffusionTransformer, plan: ConversionPlan, dataset: Latents | None, world: World) -> Kept:
     """Collects the states of a plan and shows a progress bar."""
-    from mediatorize.compression.store import Kept
     from mediatorize.compression.trajectories import data_states, teacher_states
+    from mediatorize.store import Kept
 
     if dataset is None:
         with progress_bar(plan.calls(), "sampling the teacher", "call") as bar:

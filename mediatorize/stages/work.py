@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from mediatorize.compression.store import Kept
 from mediatorize.devices import ALONE, World
 from mediatorize.errors import UserError
 from mediatorize.formats.bundle import read_tensors, write_json, write_tensors
 from mediatorize.formats.tensors import write_beside
+from mediatorize.store import Kept
 
 PLAN_FILE = "plan.json"
 STATE_FILE = "state.pt"
