@@ -8,24 +8,41 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
+    from mediatorize.diffusion.plan import Plan
     from mediatorize.diffusion.sampling import sample
     from mediatorize.errors import UserError
     from mediatorize.formats.loading import load_model
+    from mediatorize.formats.plans import load_plan
     from mediatorize.model.architecture import Architecture
     from mediatorize.model.levels import MediatorSettings
     from mediatorize.model.schedule import Schedule
     from mediatorize.model.transformer import DiffusionTransformer
+    from mediatorize.stages.plans import calibrate
 
 __version__ = VERSION
-__all__ = ["Architecture", "DiffusionTransformer", "MediatorSettings", "Schedule", "UserError", "load_model", "sample"]
+__all__ = [
+    "Architecture",
+    "DiffusionTransformer",
+    "MediatorSettings",
+    "Plan",
+    "Schedule",
+    "UserError",
+    "calibrate",
+    "load_model",
+    "load_plan",
+    "sample",
+]
 
 _HOMES = {
     "Architecture": "model.architecture",
     "DiffusionTransformer": "model.transformer",
     "MediatorSettings": "model.levels",
+    "Plan": "diffusion.plan",
     "Schedule": "model.schedule",
     "UserError": "errors",
+    "calibrate": "stages.plans",
     "load_model": "formats.loading",
+    "load_plan": "formats.plans",
     "sample": "diffusion.sampling",
 }
 """Where each public name is defined; it is imported when it is first asked for, so that the command line starts without torch."""

@@ -18,7 +18,9 @@ from mediatorize.planning.path import Path
 
 ORDER = 3
 """Of the Adams-Bashforth method that solves the teacher's ODE. Networks are not smooth enough in time for a higher one to pay."""
-FEWEST_CALLS, MOST_CALLS = 40, 640
+FEWEST_CALLS, MOST_CALLS = 60, 640
+CHECKED_CALLS = 40
+"""The check begins with these and half as many, then doubles them."""
 TOLERANCE = 5e-4
 """Median relative error that the reference may have, by its own check."""
 
@@ -142,7 +144,7 @@ def calls_needed(solved: Callable[[int], Tensor], tolerance: float = TOLERANCE) 
     Args:
         solved: number of calls -> data (n, c, ...) of a few samples.
     """
-    calls = FEWEST_CALLS
+    calls = CHECKED_CALLS
     before, last = solved(calls // 2), solved(calls)
     change = float(relative_errors(before, last).median())
     while True:

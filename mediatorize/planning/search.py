@@ -279,7 +279,7 @@ def model_rows(wanted: Wanted, calls: Sequence[int], reference: int | None = Non
     Args:
         reference: calls of the reference; None expects what a DiT's needs.
     """
-    reference = (130 if wanted.process == "ddpm" else 40) if reference is None else reference
+    reference = (140 if wanted.process == "ddpm" else 60) if reference is None else reference
     halves = 1 if wanted.cfg_scale == 1 else 2
     total = CHECKED * (2 * reference) + sum(wanted.sizes) * reference
     terms = len(wanted.groups) * (len(wanted.edges) + 1) * (1 + wanted.history * (2 if wanted.streams == "halves" else 1))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.compression.costs import COSTS
 from mediatorize.model.levels import is_pretrained, title
 from mediatorize.model.schedule import RuleSchedule, Schedule
+from mediatorize.planning.results import Planned
+from mediatorize.report import plans
 from mediatorize.report.sampling import began_in_words
 from mediatorize.report.tables import layers_in_words, seconds_in_words, text_table
 
@@ -27,7 +29,9 @@ LEAST_JUDGED = 3
 """The predictions are judged from this many measured candidates on."""
 
 
-def words(result: Calibration) -> str:
+def words(result: Calibration | Planned) -> str:
+    if isinstance(result, Planned):
+        return plans.words(result)
     how, found, unit = result.sampler, result.found, COSTS[result.cost].name
     levels = ", ".join(title(level) for level in (*result.settings.all_levels, *result.settings.mlp_levels))
     calls = len(result.costs.noise_levels)
@@ -154,7 +158,9 @@ def _about_time(took: Latency) -> str:
     )
 
 
-def facts(result: Calibration) -> dict[str, Any]:
+def facts(result: Calibration | Planned) -> dict[str, Any]:
+    if isinstance(result, Planned):
+        return plans.facts(result)
     found = result.found
     return {
         "bundle": str(result.bundle),

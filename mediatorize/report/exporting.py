@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mediatorize.planning.results import ExportedScheduler
+
 if TYPE_CHECKING:
     from mediatorize.stages.export import Exported
 
 
-def words(result: Exported) -> str:
+def words(result: Exported | ExportedScheduler) -> str:
+    if isinstance(result, ExportedScheduler):
+        calls = ", ".join(map(str, result.calls))
+        apart = f"its samples differ from the plans' by {result.difference:.1g} of their largest value"
+        return f"{result.out}: a diffusers scheduler with plans of {calls} calls; {apart}.\n\n{result.usage}"
     lines = [f"{result.out}: {result.name}, exported to {result.target} ({result.bytes / 2**20:.1f} MiB)", checks(result)]
     if result.pruned is not None:
         share = result.pruned.parameters / result.pruned.of
@@ -19,7 +25,9 @@ def words(result: Exported) -> str:
     return "\n".join(lines)
 
 
-def facts(result: Exported) -> dict[str, Any]:
+def facts(result: Exported | ExportedScheduler) -> dict[str, Any]:
+    if isinstance(result, ExportedScheduler):
+        return {"out": str(result.out), "target": "scheduler", "calls": list(result.calls), "largest_difference": result.difference}
     return {
         "out": str(result.out),
         "name": result.name,

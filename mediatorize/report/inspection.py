@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
 from mediatorize.model.levels import LINEAR, title
+from mediatorize.planning.results import InspectedPlans
+from mediatorize.report.plans import plan_facts, plan_words
 from mediatorize.report.tables import gmacs, text_table
 
 if TYPE_CHECKING:
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
     from mediatorize.stages.inspect import CallTimes, Inspection
 
 
-def words(found: Inspection) -> str:
+def words(found: Inspection | InspectedPlans) -> str:
+    if isinstance(found, InspectedPlans):
+        return plan_words(found.file, found.plans)
     arch = found.arch
     image = f", pictures of {_size(arch.image_size)}" if arch.image_size else ""
     kind = "pixels" if arch.channels in (1, 3) else "latents"
@@ -124,7 +128,9 @@ def _times_facts(found: CallTimes) -> dict[str, Any]:
     return {"hardware": found.hardware, "dtype": found.dtype, "batch": found.batch, "calls": calls}
 
 
-def facts(found: Inspection) -> dict[str, Any]:
+def facts(found: Inspection | InspectedPlans) -> dict[str, Any]:
+    if isinstance(found, InspectedPlans):
+        return {"file": str(found.file), "plans": plan_facts(found.plans)}
     parts = cost.forward_flops_by_part(found.arch)
     flops = sum(parts.values())
     return {

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 def words(found: Sampled) -> str:
+    if found.plan is not None:
+        return "\n".join([_by_plan(found), *(f"warning: {warning}" for warning in found.warnings)])
     level = "of the schedule" if found.level is None else title(found.level)
     how = f"by the step-wise rule ({', then '.join(found.stages)})" if found.stages else f"at level {level}"
     text = f"{found.out}: {found.count} samples of {found.name} {how} in {found.seconds:.1f} s"
@@ -21,6 +23,14 @@ def words(found: Sampled) -> str:
         cost = f"{found.flops / 1e9:.1f} GFLOPs ({found.flops / 2e9:.1f} GMACs), {found.flops / found.softmax_flops:.1%} of softmax's"
         text = f"{text}; {cost}"
     return "\n".join([text, *began_in_words(Began.of(found.stages, found.switches), found.count)])
+
+
+def _by_plan(found: Sampled) -> str:
+    assert found.flops is not None and found.softmax_flops is not None, "a plan has a fixed number of calls"
+    return (
+        f"{found.out}: {found.count} samples of {found.name} by the plan {found.plan}, in {found.seconds:.1f} s; "
+        f"{found.flops / 1e9:.1f} GFLOPs ({found.flops / 2e9:.1f} GMACs), {found.flops / found.softmax_flops:.1%} of 50 steps'"
+    )
 
 
 def began_in_words(began: Sequence[Began], samples: int) -> list[str]:
@@ -46,6 +56,8 @@ def facts(found: Sampled) -> dict[str, Any]:
         "count": found.count,
         "name": found.name,
         "level": "of the schedule" if found.level is None else str(found.level),
+        "plan": found.plan,
+        "warnings": list(found.warnings),
         "seconds": found.seconds,
         "flops": found.flops,
         "softmax_flops": found.softmax_flops,

@@ -1,4 +1,4 @@
-"""`mediatorize calibrate` finds the schedule that changes samples least within a budget: calls to compute, calls to forecast, levels."""
+"""`mediatorize calibrate` finds plans of few model calls, or the schedule that changes samples least within a budget."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import typer
 
 from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, kinds_of, read_budget, read_kind, read_search, refuse_out_of_reach
 from mediatorize.errors import UserError, about, refuse_below
-from mediatorize.signatures import OneOf, listed, one
+from mediatorize.planning.results import Planned
+from mediatorize.signatures import OneOf, given, listed, one, whole_number
 from mediatorize.stages import options
-from mediatorize.stages.options import SAMPLING, WHAT, option
+from mediatorize.stages.options import OUTPUT, SAMPLING, WHAT, option
+from mediatorize.stages.plans import REFERENCE_STEPS, calibrate_plans, calls_within
 from mediatorize.stages.running import process_bytes, progress_bar
 from mediatorize.torchrun import started_by_torchrun
 
@@ -30,6 +32,14 @@ FOLDER = "calibration"
 """A folder in the bundle: the error table, the candidates, pictures, and the results of an unfinished measurement."""
 SCHEDULES = "schedules"
 """A folder in the bundle: one schedule per budget."""
+
+
+FOR_PLANS = {"model", "calls", "budget", "budgets", "out", "samples", "reference_steps", "verify", "seed", "batch", "device", "dtype"} | {
+    *("cfg_scale", "cfg_channels", "cfg_interval", "family", "num_heads", "num_classes", "weights", "dry_run", "force")
+}
+"""Parameters that plans heed."""
+ONLY_PLANS = {"out", "samples", "reference_steps", "family", "num_heads", "num_classes", "weights", "dtype"}
+"""Parameters that schedules do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +78,17 @@ class Calibration:
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="the bundle; the schedule is written into it")],
+    model: Annotated[Path, typer.Argument(help="a checkpoint, a diffusers folder or a bundle")],
     *,
+    calls: Annotated[
+        tuple[int, ...],
+        option("fit plans of so many model calls, such as 4,6,8", WHAT, parser=listed(whole_number), metavar="N,N,..."),
+    ] = (),
+    out: Annotated[Path | None, option("file for the plans; default: in the bundle, or beside the checkpoint", OUTPUT)] = None,
+    samples: Annotated[int, option("with --calls: samples that weights are fitted to", SAMPLING, min=1)] = 48,
+    reference_steps: Annotated[
+        int, option("of a checkpoint: steps of the sampler that budgets are shares of", SAMPLING, min=2)
+    ] = REFERENCE_STEPS,
     budget: Annotated[
         float | str | None,
         option("the most that sampling may cost, as a share of softmax's: 0.75 or 75%", WHAT, parser=one(read_budget), metavar="SHARE"),
@@ -116,17 +135,23 @@ def calibrate(
     timestep_shift: options.Shift = 1.0,
     seed: options.Seed = 0,
     trajectories: Annotated[int, option("teacher samples for the error table", SAMPLING, min=1)] = 8,
-    verify: Annotated[int, option("held-out samples to measure each candidate's error on; 0 uses predicted errors", SAMPLING, min=0)] = 32,
+    verify: Annotated[int, option("held-out samples to measure errors on; 0 uses predicted errors of schedules", SAMPLING, min=0)] = 32,
     batch: options.Batch = 32,
+    family: options.Family = None,
+    num_heads: options.Heads = None,
+    num_classes: options.Classes = None,
+    weights: options.Weights = None,
     device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
     dry_run: options.DryRun = False,
     force: options.Force = False,
-) -> Calibration:
-    """Finds the schedule that changes samples least within a budget: calls to compute, calls to forecast, levels of layers.
-    Resumes after a kill; runs under torchrun.
+) -> Calibration | Planned:
+    """With --calls, or for a checkpoint: fits plans of few model calls to the teacher's own solution, on any model. For a bundle without
+    --calls: finds the schedule that changes samples least within a budget. Resumes after a kill; runs under torchrun.
 
-    Example: mediatorize calibrate out --budgets 0.35,0.5 --steps 50 --cfg-scale 4
+    Example: mediatorize calibrate DiT-XL-2-256x256.pt --family dit --calls 6,8,10 --cfg-scale 4
     """
+    chosen = dict(locals())
     from mediatorize.compression import search as searching
     from mediatorize.compression.search import costs_of, flops_of_search, peak_bytes_of_search, samplers
     from mediatorize.compression.tables import DIRECTIONS
@@ -139,15 +164,38 @@ def calibrate(
 
     start = time.monotonic()
     shares = list(dict.fromkeys(read_budget(given) for given in (*([] if budget is None else [budget]), *budgets)))
-    if not shares:
-        raise UserError("No budget was given.", hint="Pass --budget 0.75, or --budgets 0.9,0.8,0.7.")
+    if not shares and not calls:
+        raise UserError("No number of calls and no budget was given.", hint="Pass --calls 4,6,8, or --budget 0.16.")
+    if calls or not bundles.is_bundle(model):
+        if calls and shares:
+            raise UserError("A number of calls is a budget.", hint="Pass --calls or --budget.")
+        asked = [name.replace("_", "-") for name in given(calibrate, chosen) if name not in FOR_PLANS]
+        if asked:
+            raise UserError(f"--{asked[0]} says nothing to plans.", hint="Leave it out; it is for schedules of bundles.")
+        return calibrate_plans(
+            model,
+            calls or calls_within(shares, reference_steps),
+            out=out,
+            guidance={"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": tuple(cfg_interval)},
+            reference_steps=reference_steps,
+            samples=samples,
+            verify=max(2 * verify, 1),
+            seed=seed,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            load={"family": family, "num_heads": num_heads, "num_classes": num_classes, "weights": weights},
+            dry_run=dry_run,
+            force=force,
+        )
+    idle = [name.replace("_", "-") for name in given(calibrate, chosen) if name in ONLY_PLANS]
+    if idle:
+        raise UserError(f"--{idle[0]} is for plans or checkpoints.", hint="Pass --calls, or leave it out.")
     if COSTS[cost].timed and started_by_torchrun():
         raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
     refuse_below({"verify": verify, "seed": seed, "patterns": patterns}, 0)
     evaluations, seconds = read_search(search, verify) if search else (searching.EVALUATIONS, None)
-    if not bundles.is_bundle(model):
-        raise UserError(f"{model}: is no bundle.", hint="Run `mediatorize convert` first.")
     config = bundles.read_config(model)
     bundles.refuse_pruned(model, config)
     bundles.refuse_untrained(model, config)
@@ -205,15 +253,15 @@ def calibrate(
         tensors = peak_bytes_of_search(arch, settings, sampler, trajectories=trajectories, batch=batch)
         return replace(result, estimated_seconds=expected, estimated_bytes=process_bytes(tensors, where))
 
-    weights = bundles.hash_of_file(model / "model.safetensors")
-    plan = {"sampler": measuring.to_json(), "trajectories": trajectories, "directions": DIRECTIONS, "weights": weights}
+    measured = bundles.hash_of_file(model / "model.safetensors")
+    plan = {"sampler": measuring.to_json(), "trajectories": trajectories, "directions": DIRECTIONS, "weights": measured}
 
     def refusal(before: dict[str, Any]) -> UserError | None:
         """Measurements of other weights are replaced. Measurements of another sampler are replaced only with --force."""
         other = Sampler.from_json(before["sampler"])
-        measured = f"{other.solver}, {other.steps} steps, guidance {other.cfg_scale}, {before['trajectories']} trajectories"
-        error = UserError(f"{result.folder}: is for {measured}, or another seed.", hint="Repeat those, or pass --force to measure anew.")
-        return error if before["weights"] == weights else None
+        how = f"{other.solver}, {other.steps} steps, guidance {other.cfg_scale}, {before['trajectories']} trajectories"
+        error = UserError(f"{result.folder}: is for {how}, or another seed.", hint="Repeat those, or pass --force to measure anew.")
+        return error if before["weights"] == measured else None
 
     most = memory * 2**30 / (batch * next(loaded.parameters()).element_size()) if memory else None
     wanted: dict[str, Any] = {"per": per, "kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
@@ -224,7 +272,7 @@ def calibrate(
         wanted |= {"store": SharedWork(work, world), "world": world}
         with about(model):
             found = searching.search(loaded.to(world.device), sampler, shares, costs, **wanted)
-        result = replace(result, found=found, weights=weights)
+        result = replace(result, found=found, weights=measured)
         if world.is_first:
             report.write_pictures(result)
             (model / SCHEDULES).mkdir(exist_ok=True)

@@ -13,8 +13,9 @@ from mediatorize.errors import UserError, about
 from mediatorize.export.contract import Choices, Subject
 from mediatorize.export.targets import EXPORTS, refuse_idle_choices
 from mediatorize.model.levels import Level, read_level
+from mediatorize.planning.results import ExportedScheduler
 from mediatorize.report.tables import left_out
-from mediatorize.signatures import OneOf, one
+from mediatorize.signatures import OneOf, given, one
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, WHAT, option
 from mediatorize.stages.running import progress_bar
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from mediatorize.export.verification import Verification
     from mediatorize.model.transformer import DiffusionTransformer
 
-TARGETS = "; ".join(f"{name}: {target.help}" for name, target in EXPORTS.items())
+SCHEDULER = "scheduler"
+"""The target of plans; all others are of bundles."""
+
+TARGETS = "; ".join([*(f"{name}: {target.help}" for name, target in EXPORTS.items()), f"{SCHEDULER}: plans as a diffusers scheduler"])
 
 RECORD_FILE = "export.json"
 """Says what was exported and how it was checked. It also marks the folder as one that may be replaced."""
@@ -60,11 +64,15 @@ class Exported:
     bytes: int
 
 
+LARGEST_DIFFERENCE = 1e-4
+"""Between samples by a plan and by its scheduler."""
+
+
 def export(
-    model: Annotated[Path, typer.Argument(help="a bundle")],
+    model: Annotated[Path, typer.Argument(help="a bundle; for a scheduler, a plan file")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     *,
-    to: Annotated[str, option(f"the tool that will load it. {TARGETS}", WHAT), OneOf(EXPORTS)],
+    to: Annotated[str, option(f"the tool that will load it. {TARGETS}", WHAT), OneOf((*EXPORTS, SCHEDULER))],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], option("diffusers, safetensors: precision of the stored weights", WHAT)
     ] = "float32",
@@ -95,7 +103,7 @@ def export(
     ] = None,
     license: Annotated[str | None, option("its licence as the Hub names it, such as cc-by-nc-4.0, for the model card", DATA)] = None,
     force: options.Force = False,
-) -> Exported:
+) -> Exported | ExportedScheduler:
     """Writes a bundle as files that other tools load. Loads them back, compares outputs at every level, and adds a model card.
 
     Example: mediatorize export out dit-xl-diffusers --to diffusers --vae sd-vae-ft-ema
@@ -107,6 +115,11 @@ def export(
     from mediatorize.report.card import export_card, hub_header
     from mediatorize.report.exporting import checks, facts
 
+    if to == SCHEDULER:
+        idle = [name for name in given(export, dict(locals())) if name not in ("model", "out", "to", "force")]
+        if idle:
+            raise UserError(f"--{idle[0].replace('_', '-')} says nothing to --to {SCHEDULER}.", hint="Leave it out.")
+        return export_scheduler(model, out, force)
     chosen, choices = EXPORTS[to], Choices(dtype=dtype, adapter=adapter, vae=vae, level=level, schedule=schedule, prune=prune)
     refuse_idle_choices(to, choices)
     header = hub_header("diffusers" if to == "diffusers" else "mediatorize", license, base_model)
@@ -161,6 +174,35 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return result
+
+
+def export_scheduler(file: Path, out: Path, force: bool) -> ExportedScheduler:
+    """Writes the plans in a file, or in a bundle, as a diffusers scheduler, and samples by it once."""
+    from mediatorize.export import scheduler
+    from mediatorize.formats import bundle
+    from mediatorize.formats.plans import PLAN_NAME, read_plans
+
+    file = file / PLAN_NAME if file.is_dir() else file
+    plans = read_plans(file)
+    refuse_foreign_folder(out, force)
+    partial = bundle.partial_folder(out)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    bundle.write_json(partial / RECORD_FILE, {})
+    try:
+        with about(file):
+            scheduler.write(partial, plans)
+        difference = scheduler.difference(partial, plans)
+        if difference > LARGEST_DIFFERENCE:
+            raise UserError(f"{out}: the written scheduler differs from the plan by {difference:.1g}.", hint="Please report this.")
+        usage = scheduler.usage(out.name, plans)
+        bundle.write_text(partial / "README.md", f"# Plans for diffusers, of {', '.join(map(str, plans))} model calls\n\n{usage}\n")
+        bundle.write_json(partial / RECORD_FILE, {"version": VERSION, "plans": list(plans), "difference": difference})
+        bundle.commit(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ExportedScheduler(out=out, calls=tuple(plans), difference=difference, usage=usage)
 
 
 def refuse_foreign_folder(out: Path, force: bool) -> None:

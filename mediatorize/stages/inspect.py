@@ -13,6 +13,7 @@ from mediatorize.errors import UserError, refuse_below
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
 from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings, kind_of, title
+from mediatorize.planning.results import InspectedPlans
 from mediatorize.report.tables import layers_in_words, left_out
 from mediatorize.stages import options
 from mediatorize.stages.options import RESOURCES, WHAT, option
@@ -77,12 +78,17 @@ def inspect(
     batch: Annotated[int, option("rows of a timed call; a guided sample takes two", RESOURCES, min=1)] = 2,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
-) -> Inspection:
-    """Shows the model in a checkpoint, where its FLOPs go, and what each level would cost. Checks that all weights are finite.
+) -> Inspection | InspectedPlans:
+    """Shows the model in a checkpoint, where its FLOPs go, and what each level would cost. Checks that all weights are finite. Or shows the
+    plans in a file.
 
     Example: mediatorize inspect DiT-XL/2@512
     """
+    from mediatorize.formats.plans import is_plan_file, read_plans
+
     refuse_below({"batch": batch}, 1)
+    if is_plan_file(Path(checkpoint)):
+        return InspectedPlans(Path(checkpoint), read_plans(Path(checkpoint)))
     found = _found(checkpoint, family, num_heads, num_classes, weights, redundancy, device)
     return replace(found, times=call_times(found.arch, found.settings, batch, device, dtype)) if measure else found
 

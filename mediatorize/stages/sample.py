@@ -6,17 +6,21 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mediatorize.errors import UserError, refuse_below
+from mediatorize.errors import UserError, about, refuse_below
 from mediatorize.model.levels import SOFTMAX, Level, read_level, title
 from mediatorize.model.schedule import Measure, RuleSchedule, SwitchPer, SwitchRule
 from mediatorize.signatures import listed, whole_number
 from mediatorize.stages import options
-from mediatorize.stages.options import OUTPUT, SWITCHING, WHAT, option
+from mediatorize.stages.options import OUTPUT, SAMPLING, SWITCHING, WHAT, option
+from mediatorize.stages.plans import REFERENCE_STEPS
 from mediatorize.stages.running import progress_bar
+
+if TYPE_CHECKING:
+    from mediatorize.diffusion.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +33,14 @@ class Sampled:
     """The model's name."""
     level: Level | None
     """None means the levels of the bundle's schedule."""
+    plan: str | None = None
+    """Where the plan is from and how many calls it has; None: a solver sampled."""
+    warnings: tuple[str, ...] = ()
     seconds: float
     flops: float | None
     """FLOPs of all samples, guidance included; None for an adaptive solver."""
     softmax_flops: float | None
-    """FLOPs of as many samples at level softmax; of the last one of several checkpoints."""
+    """FLOPs of as many samples at level softmax (beside a plan, in 50 steps); of the last one of several checkpoints."""
     switches: tuple[tuple[int, ...], ...] = ()
     """By sample: the step, from 0, that each stage of the step-wise rule but the first began with; -1: it never did."""
     stages: tuple[str, ...] = ()
@@ -55,6 +62,11 @@ def sample(
     ] = "classes",
     level: options.Level = None,
     schedule: Annotated[Path | None, option("a schedule file (JSON), in place of the bundle's own", WHAT)] = None,
+    plan: Annotated[
+        Path | None,
+        option("a plan file; default: the bundle's own, unless a level, a schedule or a solver is named", WHAT),
+    ] = None,
+    calls: Annotated[int | None, option("which of the plans: its number of model calls; default: the most", WHAT, min=1)] = None,
     switch: Annotated[
         Measure | None,
         option("begin with few mediators, and switch to more when the latents change less; how the change is measured", SWITCHING),
@@ -75,7 +87,9 @@ def sample(
     ] = "batch",
     solver: options.Solver = None,
     steps: options.Steps = None,
-    cfg_scale: options.Guidance = 1.0,
+    cfg_scale: Annotated[
+        float | None, option("classifier-free guidance scale; 1 is no guidance, at half the cost; default: the plan's, else 1", SAMPLING)
+    ] = None,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
     timestep_shift: options.Shift = 1.0,
@@ -99,6 +113,7 @@ def sample(
     import torch
 
     from mediatorize.devices import DTYPES, pick_device, refuse_uncompilable
+    from mediatorize.diffusion.planned import choose_plan, plan_flops, refuse_other_plan
     from mediatorize.diffusion.sampling import (
         Sampler,
         flops_by_rule,
@@ -106,12 +121,14 @@ def sample(
         refuse_unknown_classes,
         refuse_unknown_level,
         sample_many,
+        sample_many_by_plan,
         switcher_of,
     )
     from mediatorize.diffusion.switching import Switcher
-    from mediatorize.formats.bundle import read_schedules
+    from mediatorize.formats.bundle import hash_of_weights, read_schedules
     from mediatorize.formats.images import class_names, load_vae, to_pixels, write_arrays, write_grid
     from mediatorize.formats.loading import load_model
+    from mediatorize.formats.plans import PLAN_NAME, read_plans, refuse_other_weights
     from mediatorize.formats.samples import DECODED_AT_A_TIME, decoder_of
 
     refuse_bad_output(out, force)
@@ -119,6 +136,9 @@ def sample(
     if checkpoints and not others:
         raise UserError(f"{model} is the only one of --checkpoints.", hint="Name the next ones too.")
     refuse_idle_options(switch, level, schedule, switch_levels, others)
+    told = {"level": level, "schedule": schedule, "switch": switch, "solver": solver, "steps": steps}
+    if (plan is not None or calls is not None) and (doubled := [name for name, value in told.items() if value is not None]):
+        raise UserError(f"A plan says which calls are made, and so does --{doubled[0]}.", hint="Pass one of them.")
     refuse_below({"per-class": per_class, "batch": batch}, 1)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
@@ -126,8 +146,18 @@ def sample(
         refuse_unknown_level(loaded, named)
     if schedule is not None:
         (loaded.schedule,) = read_schedules((schedule,), loaded).values()
-    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
-    guidance["timestep_shift"] = timestep_shift
+    own_plan = Path(model) / PLAN_NAME
+    file = plan if plan is not None else own_plan if not any(told.values()) and own_plan.is_file() else None
+    if file is None and calls is not None:
+        raise UserError(f"{model}: has no plan.", hint=f"Run `mediatorize calibrate {model} --calls {calls}`, or pass --plan FILE.")
+    chosen = None
+    if file is not None:
+        with about(file):
+            chosen = choose_plan(read_plans(file), calls, cfg_scale)
+            refuse_other_plan(arch, chosen)
+            refuse_other_weights(chosen, hash_of_weights(loaded))
+    guidance: dict[str, Any] = {"cfg_scale": 1.0 if cfg_scale is None else cfg_scale, "cfg_channels": cfg_channels}
+    guidance |= {"cfg_interval": cfg_interval, "timestep_shift": timestep_shift}
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, **guidance)
     as_pixels = vae is not None or arch.channels in (1, 3)
     if out.suffix == ".png" and not as_pixels:
@@ -164,7 +194,10 @@ def sample(
         return switchers[-1]
 
     with progress_bar(len(labels), "sampling", "sample") as bar:
-        latents = sample_many(loaded, labels, sampler, level, batch, bar.update, None if rule is None else switcher)
+        if chosen is not None:
+            latents = sample_many_by_plan(loaded, labels, chosen, seed, batch, bar.update)
+        else:
+            latents = sample_many(loaded, labels, sampler, level, batch, bar.update, None if rule is None else switcher)
     seconds = time.monotonic() - start
     if as_pixels:
         parts = []
@@ -183,23 +216,35 @@ def sample(
 
     total: float | None
     if rule is None:
-        switches, spent = torch.zeros(len(labels), 0), sampler.flops(arch, own, loaded.settings)
+        by_plan = None if chosen is None else plan_flops(arch, chosen, loaded.settings)
+        switches, spent = torch.zeros(len(labels), 0), sampler.flops(arch, own, loaded.settings) if by_plan is None else by_plan
         total = None if spent is None else spent * len(labels)
     else:
         switches = torch.cat([switcher.switches for switcher in switchers])
         total = flops_by_rule(rule, models, sampler, switches)
+    if chosen is not None:  # beside as many steps as budgets are shares of
+        guidance |= {name: getattr(chosen, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval")}
+        sampler = Sampler.resolve(arch, steps=REFERENCE_STEPS, **guidance)
     softmax = sampler.flops(models[-1].arch if others else arch, SOFTMAX, None)
     return Sampled(
         out=out,
         count=len(labels),
         name=arch.name,
         level=SOFTMAX if level is None and loaded.schedule is None else level,
+        plan=None if chosen is None else f"{file}, {len(chosen.calls)} calls",
+        warnings=plan_warnings(chosen, dtype),
         seconds=seconds,
         flops=total,
         softmax_flops=None if softmax is None else softmax * len(labels),
         switches=() if rule is None else tuple(map(tuple, switches.tolist())),
         stages=() if rule is None else tuple((model, *others) if others else map(title, rule.levels)),
     )
+
+
+def plan_warnings(plan: Plan | None, dtype: str) -> tuple[str, ...]:
+    """What a user should know of a plan that is sampled by."""
+    made_for = None if plan is None else plan.made_for.get("dtype")
+    return (f"the plan was fitted in {made_for}, and this sampled in {dtype}",) if made_for not in (None, dtype) else ()
 
 
 def refuse_idle_options(

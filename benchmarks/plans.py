@@ -1,0 +1,219 @@
+"""Plans beside solvers with as many model calls: distance to the converged teacher, and Frechet distance, against calls.
+
+    python benchmarks/plans.py --json benchmarks/plans.json --picture docs/plans.png
+    python benchmarks/plans.py --teachers "digits SiT" --calls 6,8
+
+A plan's weights are fitted on one set of noise, its times and settings are chosen on a second. Errors are medians of --samples samples of
+a third, against the teacher's own converged solution, with 95% bootstrap intervals. Every solver starts from the same noise. The second
+column of errors is the distance to the solver that people use with 50 steps. Frechet distances are to the real data, over that of the
+converged teacher, on a fourth set of noise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from mediatorize.diffusion.planned import ModelDenoiser, sample_by_plan
+from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
+from mediatorize.diffusion.sampling import GuidedModel, Sampler, sample_batch
+from mediatorize.evaluation.digits import distance_to_digits
+from mediatorize.formats.loading import load_model
+from mediatorize.model.levels import SOFTMAX
+from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.planning.judge import Errors, relative_errors, with_interval
+from mediatorize.planning.reference import solve
+from mediatorize.planning.search import Wanted, guided_at, plain_setting
+from mediatorize.randomness import gaussian, spread_labels
+from mediatorize.report.tables import text_table
+from mediatorize.stages.plans import REFERENCE_STEPS, default_solver, find_plans, fixed_solvers, wanted_of
+from mediatorize.stages.running import hardware, keep_freed_memory, versions
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SEED = 90210
+
+
+@dataclass(frozen=True)
+class Teacher:
+    file: Path
+    cfg_scale: float
+    frechet: Callable[[Tensor], float] | None
+
+
+TEACHERS = {
+    "digits SiT": Teacher(RECIPES / "digits" / "sit.safetensors", 1.0, distance_to_digits),
+    "digits DiT, guidance 1.2": Teacher(RECIPES / "digits" / "dit.safetensors", 1.2, distance_to_digits),
+    "digits DiT, guidance 4": Teacher(RECIPES / "digits" / "dit.safetensors", 4.0, distance_to_digits),
+    "Fashion-MNIST DiT, guidance 1.5": Teacher(RECIPES / "fashion" / "dit.safetensors", 1.5, None),
+}
+"""Teachers that ship with the project, the guidance of their samples, and what judges their pictures."""
+
+
+def schedulers(process: str) -> dict[str, Callable[[], Any]]:
+    """diffusers' multistep schedulers, with the grids that their users choose."""
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    if process == "ddpm":
+        base: dict[str, Any] = {"num_train_timesteps": TRAIN_STEPS, "trained_betas": BETAS, "timestep_spacing": "linspace"}
+        return {
+            "diffusers UniPC": lambda: UniPCMultistepScheduler(**base),
+            "diffusers DPM-Solver++ 3M": lambda: DPMSolverMultistepScheduler(**base, solver_order=3),
+            "diffusers DPM-Solver++ 2M, Karras": lambda: DPMSolverMultistepScheduler(**base, use_karras_sigmas=True),
+            "diffusers UniPC, Karras": lambda: UniPCMultistepScheduler(**base, use_karras_sigmas=True),
+        }
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return {
+        "diffusers DPM-Solver++ 2M": lambda: DPMSolverMultistepScheduler(**flow, flow_shift=1.0),
+        "diffusers DPM-Solver++ 3M": lambda: DPMSolverMultistepScheduler(**flow, flow_shift=1.0, solver_order=3),
+        "diffusers UniPC, shift 3": lambda: UniPCMultistepScheduler(**flow, flow_shift=3.0),
+        "diffusers UniPC, shift 1/3": lambda: UniPCMultistepScheduler(**flow, flow_shift=1 / 3),
+    }
+
+
+@torch.no_grad()
+def by_scheduler(scheduler: Any, model: DiffusionTransformer, sampler: Sampler, labels: Tensor, noise: Tensor, calls: int) -> Tensor:
+    """Samples (n, c, h, w) by a scheduler of diffusers from the same noise."""
+    process = process_of(model.arch).name
+    guided = GuidedModel(model, labels, sampler)
+    scheduler.set_timesteps(calls)
+    x = noise
+    for sigma, timestep in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):
+        t = float(timestep) if process == "ddpm" else 1 - sigma
+        output = guided.output(model(*guided.inputs(x, t), levels=SOFTMAX))[:, : model.arch.channels]
+        x = scheduler.step(output if process == "ddpm" else -output, timestep, x, return_dict=False)[0]
+    return x
+
+
+def measure(name: str, teacher: Teacher, calls: list[int], samples: int, frechet: int, frechet_calls: list[int]) -> dict[str, Any]:
+    model = load_model(teacher.file)
+    arch = model.arch
+    wanted = wanted_of(arch, {"cfg_scale": teacher.cfg_scale}, samples=48, reported=samples)
+    begun = time.perf_counter()
+    found = find_plans(model, calls, wanted, seed=0)
+    seconds = time.perf_counter() - begun
+    denoise_labels = spread_labels(arch.classes, samples, SEED)
+    noise = gaussian(SEED, "initial noise", range(samples), wanted.shape)
+    reference = converged(model, wanted, denoise_labels, noise, found.reference_calls)
+    sampler = Sampler.resolve(arch, cfg_scale=teacher.cfg_scale, steps=REFERENCE_STEPS)
+
+    def by(solver: str, steps: int) -> Tensor:
+        how = Sampler.resolve(arch, solver=solver, steps=steps, cfg_scale=teacher.cfg_scale)
+        return sample_batch(model, denoise_labels, how, SOFTMAX, noise=noise)
+
+    many = by(default_solver(wanted.process), REFERENCE_STEPS)
+
+    def judged(method: str, count: int, drawn: Tensor) -> dict[str, Any]:
+        errors = with_interval(relative_errors(drawn, reference))
+        row = {"method": method, "calls": count, **vars(errors), "to_many": Errors.of(drawn, many).median}
+        print(name, method, count, f"{errors.median:.4f}", file=sys.stderr)
+        return row
+
+    rows = [judged(f"{default_solver(wanted.process)}, {REFERENCE_STEPS} steps", REFERENCE_STEPS, many)]
+    for count in calls:
+        rows.append(judged("plan", count, sample_by_plan(model, denoise_labels, found.plans[count], noise)))
+        for solver, how in fixed_solvers(wanted.process).items():
+            if count % how.calls_per_step == 0:
+                rows.append(judged(solver, count, by(solver, count // how.calls_per_step)))
+        for method, make in schedulers(wanted.process).items():
+            rows.append(judged(method, count, by_scheduler(make(), model, sampler, denoise_labels, noise, count)))
+    result = {"teacher": name, "rows": rows, "search_seconds": seconds, "reference_calls": found.reference_calls}
+    result |= {"reference_error": found.reference_error, "stages": {count: each.stages for count, each in found.found.items()}}
+    if teacher.frechet is not None and frechet:
+        labels = spread_labels(arch.classes, frechet, SEED + 1)
+        fresh = gaussian(SEED + 1, "initial noise", range(frechet), wanted.shape)
+        base = teacher.frechet(converged(model, wanted, labels, fresh, 60))
+        drawn = {count: in_parts(model, labels, fresh, found.plans[count]) for count in frechet_calls}
+        result["frechet"] = {"samples": frechet, "teacher": base} | {count: teacher.frechet(x) / base for count, x in drawn.items()}
+        print(name, result["frechet"], file=sys.stderr)
+    return result
+
+
+def converged(model: DiffusionTransformer, wanted: Wanted, labels: Tensor, noise: Tensor, calls: int) -> Tensor:
+    """The teacher's own solutions (n, c, h, w)."""
+    setting = plain_setting(wanted)
+    rows = torch.arange(len(labels))
+    final = solve(ModelDenoiser(model, labels, 128), setting, wanted.path, guided_at(wanted), noise, rows, calls).final
+    return setting.bands.back(final)
+
+
+def in_parts(model: DiffusionTransformer, labels: Tensor, noise: Tensor, plan: Any) -> Tensor:
+    """Samples by a plan, a hundred at a time."""
+    pairs = zip(labels.split(100), noise.split(100), strict=True)
+    return torch.cat([sample_by_plan(model, own, plan, x) for own, x in pairs])
+
+
+def draw_picture(found: list[dict[str, Any]], file: Path) -> None:
+    """Error against calls, log-log, a panel for every teacher."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.4), squeeze=False, sharey=True)
+    for axis, teacher in zip(axes[0], found, strict=True):
+        methods = dict.fromkeys(row["method"] for row in teacher["rows"])
+        for method in methods:
+            own = sorted((row["calls"], row["median"]) for row in teacher["rows"] if row["method"] == method)
+            style: dict[str, Any] = (
+                {"linewidth": 2.5, "color": "black", "zorder": 3} if method == "plan" else {"linewidth": 1, "alpha": 0.8}
+            )
+            axis.plot(*zip(*own, strict=True), marker="o", markersize=4, label=method, **style)
+        axis.set(xscale="log", yscale="log", title=teacher["teacher"], xlabel="model calls")
+        ticks = sorted({row["calls"] for row in teacher["rows"]})
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6.5)
+    axes[0][0].set_ylabel("median distance to the converged teacher")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main(
+    teachers: Annotated[str, typer.Option(help="with semicolons")] = ";".join(TEACHERS),
+    calls: Annotated[str, typer.Option(help="with commas")] = "4,6,8,10,12",
+    samples: int = 160,
+    frechet: int = 2000,
+    frechet_calls: Annotated[str, typer.Option(help="with commas")] = "6,8,10",
+    lightningdit: Annotated[Path | None, typer.Option(help="a LightningDiT of recipes/digits/train.py")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    picture: Path | None = None,
+) -> None:
+    keep_freed_memory()
+    wanted = {name: TEACHERS[name] for name in teachers.split(";") if name}
+    if lightningdit is not None:
+        wanted["digits LightningDiT"] = Teacher(lightningdit, 1.0, distance_to_digits)
+    found: list[dict[str, Any]] = []
+    counts, judged = list(map(int, calls.split(","))), list(map(int, frechet_calls.split(",")))
+    for name, teacher in wanted.items():
+        found.append(measure(name, teacher, counts, samples, frechet, [count for count in judged if count in counts]))
+        if json_file is not None:  # after every teacher, as all take an hour
+            facts = {"hardware": hardware(torch.device("cpu")), "versions": versions(), "samples": samples, "teachers": found}
+            json_file.write_text(json.dumps(facts, indent=1) + "\n")
+    header = ("teacher", "method", "calls", "median", "95% interval", "flipped", "to many steps")
+    table = [
+        (
+            teacher["teacher"],
+            row["method"],
+            row["calls"],
+            f"{row['median']:.4f}",
+            f"{row['interval'][0]:.4f}-{row['interval'][1]:.4f}",
+            f"{row['flipped']:.1%}",
+            f"{row['to_many']:.4f}",
+        )
+        for teacher in found
+        for row in teacher["rows"]
+    ]
+    typer.echo(text_table(header, table))
+    if picture is not None:
+        draw_picture(found, picture)
+
+
+if __name__ == "__main__":
+    typer.run(main)
