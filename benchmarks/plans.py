@@ -52,7 +52,7 @@ class Teacher:
 TEACHERS = {
     "digits SiT": Teacher(RECIPES / "digits" / "sit.safetensors", 1.0, distance_to_digits),
     "digits DiT, guidance 1.2": Teacher(RECIPES / "digits" / "dit.safetensors", 1.2, distance_to_digits),
-    "digits DiT, guidance 4": Teacher(RECIPES / "digits" / "dit.safetensors", 4.0, distance_to_digits),
+    "digits DiT, guidance 4": Teacher(RECIPES / "digits" / "dit.safetensors", 4.0, None),
     "Fashion-MNIST DiT, guidance 1.5": Teacher(RECIPES / "fashion" / "dit.safetensors", 1.5, None),
 }
 """Teachers that ship with the project, the guidance of their samples, and what judges their pictures."""

@@ -918,10 +918,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(bundle: Callable[.
     assert without_times(path) == before
 
 
-def test_guidance_without_a_null_class_and_folders_that_are_no_bundle_are_refused(bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_guidance_without_a_null_class_and_files_that_are_not_there_are_refused(bundle: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no null class"):
         calibrate(bundle(model_of(null_class=False)), budget=0.9, cfg_scale=2.0, **QUICK)
-    with pytest.raises(UserError, match="is no bundle"):
+    with pytest.raises(UserError, match="no such file or folder"):
         calibrate(tmp_path / "nowhere", budget=0.9)
 
 

@@ -101,7 +101,7 @@ COMMANDS = {
     "sample": "--cfg-channels N|all",
     "evaluate": "--features",
     "compare": "--beside FILE,FILE,...",
-    "export": "--to <diffusers|safetensors|torch-export|official|attention-mediators>",
+    "export": "--to <diffusers|safetensors|torch-export|official|attention-mediators|scheduler>",
     "run": "--set",
 }
 """An option of every command, with its choices where it has some."""

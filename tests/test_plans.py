@@ -476,3 +476,15 @@ def test_search_beats_every_solver_on_a_small_model() -> None:
     assert found.reported.median < 0.5 * found.others["euler"].median
     assert found.reported.interval is not None
     assert found.reported.interval[0] <= found.reported.median <= found.reported.interval[1]
+
+
+def test_with_halves_the_first_call_may_cost_half() -> None:
+    """Where both halves agree at the first call, leaving one out there costs no error, and is chosen."""
+
+    def denoise(x: Tensor, t: float, uncond: bool, levels: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        velocity = (0.5 + t) * x + torch.sin(2 * x) * t
+        return velocity, velocity * (1 - 0.5 * t) if uncond else None
+
+    wanted = Wanted(process="flow", shape=SHAPE, cfg_scale=2.0, streams="halves", samples=16, reported=8, steps=0)
+    noise = tuple(noise_of(count, seed=seed) for seed, count in enumerate((16, 10, 8)))
+    assert search(denoise, wanted, [3], noise).found[3].plan.rows == (1, 2, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mediatorize.diffusion.plan import PLAN_FORMAT, Plan, PlanError, plans_from_text, plans_to_text
+from mediatorize.diffusion.plan import Plan, PlanError, plans_from_text, plans_to_text
 from mediatorize.diffusion.planned import choose_plan
 from mediatorize.errors import UserError
 from mediatorize.formats.bundle import write_text
@@ -33,14 +33,6 @@ def read_plans(file: Path) -> dict[int, Plan]:
         return plans_from_text(text)
     except PlanError as error:
         raise UserError(f"{file}: {error}", hint="Run `mediatorize calibrate --calls` again.") from error
-
-
-def is_plan_file(path: Path) -> bool:
-    """Whether a file begins as a plan file does."""
-    if not path.is_file() or path.suffix != ".json":
-        return False
-    with path.open("rb") as file:
-        return PLAN_FORMAT.encode() in file.read(200)
 
 
 def load_plan(path: str | Path, calls: int | None = None) -> Plan:

@@ -31,9 +31,12 @@ POWERS, BENDS = (1.0, 1.4, 1.8), (1.0, 1.4, 1.8, 2.4)
 FIRST_SIGHT, KEPT = 8, 3
 """Samples of each set that all times are tried with, and how many times are tried again with twice as many."""
 JACOBIAN = 16
-"""Samples that a Gauss-Newton step is made from."""
+"""Samples that a Gauss-Newton step of `JACOBIAN_CALLS` or more calls is made from; fewer calls make it cheaper, and take more."""
+JACOBIAN_CALLS = 8
 MOST_STEPS, LEAST_GAIN = 3, 0.8
 """Gauss-Newton steps at most; another is made only where the last one left less than this share of the error."""
+PRICE = 2
+"""Errors fall about as the number of rows to this power: by error * rows^PRICE a plan with fewer rows is held against one with more."""
 CHECKED = 8
 """Samples that the reference's number of calls is chosen on."""
 
@@ -219,15 +222,27 @@ def find(denoise: Denoiser, wanted: Wanted, count: int, batch: Batch, others: Ba
 
     bare = wanted.plan(places)
     stages = {"analytic weights": error(analytic(bare, wanted.shape))}
-    plan = fit(denoise, bare, batch, wanted.history)
-    stages["fitted weights"] = last = error(plan)
+    bares = [bare, half_priced(bare)] if bare.streams == "halves" and bare.calls[0].uncond else [bare]
+    fitted = [(error(plan), plan) for plan in (fit(denoise, each, batch, wanted.history) for each in bares)]
+    last, plan = min(fitted, key=lambda each: each[0] * sum(each[1].rows) ** PRICE)
+    stages["fitted weights"] = last
     for step in range(1, wanted.steps + 1):
-        plan, after = gauss_newton(denoise, plan, wanted.path, batch.first(JACOBIAN), others)
+        plan, after = gauss_newton(denoise, plan, wanted.path, batch.first(jacobian_samples(wanted, count)), others)
         stages[f"Gauss-Newton, step {step}"] = after
         if after > LEAST_GAIN * last:
             break
         last = after
     return plan, stages
+
+
+def jacobian_samples(wanted: Wanted, count: int) -> int:
+    """How many samples a Gauss-Newton step of `count` calls is made from: about as many model calls for every count."""
+    return min(wanted.samples, max(JACOBIAN, JACOBIAN * JACOBIAN_CALLS**2 // count**2))
+
+
+def half_priced(plan: Plan) -> Plan:
+    """The plan whose first call leaves the unconditional half out. At pure noise the halves hardly differ; every other call loses by it."""
+    return replace(plan, calls=(replace(plan.calls[0], uncond=False), *plan.calls[1:]))
 
 
 def plain_setting(wanted: Wanted, device: torch.device | str = "cpu") -> Setting:
@@ -288,5 +303,5 @@ def model_rows(wanted: Wanted, calls: Sequence[int], reference: int | None = Non
         first = len(POWERS) * len(BENDS) * FIRST_SIGHT * 3 + KEPT * FIRST_SIGHT * 6
         fitted, chosen, told = wanted.sizes
         total += count * (first + 3 * fitted + (2 + 6 * steps) * chosen + told)
-        total += steps * JACOBIAN * (terms * count * (count - 1) // 2 + count * count // 2)
+        total += steps * jacobian_samples(wanted, count) * (terms * count * (count - 1) // 2 + count * count // 2)
     return halves * total

@@ -34,11 +34,23 @@ SCHEDULES = "schedules"
 """A folder in the bundle: one schedule per budget."""
 
 
-FOR_PLANS = {"model", "calls", "budget", "budgets", "out", "samples", "reference_steps", "verify", "seed", "batch", "device", "dtype"} | {
-    *("cfg_scale", "cfg_channels", "cfg_interval", "family", "num_heads", "num_classes", "weights", "dry_run", "force")
-}
+FOR_PLANS = {
+    "model",
+    "calls",
+    "budget",
+    "budgets",
+    "out",
+    "samples",
+    "streams",
+    "reference_steps",
+    "verify",
+    "seed",
+    "batch",
+    "device",
+    "dtype",
+} | {*("cfg_scale", "cfg_channels", "cfg_interval", "family", "num_heads", "num_classes", "weights", "dry_run", "force")}
 """Parameters that plans heed."""
-ONLY_PLANS = {"out", "samples", "reference_steps", "family", "num_heads", "num_classes", "weights", "dtype"}
+ONLY_PLANS = {"out", "samples", "streams", "reference_steps", "family", "num_heads", "num_classes", "weights", "dtype"}
 """Parameters that schedules do not."""
 
 
@@ -85,6 +97,10 @@ def calibrate(
         option("fit plans of so many model calls, such as 4,6,8", WHAT, parser=listed(whole_number), metavar="N,N,..."),
     ] = (),
     out: Annotated[Path | None, option("file for the plans; default: in the bundle, or beside the checkpoint", OUTPUT)] = None,
+    streams: Annotated[
+        Literal["guided", "halves"],
+        option("with --calls and guidance: updates combine guided outputs, or both halves (nearer, but not for diffusers)", SAMPLING),
+    ] = "guided",
     samples: Annotated[int, option("with --calls: samples that weights are fitted to", SAMPLING, min=1)] = 48,
     reference_steps: Annotated[
         int, option("of a checkpoint: steps of the sampler that budgets are shares of", SAMPLING, min=2)
@@ -178,6 +194,7 @@ def calibrate(
             out=out,
             guidance={"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": tuple(cfg_interval)},
             reference_steps=reference_steps,
+            streams=streams,
             samples=samples,
             verify=max(2 * verify, 1),
             seed=seed,

@@ -84,10 +84,10 @@ def inspect(
 
     Example: mediatorize inspect DiT-XL/2@512
     """
-    from mediatorize.formats.plans import is_plan_file, read_plans
-
     refuse_below({"batch": batch}, 1)
-    if is_plan_file(Path(checkpoint)):
+    if checkpoint.endswith(".json"):
+        from mediatorize.formats.plans import read_plans
+
         return InspectedPlans(Path(checkpoint), read_plans(Path(checkpoint)))
     found = _found(checkpoint, family, num_heads, num_classes, weights, redundancy, device)
     return replace(found, times=call_times(found.arch, found.settings, batch, device, dtype)) if measure else found

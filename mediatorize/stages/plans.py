@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mediatorize.devices import World
-    from mediatorize.diffusion.plan import Plan
+    from mediatorize.diffusion.plan import Plan, Streams
     from mediatorize.model.architecture import Architecture
     from mediatorize.model.transformer import DiffusionTransformer
     from mediatorize.planning.search import Plans, Wanted
@@ -56,6 +56,7 @@ def calibrate_plans(
     out: Path | None,
     guidance: Mapping[str, Any],
     reference_steps: int,
+    streams: Streams,
     samples: int,
     verify: int,
     seed: int,
@@ -99,7 +100,7 @@ def calibrate_plans(
     if not place.absolute().parent.is_dir():
         raise UserError(f"{place}: its folder does not exist.", hint=f"Make {place.parent} first.")
     with about(model):
-        wanted = wanted_of(loaded.arch, guidance, samples=samples, reported=verify)
+        wanted = wanted_of(loaded.arch, guidance, streams=streams, samples=samples, reported=verify)
     calls = tuple(sorted(set(calls)))
     result = Planned(model=model, out=place, arch=loaded.arch, wanted=wanted, calls=calls, reference_steps=reference_steps, dtype=dtype)
     where = pick_device(device)
@@ -267,6 +268,7 @@ def calibrate(
     cfg_scale: float = 1.0,
     cfg_channels: int | Literal["all"] = 3,
     cfg_interval: tuple[float, float] = (0.0, 1.0),
+    streams: Streams = "guided",
     samples: int = 48,
     seed: int = 0,
     batch: int = 64,
@@ -278,6 +280,7 @@ def calibrate(
         model: in eval mode, on its device, in the precision that will sample.
         calls: numbers of model calls, each at least 2.
         cfg_scale, cfg_channels, cfg_interval: guidance, as in `mz.sample`.
+        streams: `guided`: updates combine guided outputs. `halves`: both halves of guidance, which is nearer.
         samples: that weights are fitted to; more take longer.
 
     Raises:
@@ -286,7 +289,7 @@ def calibrate(
     from mediatorize.formats.bundle import hash_of_weights
 
     guidance = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
-    wanted = wanted_of(model.arch, guidance, samples=samples)
+    wanted = wanted_of(model.arch, guidance, streams=streams, samples=samples)
     found = find_plans(model, calls, wanted, seed=seed, batch=batch, progress=progress)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     facts = {"weights": hash_of_weights(model), "dtype": dtype, "seed": seed}
