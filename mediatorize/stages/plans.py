@@ -97,7 +97,7 @@ def calibrate_plans(
     place = default_place(model, is_bundle) if out is None else out
     if place.exists() and not (force or dry_run):
         raise UserError(f"{place}: exists.", hint="Pass --force to replace it, or another --out.")
-    if not place.absolute().parent.is_dir():
+    if not (dry_run or place.absolute().parent.is_dir()):
         raise UserError(f"{place}: its folder does not exist.", hint=f"Make {place.parent} first.")
     with about(model):
         wanted = wanted_of(loaded.arch, guidance, streams=streams, samples=samples, reported=verify)
