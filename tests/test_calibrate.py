@@ -897,7 +897,7 @@ def test_a_budget_out_of_reach_says_what_can_be_reached_and_what_would_widen_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "No budget"),
+        ({}, "no budget was given"),
         ({"budget": "lots"}, "'lots' is no budget"),
         ({"budget": 75.0}, "75.0 is no share"),
         ({"budget": "0%"}, "0% is no share"),

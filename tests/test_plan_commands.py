@@ -189,7 +189,10 @@ def test_sample_by_a_plan_is_the_library_s(checkpoint: Path, planned: Path, tmp_
     ("arguments", "message"),
     [
         ({"calls": 5}, "no plan of 5 calls; there are plans of 3, 4"),
-        ({"cfg_scale": 4.0}, r"for guidance 2, not 4.*calibrate --calls 4 --cfg-scale 4"),
+        ({"cfg_scale": 4.0}, r"cfg-scale is 2, not 4\. Run `mediatorize calibrate --calls 4 --cfg-scale 4`"),
+        ({"cfg_channels": "all"}, "cfg-channels is 3, not all"),
+        ({"cfg_interval": (0.0, 0.5)}, "cfg-interval is 0,1, not 0,0.5"),
+        ({"timestep_shift": 0.3}, "timestep-shift is 1, not 0.3"),
         ({"steps": 9}, "so does --steps"),
         ({"solver": "dopri5"}, "so does --solver"),
         ({"level": "softmax"}, "so does --level"),

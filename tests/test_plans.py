@@ -433,7 +433,7 @@ def test_plans_of_other_models_are_refused() -> None:
     guided = analytic(Wanted(process="flow", shape=(4, 8, 8), cfg_scale=2.0).plan([0.0, 0.5]), (4, 8, 8))
     with pytest.raises(UserError, match="no null class"):
         sample_by_plan(tiny_model(null_class=False), labels, guided, noise)
-    with pytest.raises(UserError, match="for guidance 2, not 4"):
+    with pytest.raises(UserError, match="cfg-scale is 2, not 4"):
         mz.sample(tiny_model(), labels, plan=guided, noise=noise, cfg_scale=4.0)
     with pytest.raises(UserError, match="so do solver, steps"):
         mz.sample(tiny_model(), labels, plan=flow, noise=noise, steps=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,23 +106,38 @@ def refuse_other_plan(arch: Architecture, plan: Plan) -> None:
         raise UserError("The plan guides, and this model has no null class.", hint="Calibrate this model with --cfg-scale 1.")
 
 
-def choose_plan(plans: dict[int, Plan], calls: int | None = None, cfg_scale: float | None = None) -> Plan:
-    """The plan of a number of calls, or the one of the most calls; refuses what is not there.
-
-    Args:
-        cfg_scale: that is asked for; None is the plan's own.
-    """
+def choose_plan(plans: Mapping[int, Plan], calls: int | None = None) -> Plan:
+    """The plan of a number of calls, or the one of the most calls; refuses what is not there."""
     there = ", ".join(map(str, plans))
     if calls is not None and calls not in plans:
         hint = f"Run `mediatorize calibrate --calls {calls}`."
         raise UserError(f"There is no plan of {calls} calls; there are plans of {there}.", hint=hint)
-    plan = plans[max(plans) if calls is None else calls]
-    if cfg_scale is not None and cfg_scale != plan.cfg_scale:
-        raise UserError(
-            f"The plan is for guidance {plan.cfg_scale:g}, not {cfg_scale:g}.",
-            hint=f"Run `mediatorize calibrate --calls {len(plan.calls)} --cfg-scale {cfg_scale:g}`, or leave --cfg-scale out.",
-        )
-    return plan
+    return plans[max(plans) if calls is None else calls]
+
+
+def refuse_other_guidance(
+    plan: Plan, cfg_scale: float | None, cfg_channels: int | str, cfg_interval: Sequence[float], timestep_shift: float
+) -> None:
+    """Refuses guidance or a shift that are neither the plan's own nor left at their defaults (None, 3, everywhere, 1)."""
+    asked = {
+        "cfg-scale": (cfg_scale, None, plan.cfg_scale),
+        "cfg-channels": (cfg_channels, 3, plan.cfg_channels),
+        "cfg-interval": (tuple(cfg_interval), (0.0, 1.0), plan.cfg_interval),
+        "timestep-shift": (timestep_shift, 1.0, 1.0),
+    }
+    for name, (given, default, own) in asked.items():
+        if given not in (default, own):
+            there = f"The plan's {name} is {_as_option(own)}, not {_as_option(given)}."
+            again = "leave --timestep-shift out" if name == "timestep-shift" else _again(plan, name, given)
+            raise UserError(there, hint=f"{again[0].upper()}{again[1:]}.")
+
+
+def _again(plan: Plan, name: str, given: object) -> str:
+    return f"run `mediatorize calibrate --calls {len(plan.calls)} --{name} {_as_option(given)}`, or leave --{name} out"
+
+
+def _as_option(value: object) -> str:
+    return ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def plan_flops(arch: Architecture, plan: Plan, settings: MediatorSettings | None) -> float:

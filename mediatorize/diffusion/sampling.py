@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mediatorize.diffusion.driver import Driver
 from mediatorize.diffusion.plan import Plan
-from mediatorize.diffusion.planned import choose_plan, sample_by_plan
+from mediatorize.diffusion.planned import refuse_other_guidance, sample_by_plan
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.solvers import SOLVERS, Solver, find_solver, refuse_steps
 from mediatorize.diffusion.switching import Switcher
@@ -264,9 +264,9 @@ def sample(
         Latents (b, c, h, w), on the model's device.
     """
     if plan is not None:
-        if solver is not None or steps is not None or schedule is not None or timestep_shift != 1:
-            raise UserError("A plan says which calls are made, and so do solver, steps, shift and schedule.", hint="Pass one of them.")
-        choose_plan({len(plan.calls): plan}, cfg_scale=cfg_scale)
+        if solver is not None or steps is not None or schedule is not None:
+            raise UserError("A plan says which calls are made, and so do solver, steps and schedule.", hint="Pass one of them.")
+        refuse_other_guidance(plan, cfg_scale, cfg_channels, cfg_interval, timestep_shift)
         labels, x = first_state(model, labels, seed, first_index, noise)
         return sample_by_plan(model, labels, plan, x, observe)
     guidance: dict[str, Any] = {"cfg_channels": cfg_channels, "cfg_interval": cfg_interval}

@@ -113,7 +113,7 @@ def sample(
     import torch
 
     from mediatorize.devices import DTYPES, pick_device, refuse_uncompilable
-    from mediatorize.diffusion.planned import choose_plan, plan_flops, refuse_other_plan
+    from mediatorize.diffusion.planned import choose_plan, plan_flops, refuse_other_guidance, refuse_other_plan
     from mediatorize.diffusion.sampling import (
         Sampler,
         flops_by_rule,
@@ -153,8 +153,9 @@ def sample(
     chosen = None
     if file is not None:
         with about(file):
-            chosen = choose_plan(read_plans(file), calls, cfg_scale)
+            chosen = choose_plan(read_plans(file), calls)
             refuse_other_plan(arch, chosen)
+            refuse_other_guidance(chosen, cfg_scale, cfg_channels, cfg_interval, timestep_shift)
             refuse_other_weights(chosen, hash_of_weights(loaded))
     guidance: dict[str, Any] = {"cfg_scale": 1.0 if cfg_scale is None else cfg_scale, "cfg_channels": cfg_channels}
     guidance |= {"cfg_interval": cfg_interval, "timestep_shift": timestep_shift}
