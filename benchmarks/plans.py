@@ -12,6 +12,7 @@ converged teacher, on a fourth set of noise.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,10 @@ from torch import Tensor
 from mediatorize.diffusion.planned import ModelDenoiser, sample_by_plan
 from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, sample_batch
+from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.evaluation.digits import distance_to_digits
+from mediatorize.evaluation.metrics import frechet_distance
+from mediatorize.formats.judges import open_fashion
 from mediatorize.formats.loading import load_model
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
@@ -42,18 +46,25 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SEED = 90210
 
 
+def distance_to_fashion(images: Tensor) -> float:
+    """Frechet distance of pictures (n, 1, 28, 28) in [-1, 1] to the test set of Fashion-MNIST, in its classifier's features."""
+    extractor = open_fashion(torch.device("cpu"))
+    assert extractor.own_reference is not None
+    return frechet_distance(extractor.extract(images.clamp(-1, 1))[0], extractor.own_reference().statistics)
+
+
 @dataclass(frozen=True)
 class Teacher:
     file: Path
     cfg_scale: float
-    frechet: Callable[[Tensor], float] | None
+    frechet: Callable[[Tensor], float]
 
 
 TEACHERS = {
     "digits SiT": Teacher(RECIPES / "digits" / "sit.safetensors", 1.0, distance_to_digits),
     "digits DiT, guidance 1.2": Teacher(RECIPES / "digits" / "dit.safetensors", 1.2, distance_to_digits),
-    "digits DiT, guidance 4": Teacher(RECIPES / "digits" / "dit.safetensors", 4.0, None),
-    "Fashion-MNIST DiT, guidance 1.5": Teacher(RECIPES / "fashion" / "dit.safetensors", 1.5, None),
+    "digits DiT, guidance 4": Teacher(RECIPES / "digits" / "dit.safetensors", 4.0, distance_to_digits),
+    "Fashion-MNIST DiT, guidance 1.5": Teacher(RECIPES / "fashion" / "dit.safetensors", 1.5, distance_to_fashion),
 }
 """Teachers that ship with the project, the guidance of their samples, and what judges their pictures."""
 
@@ -77,6 +88,32 @@ def schedulers(process: str) -> dict[str, Callable[[], Any]]:
         "diffusers UniPC, shift 3": lambda: UniPCMultistepScheduler(**flow, flow_shift=3.0),
         "diffusers UniPC, shift 1/3": lambda: UniPCMultistepScheduler(**flow, flow_shift=1 / 3),
     }
+
+
+CACHES = {"cache: outputs reused": 0, "cache: outputs forecast, order 1": 1, "cache: outputs forecast, order 2": 2}
+"""Caches of whole outputs, as TeaCache (order 0) and TaylorSeer (1 and 2) have them: order of the polynomial through the last calls."""
+
+
+@torch.no_grad()
+def by_cache(order: int, model: DiffusionTransformer, sampler: Sampler, labels: Tensor, noise: Tensor, calls: int) -> Tensor:
+    """Samples (n, c, h, w) by the default solver with `sampler.steps` steps, evenly spread `calls` of which call the model."""
+    guided, steps = GuidedModel(model, labels, sampler), sampler.steps
+    computed = {math.ceil(k * steps / calls) for k in range(calls)}
+    known: list[tuple[int, Tensor]] = []
+    count = -1
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        nonlocal count
+        count += 1
+        if count in computed:
+            known.insert(0, (count, guided.output(model(*guided.inputs(x, t), levels=SOFTMAX))))
+            del known[order + 1 :]
+        total = torch.zeros_like(known[0][1])
+        for place, output in known:  # Lagrange's polynomial
+            total += math.prod((count - other) / (place - other) for other, _ in known if other != place) * output
+        return total
+
+    return SOLVERS[sampler.solver].run(predict, noise, steps, lambda k: torch.zeros_like(noise))
 
 
 @torch.no_grad()
@@ -125,9 +162,11 @@ def measure(name: str, teacher: Teacher, calls: list[int], samples: int, frechet
                 rows.append(judged(solver, count, by(solver, count // how.calls_per_step)))
         for method, make in schedulers(wanted.process).items():
             rows.append(judged(method, count, by_scheduler(make(), model, sampler, denoise_labels, noise, count)))
+        for method, order in CACHES.items():
+            rows.append(judged(method, count, by_cache(order, model, sampler, denoise_labels, noise, count)))
     result = {"teacher": name, "rows": rows, "search_seconds": seconds, "reference_calls": found.reference_calls}
     result |= {"reference_error": found.reference_error, "stages": {count: each.stages for count, each in found.found.items()}}
-    if teacher.frechet is not None and frechet:
+    if frechet:
         labels = spread_labels(arch.classes, frechet, SEED + 1)
         fresh = gaussian(SEED + 1, "initial noise", range(frechet), wanted.shape)
         base = teacher.frechet(converged(model, wanted, labels, fresh, 60))
@@ -177,7 +216,7 @@ def draw_picture(found: list[dict[str, Any]], file: Path) -> None:
 
 def main(
     teachers: Annotated[str, typer.Option(help="with semicolons")] = ";".join(TEACHERS),
-    calls: Annotated[str, typer.Option(help="with commas")] = "4,6,8,10,12",
+    calls: Annotated[str, typer.Option(help="with commas")] = "3,4,5,6,8,10,12,16",
     samples: int = 160,
     frechet: int = 2000,
     frechet_calls: Annotated[str, typer.Option(help="with commas")] = "6,8,10",
