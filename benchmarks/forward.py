@@ -1,10 +1,10 @@
-"""Time of one whole model call relative to the pretrained one, side by side in one process: levels, forecasts, and the limits of both.
+"""Time of one whole model call relative to the pretrained one, side by side in one process: levels, and their limit.
 
     python benchmarks/forward.py --json forward.json
     python benchmarks/forward.py --models DiT-XL/2@512 --batches 1,32 --device cuda --dtype bfloat16 --compile
 
 The weights are random. A call and softmax (timm's fused attention) run in turn, A B A B ..., and a ratio is a median over pairs. The limit
-of mediators is the same model without its attention layers; the limit of forecasts is reading what they must read as fast as memory copies.
+of mediators is the same model without its attention layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from mediatorize.evaluation.timing import model_call, paired_time
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, preset
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer, from_scratch, initialise_from_scratch
 from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
@@ -36,9 +35,6 @@ from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 SIZES = ("DiT-S/2@256", "DiT-S/2@512", "DiT-S/2@1024", "DiT-B/2@256", "DiT-L/2@256", "DiT-XL/2@256", "DiT-XL/2@512")
 WITHOUT_ATTENTION = "no attention layers"
-COPY = "copy of what a forecast reads"
-SURROGATES = "linear+4|linear+1/8"
-"""A forecast of what four mediators and an eighth of the MLP leave out."""
 
 
 class Nothing(nn.Module):
@@ -76,8 +72,6 @@ def kinds(arch: Architecture, batch: int, device: torch.device, dtype: torch.dty
     def others() -> Iterator[Kind]:
         for level in SHOWN_LEVELS:
             yield at(level, f"m = {level}")
-        yield at(LINEAR, "forecast")
-        yield at(SURROGATES, "forecast with m = 4 and MLP 1/8")
         published = MediatorSettings(SHOWN_LEVELS, form="published", projection_rank=None)
         their = on_device(from_scratch(arch, published))
         for level in SHOWN_LEVELS:
@@ -93,12 +87,6 @@ def kinds(arch: Architecture, batch: int, device: torch.device, dtype: torch.dty
     return at(SOFTMAX, "softmax"), others()
 
 
-def copying(arch: Architecture, batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """Moves as much as a forecast call must read, two remembered outputs per sub-layer: a copy reads one half and writes another."""
-    source = torch.randn(2 * arch.depth, batch, arch.tokens, arch.width, device=device, dtype=dtype)
-    return partial(torch.empty_like(source).copy_, source)
-
-
 def measure(
     name: str, batch: int, pairs: int, device: torch.device, dtype: torch.dtype, compiled: bool, wanted: list[str]
 ) -> list[dict[str, Any]]:
@@ -108,7 +96,7 @@ def measure(
     about |= {"tokens": arch.tokens, "width": arch.width, "depth": arch.depth}
     softmax, others = kinds(arch, batch, device, dtype, compiled)
     rows = []
-    for kind in chain([softmax], others, [Kind(COPY, copying(arch, batch, device, dtype), 0)]):
+    for kind in chain([softmax], others):
         if wanted and kind.name not in wanted:
             continue
         times = paired_time(kind.run, softmax.run, pairs, device)
@@ -159,11 +147,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     sizes = sorted({(row["width"], row["image_size"], row["batch"], row["model"]) for row in rows})
     widths, pixels_of = (sorted({size[place] for size in sizes}) for place in (0, 1))
-    for axis, title in zip(panels, ("this tool: mediators and forecasts", "the published form"), strict=True):
+    for axis, title in zip(panels, ("this tool", "the published form"), strict=True):
         axis.plot((0, 110), (0, 110), color="0.8", linewidth=1)
         for width, pixels, batch, name in sizes:
             size = name, pixels, batch
-            mine = [row for row in rows if (row["model"], row["image_size"], row["batch"]) == size and row["kind"] != COPY]
+            mine = [row for row in rows if (row["model"], row["image_size"], row["batch"]) == size]
             theirs = [row for row in mine if row["kind"].startswith("published")]
             ours = [row for row in mine if row not in theirs and row["kind"] != WITHOUT_ATTENTION]
             points = theirs if axis is panels[1] else ours

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mediatorize.compression.allocate import allocate, descend, joint_error, total
 from mediatorize.errors import UserError
 from mediatorize.model.architecture import preset
 from mediatorize.model.cost import attention_flops
 from mediatorize.model.levels import SOFTMAX, MediatorSettings
+from mediatorize.planning.allocate import allocate, descend, joint_error, total
 
 Table = NDArray[Any]
 

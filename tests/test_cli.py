@@ -145,7 +145,10 @@ def test_words_of_other_tools_are_answered_with_ours(arguments: list[str], answe
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "a", "b", "--levels", "1,four"], "'four' is no level. Levels are softmax, a count of mediators or a forecast"),
+        (
+            ["convert", "a", "b", "--levels", "1,four"],
+            "'four' is no level. Levels are softmax, a count of mediators or an attention with an MLP",
+        ),
         (["sample", "a", "--out", "b.png", "--classes", "1,x"], "'x' is not a whole number"),
         (["sample", "a", "--out", "b.png", "--cfg-channels", "some"], "'some' is not a whole number"),
         (["finetune", "a", "--train-steps", "0"], "greater than or equal to 1"),
@@ -301,7 +304,7 @@ def test_evaluate_judges_every_level_from_the_same_noise(tmp_path: Path) -> None
     assert all(other["sample_error"] > 0 and other["relative_flops"] < 1 for other in others)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
     rows = [line.split(" | ")[0] for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[:4] == ["| level", "| softmax", "| m=4", "| m=1"]
+    assert rows[:4] == ["| row", "| softmax", "| m=4", "| m=1"]
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.size[0] > 1000
 

@@ -17,9 +17,12 @@ from mediatorize.evaluation.digits import digit_classifier, digit_images
 from mediatorize.evaluation.metrics import frechet_distance
 from mediatorize.evaluation.results import SideBySide
 from mediatorize.formats import bundle
+from mediatorize.formats.plans import write_plans
 from mediatorize.model.cost import forward_flops
 from mediatorize.model.levels import SOFTMAX, MediatorSettings
 from mediatorize.model.schedule import Schedule
+from mediatorize.planning.fit import analytic
+from mediatorize.planning.search import Wanted
 from mediatorize.report.side_by_side import facts, words
 from mediatorize.stages.compare import compare
 
@@ -64,6 +67,24 @@ def test_every_model_is_judged_as_it_runs_by_itself(tmp_path: Path) -> None:
     assert written == json.loads(json.dumps(facts(found)))
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert all(f"| {row.name} |" in table for row in found.results)
+
+
+def test_a_models_plans_stand_beside_it(tmp_path: Path) -> None:
+    files = [made(tmp_path / name, SOFTMAX, seed) for seed, name in enumerate(("one", "two"))]
+    model, wanted = load_model(files[0]), Wanted(process="flow", shape=(1, 16, 16), cfg_scale=2.0)
+    plans = {count: analytic(wanted.plan(wanted.times(count, 1.0, 1.4)), wanted.shape) for count in (3, 4)}
+    write_plans(tmp_path / "one" / "plan.json", plans)
+    found = compared(files[0], tmp_path / "out", beside=(files[1],), steps=8)
+    assert [row.name for row in found.results] == ["one", "two", "one, plan of 4 calls", "one, plan of 3 calls"]
+    assert [row.relative_flops for row in found.results] == [1, 1, 4 / 8, 3 / 8]
+    assert found.sampler.cfg_scale == 2.0  # the plans' own
+    labels, classifier = torch.arange(12) % 10, digit_classifier()
+    real = classifier.features(digit_images()[0])
+    for row, plan in zip(found.results[2:], (plans[4], plans[3]), strict=True):
+        features = classifier.features(sample(model, labels, plan=plan))
+        assert row.frechet_distance == pytest.approx(frechet_distance(features, real), rel=1e-4)
+    with pytest.raises(UserError, match=r"cfg-scale is 2, not 3"):
+        compared(files[0], tmp_path / "other", beside=(files[1],), cfg_scale=3.0)
 
 
 def test_the_rule_switches_between_bundles_at_their_own_levels(tmp_path: Path) -> None:

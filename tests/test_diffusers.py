@@ -15,7 +15,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     apply_first_block_cache,
 )
-from test_export import SMALL, forecasting, small_model, tiny_vae
+from test_export import SMALL, holding, small_model, tiny_vae
 from torch import Tensor
 
 from mediatorize import sample
@@ -105,22 +105,24 @@ def test_a_cache_that_finds_nothing_is_refused() -> None:
     assert not pipe.transformer.is_cache_enabled
 
 
-def test_caches_beside_forecasts_are_refused() -> None:
-    pipe = pipeline_of(forecasting())
+def test_caches_beside_held_rests_are_refused() -> None:
+    pipe = pipeline_of(holding())
+    assert pipe.transformer.remembers
     expected = samples(pipe)
     for config in NEVER:
-        with pytest.raises(ValueError, match=f"^{type(config).__name__}: this model's schedule forecasts calls itself"):
+        with pytest.raises(ValueError, match=f"^{type(config).__name__}: this model's schedule itself holds what attention gave"):
             pipe.transformer.enable_cache(config)
     pipe.transformer.level = SOFTMAX
+    assert not pipe.transformer.remembers
     pipe.transformer.enable_cache(SKIPPING[0])
     assert samples(pipe).isfinite().all()
     pipe.transformer.level = None
-    with pytest.raises(ValueError, match="forecasts calls itself, from sub-layers that a second cache would skip"):
+    with pytest.raises(ValueError, match="itself holds what attention gave, which a second cache would skip"):
         samples(pipe)
     pipe.transformer.disable_cache()
     assert torch.equal(samples(pipe), expected)
     apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())  # the other way to the same hooks
-    with pytest.raises(ValueError, match=r"^fbc_leader_block_hook: this model's schedule forecasts"):
+    with pytest.raises(ValueError, match=r"^fbc_leader_block_hook: this model's schedule itself holds"):
         samples(pipe)
 
 
@@ -159,7 +161,7 @@ class Joined(torch.nn.Module):
 
 def test_blocks_that_another_tool_joins_run_at_one_level() -> None:
     schedule = Schedule((0.5,), ((SOFTMAX, 4, 1), (4, 4, 4)))
-    for pipe in (pipeline_of(deep(schedule)), pipeline_of(forecasting())):
+    for pipe in (pipeline_of(deep(schedule)), pipeline_of(holding())):
         pipe.transformer.level = 4
         expected = samples(pipe)
         pipe.transformer.blocks = torch.nn.ModuleList([Joined(pipe.transformer.blocks)])
@@ -173,7 +175,7 @@ def test_blocks_that_another_tool_joins_run_at_one_level() -> None:
 
 
 def models() -> list[Any]:
-    return [pytest.param(deep(), SOFTMAX, id="softmax"), pytest.param(deep(), 4, id="4"), pytest.param(forecasting(), None, id="forecasts")]
+    return [pytest.param(deep(), SOFTMAX, id="softmax"), pytest.param(deep(), 4, id="4"), pytest.param(holding(), None, id="holds")]
 
 
 @pytest.mark.parametrize(("model", "level"), models())

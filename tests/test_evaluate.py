@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,30 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import mediatorize as mz
 from mediatorize import DiffusionTransformer, UserError, load_model
+from mediatorize.diffusion.plan import Plan
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler, sample
-from mediatorize.evaluation.comparison import InMemoryParts, Samples, calls_of_sample_0, compare, draw, rows_of, shown_calls
+from mediatorize.evaluation import comparison
+from mediatorize.evaluation.comparison import InMemoryParts, Row, Samples, calls_of_sample_0, compare, draw, rows_of, shown_calls
 from mediatorize.evaluation.features import as_bytes, as_images, digits_extractor
 from mediatorize.evaluation.metrics import frechet_distance, precision_and_recall, statistics_of
 from mediatorize.evaluation.results import Evaluation, Timing
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.formats import bundle
 from mediatorize.formats.images import class_names, to_pixels, write_grid
+from mediatorize.formats.plans import write_plans
 from mediatorize.model.block import SwitchableAttention
+from mediatorize.model.cost import forward_flops
 from mediatorize.model.levels import SOFTMAX, MediatorSettings, levels_per_layer
-from mediatorize.model.schedule import Call, CallSchedule, RuleSchedule, Schedule, SwitchRule
+from mediatorize.model.schedule import RuleSchedule, Schedule, SwitchRule
+from mediatorize.planning.fit import analytic
+from mediatorize.planning.judge import Errors, relative_errors
+from mediatorize.planning.search import Wanted
 from mediatorize.report.document import Code, Document, Heading, Picture, Sides, Table, Text, markdown
 from mediatorize.report.evaluation import facts, words
 from mediatorize.report.html import html_page
-from mediatorize.report.pictures import write_trajectory
 from mediatorize.signatures import as_command
 from mediatorize.stages.evaluate import evaluate
 from mediatorize.stages.inspect import inspect
@@ -54,6 +61,15 @@ def make_bundle(path: Path, schedule: Schedule | None = None, **changes: Any) ->
     if schedule is not None:
         bundle.write_json(path / "schedule.json", schedule.to_json())
     return path
+
+
+def plans_for(model: DiffusionTransformer, *counts: int, **guidance: Any) -> dict[int, Plan]:
+    """Plans with the weights of Adams and Bashforth, which need no fit."""
+    arch = model.arch
+    wanted = Wanted(process=process_of(arch).name, shape=(arch.channels, *arch.input_size), **guidance)
+    made_for = {"weights": bundle.hash_of_weights(model), "reference": {"calls": 60}}
+    plans = {count: analytic(wanted.plan(wanted.times(count, 1.0, 1.4)), wanted.shape) for count in counts}
+    return {count: replace(plan, made_for=made_for) for count, plan in plans.items()}
 
 
 def evaluated(path: Path, out: Path, **options: Any) -> Evaluation:
@@ -143,8 +159,8 @@ def test_a_comparison_in_a_notebook_is_what_the_stage_writes(tmp_path: Path) -> 
     path = make_bundle(tmp_path / "b", MIXED)
     written = judged(path, tmp_path / "out", features="digits", cfg_scale=2.0, solver="heun")
     model = load_model(path)
-    samples = Samples(rows=rows_of(model), labels=torch.arange(10), batch=4)
     sampler = Sampler.resolve(model.arch, solver="heun", steps=3, cfg_scale=2.0)
+    samples = Samples(rows=rows_of(model, sampler), labels=torch.arange(10), batch=4)
     found = compare(model, samples, sampler, extractor=digits_extractor())
     assert [asdict(row) for row in found.results] == list(written.values())
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -160,21 +176,96 @@ def test_a_comparison_in_a_notebook_is_what_the_stage_writes(tmp_path: Path) -> 
 
 
 def test_rows_are_the_teacher_schedules_and_levels_from_the_dearest() -> None:
-    model = tiny_model(MediatorSettings((1, 4, 16)))
-    assert [(row.name, row.kind) for row in rows_of(model)] == [(name, "level") for name in (SOFTMAX, "16", "4", "1")]
+    model, sampler = tiny_model(MediatorSettings((1, 4, 16))), Sampler.resolve(tiny_model().arch, steps=3)
+    assert [(row.name, row.kind) for row in rows_of(model, sampler)] == [(name, "level") for name in (SOFTMAX, "16", "4", "1")]
     model.schedule = MIXED
-    rows = rows_of(model, [1, 16, SOFTMAX, 16], {"other": ALL_SOFTMAX})
+    rows = rows_of(model, sampler, [1, 16, SOFTMAX, 16], {"other": ALL_SOFTMAX})
     assert [row.name for row in rows] == [SOFTMAX, "schedule", "other", "16", "1"]  # softmax is the teacher: once
     assert [row.levels for row in rows[1:3]] == [MIXED, ALL_SOFTMAX]
-    assert [row.name for row in rows_of(model, [], {"0.5": MIXED, "other": ALL_SOFTMAX})] == [SOFTMAX, "0.5", "other"]
+    assert [row.name for row in rows_of(model, sampler, [], {"0.5": MIXED, "other": ALL_SOFTMAX})] == [SOFTMAX, "0.5", "other"]
     with pytest.raises(UserError, match="no level 9"):
-        rows_of(model, [9])
-    assert [row.name for row in rows_of(tiny_model())] == [SOFTMAX]
+        rows_of(model, sampler, [9])
+    assert [row.name for row in rows_of(tiny_model(), sampler)] == [SOFTMAX]
+
+
+SOLVERS_OF_CALLS = {"sit": ["euler", "unipc"], "dit": ["ddim", "dpm-solver++"]}
+"""Deterministic solvers of one call a step."""
+
+
+@pytest.mark.parametrize("family", SOLVERS_OF_CALLS)
+def test_plans_stand_after_the_converged_teacher_beside_solvers_of_as_many_calls(family: str) -> None:
+    model = tiny_model(SETTINGS, family=family)
+    model.schedule = MIXED
+    sampler = Sampler.resolve(model.arch, steps=9, seed=5, cfg_scale=2.0)
+    rows = rows_of(model, sampler, [4], {"other": ALL_SOFTMAX}, plans_for(model, 3, 4, cfg_scale=2.0))
+    planned = [
+        (name, kind)
+        for calls in (4, 3)
+        for name, kind in ((f"plan of {calls} calls", "plan"), *((f"{s}, {calls} calls", "solver") for s in SOLVERS_OF_CALLS[family]))
+    ]
+    assert [(row.name, row.kind) for row in rows] == [
+        (SOFTMAX, "level"),
+        ("converged teacher", "converged"),
+        *planned,
+        ("schedule", "schedule"),
+        ("other", "schedule"),
+        ("4", "level"),
+    ]
+    for row in rows:
+        if row.sampler is not None:
+            assert row.sampler == replace(sampler, solver=row.name.partition(",")[0], steps=int(row.name.split()[-2]))
+    assert len({row.key for row in rows}) == len({row.file_name for row in rows}) == len(rows)
+    with pytest.raises(UserError, match="for 1 channels"):
+        rows_of(model, sampler, plans=plans_for(tiny_model(family=family, channels=1), 3))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("guidance", [{}, {"cfg_scale": 2.0, "cfg_interval": (0.3, 0.8)}], ids=["unguided", "guided"])
+@pytest.mark.parametrize("family", SOLVERS_OF_CALLS)
+def test_plans_are_judged_by_the_converged_teacher_and_count_the_rows_that_they_call(family: str, guidance: dict[str, Any]) -> None:
+    model = tiny_model(family=family, learn_sigma=False, channels=1)
+    plans = plans_for(model, 3, 4, **guidance)
+    sampler = Sampler.resolve(model.arch, steps=9, seed=5, **guidance)
+    samples = Samples(rows=rows_of(model, sampler, plans=plans), labels=torch.arange(6), batch=6)
+    rows_seen: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: rows_seen.append(len(inputs[0])))
+    seen: dict[str, tuple[int, int]] = {}
+    for row in samples.rows:
+        draw(model, replace(samples, rows=[samples.rows[0], row]), sampler)
+        if row is not samples.rows[0]:
+            seen[row.name] = len(rows_seen), sum(rows_seen)
+        rows_seen.clear()
+    hook.remove()
+    found = {result.level: result for result in compare(model, samples, sampler).results}
+    parts = {row.name: torch.from_numpy(next(samples.read(row, "samples"))) for row in samples.rows}
+    goal = parts["converged teacher"]
+    for name, result in found.items():
+        if name != SOFTMAX:  # which was drawn first
+            calls, rows = seen[name]
+            assert result.calls == calls, name
+            assert result.flops == rows / 6 * forward_flops(model.arch), name
+            assert result.trajectory_error is None and result.errors_by_call == ()
+        errors = Errors.summed(relative_errors(parts[name], goal))
+        assert result.converged is not None and result.converged.interval is not None
+        assert replace(result.converged, interval=None) == errors
+    exact = found["converged teacher"]
+    assert exact.converged is not None
+    assert (exact.converged.median, exact.converged.mean, exact.converged.interval) == (0, 0, (0, 0))
+    assert exact.calls == 60 + (family == "dit")  # a DiT's last call is not at the data themselves
+    for count, plan in plans.items():
+        assert torch.equal(parts[f"plan of {count} calls"], mz.sample(model, torch.arange(6), plan=plan, seed=5))
+        assert found[f"plan of {count} calls"].calls == count
+        if not guidance:
+            assert found[f"plan of {count} calls"].relative_flops == count / 9
+        for solver in SOLVERS_OF_CALLS[family]:
+            assert torch.equal(
+                parts[f"{solver}, {count} calls"], sample(model, torch.arange(6), solver=solver, steps=count, seed=5, **guidance)
+            )
 
 
 def test_what_has_no_fixed_cost_is_not_drawn() -> None:
     model, parts = tiny_model(SETTINGS), InMemoryParts()
-    samples = Samples(rows=rows_of(model), labels=torch.arange(4), parts=parts)
+    samples = Samples(rows=rows_of(model, Sampler.resolve(model.arch)), labels=torch.arange(4), parts=parts)
     with pytest.raises(UserError, match="dopri5 has no fixed cost"):
         compare(model, samples, Sampler.resolve(model.arch, solver="dopri5"))
     assert not parts.parts
@@ -195,8 +286,8 @@ def test_a_schedules_time_is_the_mean_over_its_calls(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(DiffusionTransformer, "forward", slow)
     monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
-    samples = Samples(rows=rows_of(model), labels=torch.arange(10), batch=10)
     sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0)
+    samples = Samples(rows=rows_of(model, sampler), labels=torch.arange(10), batch=10)
     found = compare(model, samples, sampler, pairs=2, timing_batch=3)
     noisy, clear = (1 + 4 + 1) / 27, (9 + 4 + 9) / 27  # seconds of MIXED's two pieces beside softmax's
     shares = [1, (2 * noisy + clear) / 3, 12 / 27, 3 / 27]  # euler's three calls are at noise levels 1, 2/3 and 1/3
@@ -223,8 +314,8 @@ def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.Monk
     model = tiny_model(SETTINGS)
     attention_alone_takes_time(monkeypatch)
     model.schedule = Schedule((0.5,), ((SOFTMAX,) * 3, (1,) * 3))
-    samples = Samples(rows=rows_of(model, [4]), labels=torch.arange(4), batch=4)
     sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0, cfg_interval=(0.5, 0.9))  # of noise levels 1, 2/3, 1/3: one guided
+    samples = Samples(rows=rows_of(model, sampler, [4]), labels=torch.arange(4), batch=4)
     found = compare(model, samples, sampler, pairs=2, timing_batch=3)
     teacher = 3 * (27 + 54 + 27) / 3  # seconds of its mean call
     shares = [1, (3 + 2 * 3 + 27) / 108, 4 / 9]  # euler's calls go from noise to data
@@ -232,25 +323,34 @@ def test_unguided_calls_are_timed_with_half_of_the_rows(monkeypatch: pytest.Monk
     assert [row.latency_ms for row in found.results] == pytest.approx([1000 * teacher * share for share in shares])
 
 
-@pytest.mark.parametrize(
-    ("calls", "seconds"),
-    [
-        ([Call((SOFTMAX,) * 3), Call(("linear+1|linear",) * 3), Call((4,) * 3)], (27 + 3 + 3 + 12) / 3),
-        ([Call((SOFTMAX,) * 3), Call(()), Call((SOFTMAX,) * 3)], 54 / 3),
-        ([Call((SOFTMAX,) * 3), Call((SOFTMAX,) * 3, ()), Call((4,) * 3)], (27 + 27 / 2 + 12) / 3),
-    ],
-    ids=["forecasts", "no model call", "one half"],
-)
-def test_calls_that_rest_on_others_are_timed_as_a_whole_sampler(calls: list[Call], seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention takes as many seconds as it has mediators, or nine at softmax, per row; a computed call runs a forecast's stand-in too."""
+def test_calls_that_rest_on_others_are_timed_as_a_whole_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mediators whose rest is held run beside softmax attention too."""
     model = tiny_model(SETTINGS)
-    model.schedule = CallSchedule((1.0, 2 / 3, 1 / 3), tuple(calls))
+    model.schedule = Schedule((0.5,), (("hold+1|full", "hold+4|full", SOFTMAX), (SOFTMAX,) * 3))
     attention_alone_takes_time(monkeypatch)
-    samples = Samples(rows=rows_of(model, []), labels=torch.arange(4), batch=4)
     sampler = Sampler.resolve(model.arch, steps=3, cfg_scale=2.0)
+    samples = Samples(rows=rows_of(model, sampler, []), labels=torch.arange(4), batch=4)
     found = compare(model, samples, sampler, pairs=2, timing_batch=3)
-    assert [row.relative_time for row in found.results] == pytest.approx([1, seconds / 27])
-    assert [row.images_per_second for row in found.results] == pytest.approx([3 / (3 * 6 * each) for each in (27, seconds)])
+    seconds = 27 + (27 + 1 + 4) + (1 + 4 + 9)  # of euler's three calls, per row
+    assert [row.relative_time for row in found.results] == pytest.approx([1, seconds / (3 * 27)])
+    assert [row.images_per_second for row in found.results] == pytest.approx([3 / (6 * each) for each in (3 * 27, seconds)])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("family", SOLVERS_OF_CALLS)
+def test_plans_and_solvers_are_timed_over_all_their_calls(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By attention alone, times are rows: of plans, of solvers, and of the converged teacher, guided or not."""
+    model, guidance = tiny_model(family=family), {"cfg_scale": 2.0, "cfg_interval": (0.3, 0.8)}
+    attention_alone_takes_time(monkeypatch)
+    sampler = Sampler.resolve(model.arch, steps=6, **guidance)
+    samples = Samples(rows=rows_of(model, sampler, plans=plans_for(model, 4, **guidance)), labels=torch.arange(4), batch=4)
+    found = compare(model, samples, sampler, pairs=2, timing_batch=3)
+    assert {row.kind for row in found.results} == {"level", "converged", "plan", "solver"}
+    for row in found.results:
+        assert row.relative_time == pytest.approx(row.relative_flops)
+        seconds = row.flops / forward_flops(model.arch) * 27  # of a sample
+        assert row.images_per_second == pytest.approx(1 / seconds)
+        assert row.latency_ms == pytest.approx(1000 * 3 * seconds / row.calls)
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------------------
@@ -312,8 +412,6 @@ def test_other_schedules_are_judged_by_the_name_of_their_file(tmp_path: Path, mo
 def test_a_killed_evaluation_goes_on_to_the_same_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_bundle(tmp_path / "b", MIXED)
     unbroken = judged(path, tmp_path / "unbroken")
-    from mediatorize.evaluation import comparison
-
     real, drawn = comparison.sample_part, []
 
     def dies(*arguments: Any) -> torch.Tensor:
@@ -366,6 +464,127 @@ def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
     assert printed.count("Wrote report.html") == 1
     together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert together["sampling"]["processes"] == 2
+    assert together["results"] == json.loads(json.dumps(list(alone.values())))
+    assert_same_parts(tmp_path / "alone" / "samples", tmp_path / "two" / "samples")
+
+
+PLANNED = [
+    SOFTMAX,
+    "converged teacher",
+    "plan of 4 calls",
+    "euler, 4 calls",
+    "unipc, 4 calls",
+    "plan of 3 calls",
+    "euler, 3 calls",
+    "unipc, 3 calls",
+]
+
+
+def test_a_bundles_plans_are_judged_without_flags_and_bring_their_guidance(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    plans = plans_for(load_model(path), 3, 4, cfg_scale=2.0)
+    write_plans(path / "plan.json", plans)
+    bundle.append_log(path, "calibrate", {"calls": [3, 4], "cfg_scale": 2.0}, {"plans": [], "schedules": []})
+    found = evaluated(path, tmp_path / "out", steps=None, levels=(4,), npz=True)
+    results = {row.level: row for row in found.results}
+    assert list(results) == [*PLANNED, "4"]
+    assert (found.sampler.cfg_scale, found.sampler.steps) == (2.0, 50)
+    for count, plan in plans.items():
+        row = results[f"plan of {count} calls"]
+        assert row.relative_flops == count / 50
+        kept = np.concatenate(
+            [part["samples"] for name, part in stored(tmp_path / "out" / "samples").items() if name.startswith(row_key(plan))]
+        )
+        expected = mz.sample(load_model(path), torch.arange(10), plan=plan)
+        torch.testing.assert_close(torch.from_numpy(kept), expected, rtol=1e-4, atol=1e-4)
+        with np.load(tmp_path / "out" / f"plan-of-{count}-calls.npz") as arrays:
+            assert np.abs(arrays["arr_0"][..., :1].astype(int) - to_pixels(expected).astype(int)).max() <= 1
+    told, text = words(found), (tmp_path / "out" / "report.md").read_text()
+    for count in (3, 4):
+        row, others = results[f"plan of {count} calls"], [results[f"{name}, {count} calls"] for name in ("euler", "unipc")]
+        best = min(others, key=lambda other: other.converged.median)
+        lead = f"teacher is {row.converged.median:.4f}; the best other solver of the tool has {best.converged.median:.4f} ({best.level})"
+        assert lead in told and lead in text
+        assert f"takes {count / 50:.1%} of the FLOPs of 50 calls" in told
+    assert "error-calls.png" in found.pictures
+    facts_of = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    assert [row["converged"] for row in facts_of] == [json.loads(json.dumps(asdict(row)))["converged"] for row in found.results]
+    picked = judged(path, tmp_path / "picked", calls=(3,), levels=())
+    assert list(picked) == [SOFTMAX, "converged teacher", *PLANNED[5:]]
+    elsewhere = tmp_path / "elsewhere.json"
+    (path / "plan.json").rename(elsewhere)
+    assert list(judged(path, tmp_path / "none", levels=())) == [SOFTMAX]
+    assert judged(path, tmp_path / "named", plan=elsewhere, calls=(3,), levels=()) == picked
+
+
+def row_key(plan: Plan) -> str:
+    return Row("", plan=plan).key
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cfg_scale": 4.0}, r"plan\.json: The plan's cfg-scale is 2, not 4\..*--cfg-scale 4"),
+        ({"cfg_interval": (0.0, 0.5)}, "cfg-interval is 0,1, not 0,0.5"),
+        ({"timestep_shift": 0.3}, "timestep-shift is 1, not 0.3"),
+        ({"calls": (5,)}, "no plan of 5 calls; there are plans of 3, 4"),
+        ({"plan": Path("nowhere.json")}, r"nowhere\.json: cannot be read"),
+    ],
+)
+def test_plans_that_cannot_be_judged_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    write_plans(path / "plan.json", plans_for(load_model(path), 3, 4, cfg_scale=2.0))
+    with pytest.raises(UserError, match=message):
+        judged(path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plans_of_other_weights_or_of_several_guidances_are_refused(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    model, other = load_model(path), tiny_model(channels=1, grid=(8, 8), learn_sigma=False, seed=1)
+    with pytest.raises(UserError, match=r"has no plan\. Run `mediatorize calibrate`"):
+        judged(path, tmp_path / "out", calls=(3,))
+    write_plans(path / "plan.json", plans_for(other, 3))
+    with pytest.raises(UserError, match="fitted to other weights"):
+        judged(path, tmp_path / "out")
+    write_plans(path / "plan.json", {**plans_for(model, 3), **plans_for(model, 4, cfg_scale=2.0)})
+    with pytest.raises(UserError, match="for different guidance"):
+        judged(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "plan of 4 calls" in judged(path, tmp_path / "out", calls=(4,))
+
+
+def test_a_finished_evaluation_of_plans_draws_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_bundle(tmp_path / "b")
+    write_plans(path / "plan.json", plans_for(load_model(path), 3, 4))
+    first = judged(path, tmp_path / "out", levels=())
+    assert list(first) == PLANNED
+    parts = stored(tmp_path / "out" / "samples")
+    assert len(parts) == len(PLANNED) * 3  # of ten samples, four at a time
+    next((tmp_path / "out" / "samples").glob("plan-*/*")).unlink()
+    real, drawn = comparison.sample_by_plan, []
+
+    def again(*arguments: Any) -> torch.Tensor:
+        drawn.append(len(arguments[1]))
+        return real(*arguments)
+
+    monkeypatch.setattr(comparison, "sample_by_plan", again)
+    monkeypatch.setattr(comparison, "sample_part", None)
+    monkeypatch.setattr(comparison, "converged", None)
+    assert judged(path, tmp_path / "out", levels=(), force=True) == first
+    assert len(drawn) == 1
+    after = stored(tmp_path / "out" / "samples")
+    assert after.keys() == parts.keys()
+    assert all(np.array_equal(values, parts[name][key]) for name, arrays in after.items() for key, values in arrays.items())
+
+
+def test_two_processes_draw_plans_as_one_does(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    write_plans(path / "plan.json", plans_for(load_model(path), 3, cfg_scale=2.0))
+    alone = judged(path, tmp_path / "alone", levels=())
+    options: dict[str, Any] = {"samples": 10, "steps": 3, "batch": 4, "features": "none", "pairs": 0, "device": "cpu"}
+    in_two_processes("evaluate", path, tmp_path / "two", **options, levels=SOFTMAX)
+    together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert together["results"] == json.loads(json.dumps(list(alone.values())))
     assert_same_parts(tmp_path / "alone" / "samples", tmp_path / "two" / "samples")
 
@@ -544,7 +763,9 @@ def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None
         assert f"<td>{row.frechet_distance:.2f}</td>" in page
         assert f"| {row.relative_flops:.1%} |" in text
         (line,) = (line for line in told.splitlines() if line.split()[0:1] == [row.title])
-        assert line.split()[2:] == [f"{row.relative_flops:.1%}", f"{row.relative_time:.1%}", *line.split()[4:]]
+        _, calls, _, *shares = line.split()
+        assert calls == str(row.calls) == "3"
+        assert shares[:2] == [f"{row.relative_flops:.1%}", f"{row.relative_time:.1%}"]
     assert told.endswith(f"Wrote report.html, report.md, evaluation.json, {', '.join(content['pictures'])} in {out}.")
     for fact in (content["command"], content["source"]["sha256"], content["versions"]["torch"], content["hardware"]["processor"]):
         assert fact in page
@@ -558,7 +779,8 @@ def test_the_report_is_one_file_with_every_picture_in_it(tmp_path: Path) -> None
 def test_the_first_part_keeps_the_states_of_the_first_sample() -> None:
     model = tiny_model(SETTINGS, channels=1, learn_sigma=False)
     model.schedule = MIXED
-    samples, sampler = Samples(rows=rows_of(model), labels=torch.arange(6), batch=4), Sampler.resolve(model.arch, steps=27)
+    sampler = Sampler.resolve(model.arch, steps=27)
+    samples = Samples(rows=rows_of(model, sampler), labels=torch.arange(6), batch=4)
     compare(model, samples, sampler)
     assert shown_calls(27) == [*range(0, 27, 2)]
     for row in samples.rows:
@@ -574,31 +796,16 @@ def test_the_first_part_keeps_the_states_of_the_first_sample() -> None:
 
 
 def test_the_calls_of_the_first_sample_are_those_that_ran() -> None:
-    model, guided = tiny_model(SETTINGS, channels=1, learn_sigma=False), Sampler.resolve(tiny_model().arch, steps=8, cfg_scale=2.0)
-    halves = CallSchedule(tuple(guided.noise_levels(model.arch)), (Call((SOFTMAX,) * 3), *[Call((SOFTMAX,) * 3, ())] * 7))
+    model, sampler = tiny_model(SETTINGS, channels=1, learn_sigma=False), Sampler.resolve(tiny_model().arch, steps=8, cfg_scale=2.0)
     rule = SwitchRule(levels=(1, SOFTMAX), ratios=(2.0,), first=3, per="sample")  # a ratio that the first check finds
-    schedules = {"halves": halves, "rule": RuleSchedule(rule, MIXED)}
-    samples = Samples(rows=rows_of(model, [], schedules), labels=torch.arange(3))
-    draw(model, samples, guided)
-    _, apart, ruled = samples.rows
-    assert calls_of_sample_0(model, samples, apart, guided) == list(halves.of_calls)
-    unguided = Sampler.resolve(model.arch, steps=8)
-    assert calls_of_sample_0(model, samples, apart, unguided) == [Call((SOFTMAX,) * 3)] * 8
+    schedules = {"mixed": MIXED, "rule": RuleSchedule(rule, MIXED)}
+    samples = Samples(rows=rows_of(model, sampler, [], schedules), labels=torch.arange(3))
+    draw(model, samples, sampler)
+    _, mixed, ruled = samples.rows
+    assert calls_of_sample_0(model, samples, mixed, sampler) == [MIXED.levels[1]] * 5 + [MIXED.levels[0]] * 3  # noise level 0.5 is noisy
     begin = int(next(samples.read(ruled, "switches"))[0, 0])
     assert begin == rule.earliest
-    assert calls_of_sample_0(model, samples, ruled, guided) == [Call((1,) * 3)] * begin + [Call((SOFTMAX,) * 3)] * (8 - begin)
-
-
-def test_a_trajectorys_picture_frames_what_was_forecast_otherwise(tmp_path: Path) -> None:
-    whole, resting = Call((SOFTMAX,) * 3), Call(("linear",) * 3)
-    pictures = np.zeros((3, 8, 8, 1), np.uint8)
-    orange = {}
-    for name, calls in {"none": [whole] * 3, "one": [whole, resting, whole], "two": [whole, resting, resting]}.items():
-        write_trajectory(tmp_path / f"{name}.png", calls, [0, 1, 2], [("teacher", pictures), ("student", pictures)])
-        with Image.open(tmp_path / f"{name}.png") as image:
-            orange[name] = int((np.asarray(image.convert("RGB")) == [0xFD, 0x92, 0x43]).all(-1).sum())
-    assert orange["none"] == 0 < orange["one"]
-    assert orange["two"] == pytest.approx(2 * orange["one"], rel=0.05)
+    assert calls_of_sample_0(model, samples, ruled, sampler) == [(1,) * 3] * begin + [(SOFTMAX,) * 3] * (8 - begin)
 
 
 def test_pictures_that_are_compared_stand_in_both_forms_of_a_report(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mediatorize import UserError, load_model, sample
 from mediatorize.compression.records import LayerErrors
 from mediatorize.diffusion import sampling
-from mediatorize.diffusion.process import BETAS
+from mediatorize.diffusion.process import BETAS, process_of
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.export import safetensors
@@ -28,8 +28,8 @@ from mediatorize.export.standalone import standalone
 from mediatorize.export.targets import EXPORTS
 from mediatorize.formats import bundle
 from mediatorize.formats.tensors import read_safetensors
-from mediatorize.model.levels import LINEAR, SOFTMAX, MediatorSettings
-from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule
+from mediatorize.model.levels import SOFTMAX, MediatorSettings, in_full
+from mediatorize.model.schedule import AnySchedule, RuleSchedule, Schedule, SwitchRule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report import exporting
 from mediatorize.report.card import hub_header, model_card
@@ -45,24 +45,17 @@ SCHEDULE = Schedule((0.25, 0.5), ((SOFTMAX, 4), (4, SOFTMAX), (1, 1)))
 """Its edges lie on the steps of the samplers below."""
 
 NARROW = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, mlp="own", mlp_widths=(4, 2))
-CALLS = (
-    Call((SOFTMAX, SOFTMAX)),
-    Call((4, "softmax|1/2")),
-    Call((LINEAR, "linear+4|linear+1/4")),
-    Call((LINEAR, LINEAR)),
-    Call((SOFTMAX, SOFTMAX), (4, "softmax|1/2")),
-    Call(("hold|linear", "linear+4|linear")),
-    Call((SOFTMAX, SOFTMAX), ()),
-    Call((LINEAR, LINEAR), (LINEAR, "linear+4|linear+1/4")),
-)
-"""Two computed calls, forecasts with surrogates and without, levels in computed calls, and halves of guided calls that differ."""
+HOLDING = Schedule((0.3, 0.45, 0.7), (("hold+4|full", "hold+1|1/4"), (SOFTMAX, 4), ("hold+4|1/2", SOFTMAX), (SOFTMAX, "softmax|1/2")))
+"""Held rests of mediators after softmax attention at earlier calls, of one layer and of both; its edges lie between steps of eight."""
 
 
-def forecasting(solver: str = "euler", steps: int = len(CALLS), calls: tuple[Call, ...] = CALLS, **changes: Any) -> DiffusionTransformer:
-    """A model whose schedule has these calls at the noise levels of a sampler."""
-    model = small_model(None, NARROW, **changes)
-    model.schedule = CallSchedule(tuple(Sampler(solver=solver, steps=steps).noise_levels(model.arch)), calls)
-    return model
+IN_FULL = Schedule(HOLDING.edges, tuple(tuple(map(in_full, piece)) for piece in HOLDING.levels))
+"""The same with softmax attention in place of held rests."""
+
+
+def holding(**changes: Any) -> DiffusionTransformer:
+    """A model whose schedule holds what mediators left out."""
+    return small_model(HOLDING, NARROW, **changes)
 
 
 def by_rule(per: Any, ratios: tuple[float, float], **changes: Any) -> DiffusionTransformer:
@@ -208,47 +201,38 @@ def test_every_export_is_checked_and_says_what_it_is(target: str, schedule: Sche
     assert ("pass --level" in told) == (target == "diffusers" and schedule is None)
 
 
-@pytest.mark.parametrize("target", OF_ANY_BUNDLE)
-def test_every_export_of_a_schedule_of_calls_is_checked_by_its_first_calls(target: str, tmp_path: Path) -> None:
-    source = make_bundle(tmp_path / "bundle", forecasting())
+@pytest.mark.parametrize("target", [name for name in OF_ANY_BUNDLE if name != "torch-export"])
+def test_every_export_of_a_schedule_with_held_rests_is_checked(target: str, tmp_path: Path) -> None:
+    """Without a memory softmax attention runs, in the export as here."""
+    source = make_bundle(tmp_path / "bundle", holding())
     result = export(source, tmp_path / "out", to=target)
+    pieces = {f"schedule at noise level {middle}" for middle in ("0.15", "0.375", "0.575", "0.85")}
     levels = {"level softmax", "level 1", "level 4"}
-    calls = {f"call {number} of the schedule" for number in (1, 2, 3)}  # to the first forecast
-    expected = {"official": {"level softmax"}, "torch-export": calls}.get(target, levels | calls)
-    assert set(result.verified.differences) == expected
+    assert set(result.verified.differences) == ({"level softmax"} if target == "official" else levels | pieces)
     assert result.verified.largest <= 1e-4
     card = (tmp_path / "out" / "README.md").read_text()
     assert "DEST" not in card
-    model = load_model(source)
-    arch, schedule = model.arch, model.schedule
-    assert isinstance(schedule, CallSchedule)
-    guided = Sampler(solver="euler", steps=8, cfg_scale=2.0)
-    share = (guided.flops(arch, schedule, NARROW) or 0.0) / (guided.flops(arch, SOFTMAX, None) or 1.0)
-    told = f"4 are computed, 1 of them without the unconditional half, the others forecast from those before, for {share:.1%} of softmax's"
-    assert f"for 8 model calls with guidance: {told} FLOPs" in card
+    assert "a level for every layer by noise level, in 4 pieces" in card
 
 
-def test_a_pipeline_whose_second_call_repeats_the_first_output_is_checked(tmp_path: Path) -> None:
-    calls = (Call((SOFTMAX, 4)), Call(()), Call((4, SOFTMAX)), Call(()))
-    result = export(
-        make_bundle(tmp_path / "bundle", forecasting(steps=4, calls=calls, learn_sigma=False)), tmp_path / "out", to="diffusers"
-    )
-    assert {"call 1 of the schedule", "call 2 of the schedule"} <= set(result.verified.differences)
+def test_no_program_holds_what_attention_left(tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", holding())
+    with pytest.raises(UserError, match=r"holds what attention left, which no program remembers.*safetensors or diffusers"):
+        export(source, tmp_path / "out", to="torch-export")
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_export_whose_forecasts_are_not_the_models_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared is the forecast call too: an export whose third call alone is wrong does not pass."""
-    source = make_bundle(tmp_path / "bundle", forecasting())
-    own = safetensors.outputs
+def test_an_export_whose_schedule_alone_is_wrong_is_refused(sit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, wrong = safetensors.outputs, "schedule at noise level 0.375"
 
     def outputs(*arguments: Any) -> dict[str, Tensor]:
         found = dict(own(*arguments))
-        found["call 3 of the schedule"] = found["call 3 of the schedule"] * (1 + 5e-4)
+        found[wrong] = found[wrong] * (1 + 5e-4)
         return found
 
     monkeypatch.setattr(safetensors, "outputs", outputs)
-    with pytest.raises(UserError, match="outputs at call 3 of the schedule differ by"):
-        export(source, tmp_path / "out", to="safetensors")
+    with pytest.raises(UserError, match=f"outputs at {wrong} differ by"):
+        export(sit, tmp_path / "out", to="safetensors")
     assert not (tmp_path / "out").exists()
 
 
@@ -525,47 +509,48 @@ def test_a_vae_of_other_channels_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "vae"]
 
 
-FORECAST_SCRIPT = """
+HOLDING_SCRIPT = """
+assert type(pipe).__name__ == "MediatorPipeline"
 how = dict(latents=given["noise"], output_type="latent")
 results["guided"] = pipe([1, 7], **how, num_inference_steps=8, guidance_scale=1.5).images
 results["again"] = pipe([1, 7], **how, num_inference_steps=8, guidance_scale=1.5).images
 results["unguided"] = pipe([1, 7], **how, num_inference_steps=8).images
 results["other steps"] = pipe([1, 7], **how, num_inference_steps=13, guidance_scale=1.5).images
-within = dict(guidance_scale=2.0, guidance_interval=(0.3, 0.8))  # its ends are two of the calls, if rounding does not hinder
-results["interval"] = pipe([1, 7], **how, num_inference_steps=10, **within).images
+within = dict(guidance_scale=2.0, guidance_interval=(0.1, 0.6))  # softmax attention before it was of fewer rows
+results["interval"] = pipe([1, 7], **how, num_inference_steps=8, **within).images
 one = dict(latents=given["noise"][1:], output_type="latent")
 results["one"] = pipe([7], **one, num_inference_steps=8, guidance_scale=1.5).images
 pipe.transformer.level = 4
 results["level 4"] = pipe([1, 7], **how, num_inference_steps=8).images
 pipe.transformer.level = None
-x = given["noise"]
-results["without a driver"] = pipe.transformer(x, timestep=torch.tensor([0.25]), class_labels=torch.tensor([1, 7])).sample
+results["without a driver"] = pipe.transformer(given["noise"], timestep=given["t"], class_labels=torch.tensor([1, 7])).sample
 """
 
 
 @pytest.mark.parametrize("changes", [{}, {"reversed_time": True}], ids=["sit", "repa"])
-def test_a_sit_forecasts_in_diffusers_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
-    source = make_bundle(tmp_path / "bundle", forecasting(**changes))
+def test_a_sit_holds_in_diffusers_as_here(changes: dict[str, Any], tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", holding(**changes))
     export(source, tmp_path / "out", to="diffusers")
     model = load_model(source)
-    assert isinstance(model.schedule, CallSchedule)
     noise, _, _ = model_inputs(model, batch=2)
-    found = elsewhere(tmp_path / "out", FORECAST_SCRIPT, tmp_path, noise=noise)
+    t = process_of(model.arch).time_at(torch.tensor([0.125]))
+    found = elsewhere(tmp_path / "out", HOLDING_SCRIPT, tmp_path, noise=noise, t=t)
     how: dict[str, Any] = {"solver": "euler", "noise": noise}
     guided = sample(model, [1, 7], **how, steps=8, cfg_scale=1.5)
     assert_close(found["guided"], guided)
     assert torch.equal(found["again"], found["guided"])  # nothing is left of the first run
-    assert (guided - sample(model, [1, 7], **how, steps=8, cfg_scale=1.5, schedule=SOFTMAX)).abs().max() > 1e-2
+    assert (guided - sample(model, [1, 7], **how, steps=8, cfg_scale=1.5, schedule=IN_FULL)).abs().max() > 2e-3
     assert_close(found["unguided"], sample(model, [1, 7], **how, steps=8))
     assert_close(found["other steps"], sample(model, [1, 7], **how, steps=13, cfg_scale=1.5))
-    within: dict[str, Any] = {"cfg_scale": 2.0, "cfg_interval": (0.3, 0.8)}
-    assert_close(found["interval"], sample(model, [1, 7], **how, steps=10, **within))
+    within: dict[str, Any] = {"cfg_scale": 2.0, "cfg_interval": (0.1, 0.6)}
+    assert_close(found["interval"], sample(model, [1, 7], **how, steps=8, **within))
     assert_close(found["one"], guided[1:])
     assert_close(found["level 4"], sample(model, [1, 7], **how, steps=8, schedule=4))
-    assert_close(found["without a driver"], model(noise, torch.full((2,), 0.25), torch.tensor([1, 7])))
+    expected = model(noise, t.expand(2), torch.tensor([1, 7]), levels=[SOFTMAX, "softmax|1/4"])
+    assert_close(found["without a driver"], expected)
 
 
-FORECAST_DIT_SCRIPT = """
+HOLDING_DIT_SCRIPT = """
 from diffusers import DPMSolverMultistepScheduler
 assert type(pipe).__name__ == "MediatorPipeline"
 how = dict(class_labels=[1, 7], guidance_scale=1.5, latents=given["noise"], output_type="latent", guided_channels=None)
@@ -577,20 +562,19 @@ results["again"] = pipe(**how, num_inference_steps=8).images
 """
 
 
-def test_a_dit_forecasts_in_diffusers_as_here_with_a_vae_too(tmp_path: Path) -> None:
+def test_a_dit_holds_in_diffusers_as_here_with_a_vae_too(tmp_path: Path) -> None:
     """The stock pipeline keeps no memory: with a VAE too the pipeline that travels is exported."""
     tiny_vae(tmp_path / "vae")
-    source = make_bundle(tmp_path / "bundle", forecasting("dpm-solver++", family="dit"))
+    source = make_bundle(tmp_path / "bundle", holding(family="dit"))
     export(source, tmp_path / "out", to="diffusers", vae=tmp_path / "vae")
     model = load_model(source)
     noise, _, _ = model_inputs(model, batch=2)
-    found = elsewhere(tmp_path / "out", FORECAST_DIT_SCRIPT, tmp_path, noise=noise, betas=torch.from_numpy(BETAS))
+    found = elsewhere(tmp_path / "out", HOLDING_DIT_SCRIPT, tmp_path, noise=noise, betas=torch.from_numpy(BETAS))
     how: dict[str, Any] = {"solver": "dpm-solver++", "steps": 8, "cfg_scale": 1.5, "cfg_channels": "all", "noise": noise}
     assert_close(found["dpm"], sample(model, [1, 7], **how))
     assert torch.equal(found["again"], found["dpm"])
-    assert not torch.allclose(found["dpm"], sample(model, [1, 7], **how, schedule=SOFTMAX), atol=1e-2)
-
-    assert_close(found["ddim"], sample(model, [1, 7], **how | {"solver": "ddim"}))  # of other noise levels than the schedule's
+    assert (found["dpm"] - sample(model, [1, 7], **how, schedule=IN_FULL)).abs().max() > 2e-3
+    assert_close(found["ddim"], sample(model, [1, 7], **how | {"solver": "ddim"}))
 
 
 RULE_SCRIPT = """
@@ -848,8 +832,8 @@ def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_schedule_of_calls_comes_back_from_safetensors(adapter: bool, tmp_path: Path) -> None:
-    model = forecasting()
+def test_a_schedule_with_held_rests_comes_back_from_safetensors(adapter: bool, tmp_path: Path) -> None:
+    model = holding()
     source = make_bundle(tmp_path / "bundle", model)
     export(source, tmp_path / "out", to="safetensors", adapter=adapter)
     torch.save(official_state(model), tmp_path / "base.pt")
@@ -857,7 +841,7 @@ def test_a_schedule_of_calls_comes_back_from_safetensors(adapter: bool, tmp_path
         found = load_model(tmp_path / "base.pt", family="sit", num_heads=2, adapter=tmp_path / "out")
     else:
         found = load_model(tmp_path / "out")
-    assert found.schedule == model.schedule == CallSchedule(tuple(1 - place / 8 for place in range(8)), CALLS)
+    assert found.schedule == HOLDING
     assert found.settings == NARROW
     how: dict[str, Any] = {"steps": 8, "cfg_scale": 1.5}
     assert torch.equal(sample(found, [1, 7], **how), sample(model, [1, 7], **how))
@@ -945,64 +929,6 @@ def test_one_program_serves_pieces_of_the_same_levels(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [entry["program"] for entry in index["pieces"]] == ["program-000.pt2", "program-001.pt2", "program-000.pt2"]
     assert len(list((tmp_path / "out").glob("*.pt2"))) == 2
-
-
-def walk_through(folder: Path, solver: str, steps: int, model: DiffusionTransformer, x: Tensor) -> Tensor:
-    """An unguided sample by the programs alone, driven as the export's README says."""
-    index = json.loads((folder / "index.json").read_text())
-    load = {name: torch.export.load(folder / name).module() for name in index["programs"]}
-    place_of = {noise: place for place, noise in enumerate(dict.fromkeys(call["noise_level"] for call in index["calls"]))}
-    kept: dict[int, Tensor] = {}  # by place
-    calls = iter(index["calls"])
-    labels = torch.arange(len(x))
-
-    def predict(x: Tensor, t: float) -> Tensor:
-        call = next(calls)
-        place, name = place_of[call["noise_level"]], call["programs"][0]
-        inputs = x, torch.full((len(x),), t), labels
-        if name in index["computed"]:
-            output, kept[place] = load[name](*inputs)
-            return output
-        *before, b = list(kept)[-2:]
-        a = before[0] if before else b
-        step = (place - b) / (b - a) if b != a else 0.0
-        return load[name](*inputs, kept[b], kept[a], torch.tensor([1 + step, -step]))
-
-    found = Sampler(solver=solver, steps=steps).how.run(predict, x, steps, lambda count: torch.zeros_like(x))
-    assert next(calls, None) is None
-    return found
-
-
-@pytest.mark.parametrize(("solver", "steps"), [("euler", 8), ("heun", 4)])
-def test_programs_of_a_schedule_of_calls_walk_as_the_sampler_does(solver: str, steps: int, tmp_path: Path) -> None:
-    """For any batch; two of heun's calls are at one noise level, which is one place on the axis of forecasts."""
-    calls = (
-        *(Call((SOFTMAX, SOFTMAX)), Call((4, "softmax|1/2")), Call((SOFTMAX, SOFTMAX)), Call((LINEAR, "linear+4|linear+1/4"))),
-        *(Call((LINEAR, LINEAR)), Call((SOFTMAX, SOFTMAX)), Call((LINEAR, LINEAR)), Call((LINEAR, "linear+4|linear+1/4"))),
-    )
-    source = make_bundle(tmp_path / "bundle", forecasting(solver, steps, calls=calls))
-    export(source, tmp_path / "out", to="torch-export")
-    model = load_model(source)
-    for batch in (1, 3):
-        noise, _, _ = model_inputs(model, batch)
-        expected = sample(model, list(range(batch)), solver=solver, steps=steps, noise=noise)
-        assert_close(walk_through(tmp_path / "out", solver, steps, model, noise), expected)
-    assert not torch.allclose(expected, sample(model, [0, 1, 2], solver=solver, steps=steps, noise=noise, schedule=SOFTMAX), atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (Call((SOFTMAX, LINEAR)), "A call of the schedule forecasts some layers alone"),
-        (Call(("quadratic", "quadratic")), "The schedule has forecasts of second order"),
-    ],
-)
-def test_schedules_that_programs_cannot_follow_are_refused(call: Call, message: str, tmp_path: Path) -> None:
-    source = make_bundle(tmp_path / "bundle", forecasting(steps=2, calls=(Call((SOFTMAX, SOFTMAX)), call)))
-    with pytest.raises(UserError, match=message):
-        export(source, tmp_path / "out", to="torch-export")
-    assert not (tmp_path / "out").exists()
-    export(source, tmp_path / "out", to="safetensors")
 
 
 # --- official ------------------------------------------------------------------------------------------------------------------

@@ -128,15 +128,15 @@ def test_a_cost(register: Register, tmp_path: Path) -> None:
     """Layers that run at softmax, over all calls."""
 
     def softmax_layers(model: Any, settings: Any, rows: int, batch: int) -> CallCosts:
-        return CallCosts(rest=0, block=lambda level: int(level == SOFTMAX))
+        return CallCosts(rest=0, block=lambda level: int(level == SOFTMAX), attention=lambda level: 0)
 
     register(costs.COSTS, "layers", costs.Unit("softmax layers", softmax_layers, prefix="layers-"))
     convert(str(TEACHER), tmp_path / "bundle", fit_steps=0, **QUICK)
-    calibrate(tmp_path / "bundle", budget=0.5, cost="layers", steps=4, trajectories=4, verify=4, device="cpu")
+    calibrate(tmp_path / "bundle", budget=0.5, kinds=("mediators",), cost="layers", steps=4, trajectories=4, verify=4, device="cpu")
     assert (tmp_path / "bundle" / "schedules" / "layers-0.50.json").exists()
     model = load_model(tmp_path / "bundle")
     calls = Sampler.resolve(model.arch, steps=4).calls(model.arch, model.schedule, model.settings)
-    assert sum(level == SOFTMAX for call in calls for level in call.levels) <= 4 * 6 // 2
+    assert sum(level == SOFTMAX for levels in calls for level in levels) <= 4 * 6 // 2
 
 
 def test_a_data_layout(register: Register, tmp_path: Path) -> None:

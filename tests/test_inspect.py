@@ -23,7 +23,7 @@ from mediatorize.evaluation.timing import PairedTime
 from mediatorize.formats import bundle
 from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.cost import count_parameters
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report.inspection import facts, words
 from mediatorize.stages.inspect import CallTimes, Inspection, inspect
@@ -261,9 +261,7 @@ def test_bundle_whose_weights_are_of_another_model_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layers", [None, (0, 2)], ids=["every layer", "some layers"])
-def test_time_is_measured_at_every_level_and_for_a_forecast(
-    layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_time_is_measured_at_every_level(layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By a clock that counts the FLOPs of what runs, times are the shares of FLOPs that stand beside them."""
     settings = MediatorSettings((1, 4), local_rank=8, layers=layers)
     path = write_bundle(tmp_path / "bundle", tiny_model(settings))
@@ -277,14 +275,14 @@ def test_time_is_measured_at_every_level_and_for_a_forecast(
     monkeypatch.setattr(timing, "seconds", seconds)
     found = inspect(str(path), measure=True, batch=1, device="cpu")
     assert found.times is not None
-    assert list(found.times.calls) == [1, 4, LINEAR]
+    assert list(found.times.calls) == [1, 4]
     for share, time in found.times.calls.values():
         assert time.ratio == pytest.approx(share, rel=1e-6)
         assert time.reference_seconds == counted_flops(found.arch)[0]
     rows = words(found).split("random weights:\n")[1].splitlines()
-    assert [row.split()[0] for row in rows[2:]] == ["m=1", "m=4", "forecast"]
+    assert [row.split()[0] for row in rows[2:]] == ["m=1", "m=4"]
     told = facts(found)["times"]
-    assert (told["batch"], told["dtype"], list(told["calls"])) == (1, "float32", ["1", "4", "linear"])
+    assert (told["batch"], told["dtype"], list(told["calls"])) == (1, "float32", ["1", "4"])
     assert inspect(str(path)).times is None
 
 

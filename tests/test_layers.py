@@ -17,27 +17,25 @@ from typer.testing import CliRunner
 
 from mediatorize import UserError, load_model, sample
 from mediatorize.cli import app
-from mediatorize.compression.costs import KINDS_OF_SAVING, latency_costs
+from mediatorize.compression import proposals
+from mediatorize.compression.costs import KINDS_OF_SAVING, bare_levels, latency_costs
 from mediatorize.compression.distill import levels_of_step
-from mediatorize.compression.proposals import Proposer
 from mediatorize.compression.search import costs_of, search
-from mediatorize.compression.sensitivity import Surrogates, adjoint_products, probe_all
+from mediatorize.compression.sensitivity import adjoint_products, probe_all
 from mediatorize.compression.tables import measured_tables
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.formats import bundle as bundles
 from mediatorize.model import cost
 from mediatorize.model.levels import (
-    LINEAR,
     SOFTMAX,
     MediatorSettings,
     layers_in_short,
     levels_per_layer,
     read_layers,
     refuse_lacking,
-    without_added,
 )
 from mediatorize.model.memory import Memory
-from mediatorize.model.schedule import Call, CallSchedule, Schedule
+from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report.conversion import words
 from mediatorize.stages.convert import convert
@@ -51,7 +49,7 @@ SETTINGS = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, projection_
 """Of the three layers of a tiny model, the first and the last."""
 
 WHOLE = replace(SETTINGS, layers=None)
-SURROGATES = "linear+4|linear+1/8"
+HELD = "hold+4|1/8"
 QUICK: dict[str, Any] = {
     "levels": (1, 4),
     "states": 32,
@@ -178,21 +176,14 @@ def test_one_level_is_softmax_where_a_layer_does_not_have_it(level: Any) -> None
     assert (flops < cost.forward_flops(model.arch)) == (cost.forward_flops(model.arch, level, WHOLE) < cost.forward_flops(model.arch))
 
 
-def test_a_forecast_keeps_no_surrogate_where_a_layer_does_not_have_it() -> None:
-    resolved = {
-        LINEAR: LINEAR,
-        SURROGATES: LINEAR,
-        "hold+4|1/8": "hold|full",
-        "4|linear+1/4": "softmax|linear",
-        "quadratic+softmax|own": "quadratic+softmax|full",
-    }
-    assert {level: without_added(level) for level in resolved} == resolved
-    assert levels_per_layer(SURROGATES, 3, SETTINGS) == [SURROGATES, LINEAR, SURROGATES]
+def test_a_level_for_all_is_softmax_where_a_layer_has_none_whatever_its_mlp() -> None:
+    for level in (4, "4|1/8", "softmax|1/4", HELD, "hold+1|full"):
+        assert levels_per_layer(level, 3, SETTINGS) == [level, SOFTMAX, level]
 
 
 @pytest.mark.parametrize(
     ("levels", "lacking"),
-    [([4, 4, 4], "4"), ([4, "softmax|1/8", 4], "1/8"), ([LINEAR, "linear+1|linear", LINEAR], "1"), ([1, "1|1/4", 1], "1")],
+    [([4, 4, 4], "4"), ([4, "softmax|1/8", 4], "1/8"), ([SOFTMAX, "hold+1|full", SOFTMAX], "1"), ([1, "1|1/4", 1], "1")],
 )
 def test_a_level_that_its_layer_does_not_have_is_refused_by_the_layers_name(levels: Any, lacking: str, tmp_path: Path) -> None:
     model = model_of()
@@ -226,23 +217,23 @@ def test_sampling_at_one_level_is_by_the_layers_that_have_it(cfg_scale: float) -
     assert torch.equal(sample(model, [1, 2], schedule=4, **adaptive), sample(model, [1, 2], schedule=by_hand, **adaptive))
 
 
-def test_forecasts_keep_surrogates_of_converted_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rests_are_left_by_converted_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     sampler = Sampler.resolve(model.arch, steps=4)
-    resting = Call(tuple(levels_per_layer(SURROGATES, 3, SETTINGS)))
-    schedule = CallSchedule(tuple(sampler.noise_levels(model.arch)), (Call((SOFTMAX,) * 3), Call((SOFTMAX,) * 3), resting, resting))
+    held = tuple(levels_per_layer(HELD, 3, SETTINGS))
+    schedule = Schedule.through(sampler.noise_levels(model.arch), [(SOFTMAX,) * 3, (SOFTMAX,) * 3, held, held])
     seen: list[list[int]] = []
     begin = Memory.begin
 
-    def looked_at(self: Memory, *arguments: Any) -> None:
-        seen.append([len(block.attention.surrogates) + len(block.mlp.surrogates) for block in self.blocks])
-        begin(self, *arguments)
+    def looked_at(self: Memory, watched: Any) -> None:
+        seen.append([len(block.rests) for block in self.blocks])
+        begin(self, watched)
 
     monkeypatch.setattr(Memory, "begin", looked_at)
     flops = counted(model, lambda: sample(model, [1], steps=4, schedule=schedule))
-    assert seen[-1] == [2, 0, 2]
+    assert seen == [[0, 0, 0], [0, 0, 0], [1, 0, 1], [1, 0, 1]]
     assert flops == sampler.flops(model.arch, schedule, SETTINGS)
-    assert sampler.memory_numbers(model.arch, schedule, SETTINGS) == (2 * 3 + 4) * 2 * model.arch.tokens * model.arch.width
+    assert torch.equal(sample(model, [1], steps=4, schedule=HELD), sample(model, [1], steps=4, schedule=Schedule((), (held,))))
 
 
 # --- conversion and training ---------------------------------------------------------------------------------------------------
@@ -362,8 +353,10 @@ def test_costs_are_of_the_layers_that_have_a_level() -> None:
     saved, saved_by_all = (1 - each.share("1|1/8") for each in (costs, whole))
     assert saved == pytest.approx(saved_by_all * 2 / 3)
     timed = latency_costs(model, SETTINGS, rows=1, batch=2)
-    assert timed.block("4|1/8") > 0
-    assert timed.surrogates(((1, 4), ("1/8",))) > 0
+    assert timed.block("4|1/8") > timed.attention(4) > 0
+    assert timed.block(HELD) == timed.block("4|1/8")
+    held = Schedule.through(costs.noise_levels, [(SOFTMAX,) * 3, *[(HELD, SOFTMAX, HELD)] * 3])
+    assert costs.of(held) == sampler.flops(model.arch, held, SETTINGS)
 
 
 def test_the_error_table_is_that_of_the_whole_bundle_where_layers_are_converted_and_nothing_elsewhere() -> None:
@@ -372,49 +365,45 @@ def test_the_error_table_is_that_of_the_whole_bundle_where_layers_are_converted_
     sampler = Sampler.resolve(some.arch, steps=3)
     probes = probe_all(some, 2, sampler, directions=2, batch=2)
     found, expected = (
-        adjoint_products(model, sampler, probes, torch.arange(2), [1, "4|1/8"], Surrogates((4,), ("1/8",)), 2) for model in (some, whole)
+        adjoint_products(model, sampler, probes, torch.arange(2), [1, "4|1/8"]).levels.movedim(1, 0) for model in (some, whole)
     )
-    for name, axis in (("levels", 1), ("surrogates", 2)):
-        own, reference = (getattr(products, name).movedim(axis, 0) for products in (found, expected))
-        assert torch.equal(own[[0, 2]], reference[[0, 2]])
-        assert not own[1].any()
-        assert reference[1].any()
-    assert torch.equal(found.outputs, expected.outputs)
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    assert not found[1].any()
+    assert expected[1].any()
 
 
-@pytest.mark.parametrize("kinds", [("mediators",), ("mediators", "mlps"), tuple(KINDS_OF_SAVING)])
-@pytest.mark.parametrize("per", ["cell", "step"])
-def test_a_search_offers_levels_and_surrogates_where_they_are(per: Any, kinds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("kinds", [("mediators",), ("mlps",), tuple(KINDS_OF_SAVING)])
+def test_a_search_offers_levels_where_they_are(kinds: tuple[str, ...]) -> None:
     model = model_of(channels=1, learn_sigma=False)
     sampler = Sampler.resolve(model.arch, steps=6)
     costs = costs_of("flops", model, sampler)
     budget = max(0.5, costs.least(kinds) * 1.05)
-    found = search(model, sampler, [budget], costs, kinds=kinds, per=per, trajectories=2, verify=0, batch=2)
+    found = search(model, sampler, [budget], costs, kinds=kinds, trajectories=2, verify=0, batch=2)
+    usable = set(bare_levels(SETTINGS, kinds))
     for candidate in found.candidates:
-        patterns = candidate.schedule.patterns
-        for pattern in patterns:
+        for pattern in candidate.schedule.patterns:
             refuse_lacking(pattern, SETTINGS)
+            assert candidate.kind == proposals.WHOLE or set(pattern) <= usable
         if candidate.steps == sampler.steps:
             spent = sampler.flops(model.arch, candidate.schedule, SETTINGS)
             assert spent is not None
             assert candidate.share == spent / costs.softmax
     assert found.outcomes[0].chosen.share <= budget
     bare = {level for c in found.candidates for pattern in c.schedule.patterns for level in (pattern[0], pattern[2])}
-    assert bare - {SOFTMAX, LINEAR}  # something is offered where it is
+    assert bare - {SOFTMAX}  # something is offered where it is
 
 
-def test_the_search_predicts_for_other_layers_what_they_do() -> None:
-    """Surrogates leave a layer that does not have them as linear forecasts do, and levels as softmax does."""
+def test_the_search_predicts_for_other_layers_what_softmax_does() -> None:
     model = model_of(channels=1, learn_sigma=False)
     sampler = Sampler.resolve(model.arch, steps=6)
-    tables = measured_tables(model, sampler, 2, 2, InMemory())
-    proposer = Proposer(model, sampler, costs_of("flops", model, sampler), tables, tuple(KINDS_OF_SAVING))
-    (resting, bare), products = proposer._options((0, 1, 3))
-    for call in range(6):
-        layer = products[call, 1]  # (options, n * k)
-        at = resting.index(LINEAR) if call not in (0, 1, 3) else bare.index(SOFTMAX)
-        np.testing.assert_allclose(layer, np.broadcast_to(layer[at], layer.shape), rtol=0, atol=1e-12)
-        assert not np.allclose(products[call, 0], products[call, 0][:1])
+    table = measured_tables(model, sampler, 2, 2, InMemory()).errors
+    assert len(table.options) > 3
+    assert not table.products[:, 1].any()
+    softmax = table.options.index(SOFTMAX)
+    others = [option for option in range(len(table.options)) if option != softmax]
+    for layer in (0, 2):
+        assert not table.products[:, layer, softmax].any()
+        assert np.abs(table.products[:, layer, others]).max(-1).min() > 0
 
 
 # --- what is made of a bundle ----------------------------------------------------------------------------------------------------
@@ -441,20 +430,22 @@ def test_inspect_says_which_layers(bundle: Path) -> None:
     assert here.relative[4] == cost.forward_flops(found.arch, [4, SOFTMAX, 4], found.settings) / here.flops
 
 
-@pytest.mark.parametrize("calls", [False, True])
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize(
     "options", [{"to": "safetensors"}, {"to": "safetensors", "adapter": True}, {"to": "diffusers"}, {"to": "torch-export"}]
 )
 def test_exports_of_such_a_bundle_are_the_model(
-    options: dict[str, Any], calls: bool, bundle: Path, official_file: Any, tmp_path: Path
+    options: dict[str, Any], held: bool, bundle: Path, official_file: Any, tmp_path: Path
 ) -> None:
-    """Every export is loaded back and compared at every level, piece and call; its samples are the bundle's."""
-    model = load_model(bundle)
-    computed, resting = Call((4, SOFTMAX, "1|1/4")), Call((SURROGATES, LINEAR, LINEAR))
-    noise_levels = tuple(Sampler.resolve(model.arch, steps=4).noise_levels(model.arch))
-    pieces = Schedule((0.5,), ((4, SOFTMAX, 1), (1, SOFTMAX, SOFTMAX)))
-    schedule = CallSchedule(noise_levels, (Call((SOFTMAX,) * 3), computed, resting, resting)) if calls else pieces
-    bundles.write_json(bundle / "schedule.json", schedule.to_json())
+    """Every export is loaded back and compared at every level and piece; its samples are the bundle's."""
+    bare = Schedule((0.5,), ((4, SOFTMAX, 1), (1, SOFTMAX, SOFTMAX)))
+    remembering = Schedule((0.3, 0.7), ((HELD, SOFTMAX, "1|1/4"), ("hold+1|own", SOFTMAX, HELD), (SOFTMAX,) * 3))
+    bundles.write_json(bundle / "schedule.json", (remembering if held else bare).to_json())
+    if held and options["to"] == "torch-export":
+        with pytest.raises(UserError, match=r"The schedule holds what attention left, which no program remembers\."):
+            export(bundle, tmp_path / "export", **options)
+        assert not (tmp_path / "export").exists()
+        return
     done = export(bundle, tmp_path / "export", **options)
     assert done.verified.largest < 1e-4
     if options["to"] == "safetensors":
@@ -501,7 +492,9 @@ def test_the_whole_tool_runs_on_such_a_bundle(tmp_path: Path) -> None:
     assert torch.equal(
         sample(model, [1, 2], steps=4, schedule=4), sample(model, [1, 2], steps=4, schedule=Schedule((), ((4,) * 3 + (SOFTMAX,) * 3,)))
     )
-    calibrated = told("calibrate", out, "--budget", 0.6, "--steps", 5, "--trajectories", 4, "--verify", 4, *common)
+    calibrated = told(
+        "calibrate", out, "--budget", 0.6, "--kinds", "mediators,mlps", "--steps", 5, "--trajectories", 4, "--verify", 4, *common
+    )
     assert calibrated["converted_layers"] == [0, 1, 2]
     assert calibrated["schedules"][0]["relative_cost"] <= 0.6
     judged = told("evaluate", out, tmp_path / "report", "--samples", 40, "--steps", 5, "--pairs", 2, *common)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from mediatorize.model.levels import (
     KINDS,
     Kind,
     MediatorSettings,
-    Part,
     Parts,
-    forecasts,
+    changes_modulation,
+    holds,
+    in_full,
     in_order,
     is_level,
     is_pretrained,
@@ -93,30 +95,26 @@ def told(*arguments: object) -> dict[str, Any]:
         ("4", 4),
         (4, 4),
         ("16", 16),
-        ("hold", "hold"),
-        ("linear|linear", "linear"),
-        ("quadratic", "quadratic"),
         ("softmax|full", "softmax"),
         ("4|own", 4),
         ("softmax|1/8", "softmax|1/8"),
         ("4|full", "4|full"),
-        ("linear+4|linear+1/8", "linear+4|linear+1/8"),
+        ("hold+4|full", "hold+4|full"),
+        ("hold+04|1/8", "hold+4|1/8"),
+        ("hold+4|own", "hold+4|own"),
         ("4|1/8", "4|1/8"),
         ("softmax|own", "softmax|own"),
-        ("softmax|linear", "softmax|linear"),
-        ("hold+softmax|quadratic", "hold+softmax|quadratic"),
         ("04|1/8", "4|1/8"),
-        ("linear|softmax", None),
-        ("1/8|linear", None),
-        ("cubic", None),
+        ("1/8|full", None),
+        *((forecast, None) for forecast in ("hold", "linear", "quadratic", "linear+4|full", "hold+4|hold", "softmax|linear", "hold|full")),
         *((bad, None) for bad in ("0", "-1", "4.0", "", 0, True, None)),
-        *((bad, None) for bad in ("linear+4", "4+linear|1/8", "4|4", "1/8", "4|1/1", "4|1/0", "4|", "|1/8", "4|1/8|1/8", "softmax|1/-8")),
-        *((bad, None) for bad in ("linear+|linear", "linear+linear|hold", "hold+full|hold", "full|softmax")),
+        *((bad, None) for bad in ("4|4", "1/8", "4|1/1", "4|1/0", "4|", "|1/8", "4|1/8|1/8", "softmax|1/-8", "full|softmax")),
+        *((bad, None) for bad in ("hold+4", "4+hold|1/8", "hold+|full", "hold+softmax|full", "hold+hold+4|full", "hold+4|", "hold+0|full")),
     ],
 )
 def test_levels_are_read_as_they_are_written(written: object, level: object) -> None:
     if level is None:
-        looks = "is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."
+        looks = "is no level. Levels are softmax, a count of mediators or an attention with an MLP (softmax|1/8 or hold+4|full)."
         with pytest.raises(UserError, match=re.escape(looks)):
             read_level(written)
     else:
@@ -124,7 +122,7 @@ def test_levels_are_read_as_they_are_written(written: object, level: object) -> 
         assert read_level(json.loads(json.dumps(level))) == level
 
 
-@pytest.mark.parametrize("level", ["04", "linear|linear", "softmax|full", "4|own", True])
+@pytest.mark.parametrize("level", ["04", "hold+04|full", "softmax|full", "4|own", True])
 def test_only_one_way_of_writing_a_level_is_a_level(level: Any) -> None:
     assert not is_level(level)
     if level is not True:
@@ -133,39 +131,46 @@ def test_only_one_way_of_writing_a_level_is_a_level(level: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "attention", "mlp"),
+    ("level", "attention", "mlp", "held", "full"),
     [
-        ("softmax", ("softmax", None), ("full", None)),
-        (4, (4, None), ("own", None)),
-        ("softmax|1/8", ("softmax", None), ("1/8", None)),
-        ("hold", (None, 0), (None, 0)),
-        ("linear", (None, 1), (None, 1)),
-        ("linear+4|quadratic+1/8", (4, 1), ("1/8", 2)),
-        ("hold|full", (None, 0), ("full", None)),
+        ("softmax", "softmax", "full", False, "softmax"),
+        (4, 4, "own", False, 4),
+        ("4|full", 4, "full", False, "4|full"),
+        ("softmax|1/8", "softmax", "1/8", False, "softmax|1/8"),
+        ("hold+4|full", 4, "full", True, "softmax"),
+        ("hold+16|1/8", 16, "1/8", True, "softmax|1/8"),
+        ("hold+4|own", 4, "own", True, "softmax|own"),
     ],
 )
-def test_a_level_says_how_attention_and_mlp_run(level: Any, attention: tuple[Any, Any], mlp: tuple[Any, Any]) -> None:
+def test_a_level_says_how_attention_and_mlp_run(level: Any, attention: Any, mlp: str, held: bool, full: Any) -> None:
     parts = parts_of(level)
-    assert parts == Parts(Part(*attention), Part(*mlp))
+    assert parts == Parts(attention, mlp, held)
     assert parts.level == level
     assert is_level(level)
-    assert forecasts(level) == (attention[1] is not None or mlp[1] is not None)
+    assert holds(level) == held
+    assert in_full(level) == full
+    assert changes_modulation(level) == (attention != "softmax" and not held)
 
 
 def test_a_level_lacks_what_its_model_does_not_have() -> None:
     settings = MediatorSettings((1, 4), mlp_widths=(8,))
-    for level in (4, "softmax", "linear", "softmax|1/8", "4|full", "linear+4|linear+1/8", "softmax|own"):
+    for level in (4, "softmax", "softmax|1/8", "4|full", "hold+4|full", "hold+1|1/8", "softmax|own"):
         refuse_lacking([level], settings)
-    lacking = {16: 16, "16|1/8": 16, "4|1/4": "1/4", "linear+2|linear": 2, "hold|hold+1/2": "1/2", "2|1/4": 2}
+    lacking = {16: 16, "16|1/8": 16, "4|1/4": "1/4", "hold+2|full": 2, "hold+4|1/2": "1/2", "2|1/4": 2}
     for level, what in lacking.items():
         with pytest.raises(UserError, match=rf"^Layer 0 has no level {what}\. It has 1, 4, softmax, 1/8\.$"):
             refuse_lacking([level], settings)
+    only_mediators = replace(settings, kept=((4, "full"),))
+    refuse_lacking(["4|full"], only_mediators)
+    with pytest.raises(UserError, match=r"^Layer 0 has no level softmax\."):  # whose rest is held
+        refuse_lacking(["hold+4|full"], only_mediators)
     assert [mlp_share(level) for level in ("full", "own", "1/8", "1/16")] == [1, 1, 8, 16]
 
 
 def test_levels_are_ranked_from_the_fewest_mediators_to_softmax() -> None:
     assert in_order(["softmax", 16, 1, 4, 4]) == [1, 4, 16, "softmax"]
-    assert in_order(["softmax", 1, "softmax|1/8", "linear", "4|1/8", "hold"]) == ["hold", "linear", "4|1/8", "softmax|1/8", 1, "softmax"]
+    assert in_order(["softmax", 1, "softmax|1/8", "4|1/8", "1|1/8"]) == ["1|1/8", "4|1/8", "softmax|1/8", 1, "softmax"]
+    assert in_order(["hold+4|full", "4|full", "softmax", "hold+1|full"]) == ["4|full", "hold+1|full", "hold+4|full", "softmax"]
     narrow = [f"{attention}|1/{width}" for attention in (1, "softmax") for width in (16, 8, 4, 2)]
     assert in_order(reversed(narrow)) == narrow  # of equal rank but for the MLP: not by the hashes of their names, which processes draw
     assert MediatorSettings((1, 4)).all_levels == (1, 4, "softmax")
@@ -184,7 +189,7 @@ def test_levels_of_equal_rank_stand_in_the_same_order_in_every_process(hash_seed
     assert told.strip() == "['1|1/8', '1|1/4', 'softmax|1/8', 'softmax|1/4']"
 
 
-@pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",), ("linear", 1), ("4|1/8",)])
+@pytest.mark.parametrize("levels", [(4, 1), (1, 1), (), (1, "softmax"), (0, 1), ("mean",), ("hold+4|full",), ("4|1/8",)])
 def test_settings_hold_added_levels_in_order_and_no_others(levels: Any) -> None:
     with pytest.raises(UserError, match="not distinct, ascending"):
         MediatorSettings(levels)

@@ -32,7 +32,6 @@ from mediatorize.model.architecture import Architecture, preset
 from mediatorize.model.attention import Rotary, rotary_tables
 from mediatorize.model.levels import Level, MediatorSettings
 from mediatorize.model.resize import resized
-from mediatorize.model.schedule import Call
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.stages.convert import convert
 from mediatorize.stages.export import export
@@ -286,22 +285,25 @@ def test_another_resolution_has_tables_of_its_own_grid() -> None:
     assert torch.equal(other(*model_inputs(other)), fresh(*model_inputs(fresh)))
 
 
-# --- forecasts -------------------------------------------------------------------------------------------------------------------
+# --- held rests ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_stated_flops_of_forecast_calls_are_those_that_run(qk_norm: bool) -> None:
+def test_held_rests_are_exact_where_nothing_changed_and_stated_flops_are_those_that_run(qk_norm: bool) -> None:
     model = tiny_model(SETTINGS, **PARTS, qk_norm=qk_norm)
     for layer in model.attention_layers():
         layer.fused_attn = False  # whose products the counter does not see on the CPU
-    calls = [Call(("softmax",) * 3)] * 2 + [Call(("linear+4|linear+1/8", "linear", "hold+1|1/4"))]
-    noise_levels = [0.9, 0.6, 0.5]
-    x, _, y = model_inputs(model, batch=1)
+    calls: list[tuple[Level, ...]] = [("softmax",) * 3, ("softmax", 4, "hold+1|full"), ("hold+4|full", "hold+4|1/8", "hold+1|1/4")]
+    x, t, y = model_inputs(model, batch=1)
     with FlopCounterMode(display=False) as counter:
-        driver = Driver(model, 3, calls, noise_levels, [1] * 3, 1)
-        outputs = [driver(x, torch.tensor([1 - noise]), y) for noise in noise_levels]
-    assert counter.get_total_flops() == cost.calls_flops(model.arch, calls, noise_levels, [1] * 3, SETTINGS)
-    assert torch.equal(outputs[1], model(x, torch.tensor([0.4]), y))
+        driver = Driver(model, calls, [1] * 3)
+        outputs = [driver(x, t, y) for _ in calls]
+    assert counter.get_total_flops() == cost.calls_flops(model.arch, calls, [1] * 3, SETTINGS)
+    assert torch.equal(outputs[0], model(x, t, y))
+    held = Driver(model, [calls[0], ("hold+4|full", "hold+1|full", "hold+4|1/8")], [1] * 2)
+    held(x, t, y)
+    assert relative_error(held(x, t, y), model(x, t, y, levels=["softmax", "softmax", "softmax|1/8"])) < 1e-5
+    assert relative_error(outputs[2], model(x, t, y, levels=["softmax", "softmax|1/8", "softmax|1/4"])) > 3e-5
 
 
 # --- from a checkpoint to an export ----------------------------------------------------------------------------------------------

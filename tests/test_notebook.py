@@ -45,7 +45,7 @@ def test_a_model_in_memory_goes_the_whole_way(tmp_path: Path, monkeypatch: pytes
     assert flops[1] is not None
     assert flops[0] <= 0.8 * flops[1]
 
-    rows = rows_of(model, schedules={"ours": outcome.schedule})
+    rows = rows_of(model, sampler, schedules={"ours": outcome.schedule})
     teacher, ours, *levels = compare(model, Samples(rows=rows, labels=torch.arange(40) % 10), sampler).results
     assert teacher.sample_error == 0
     assert ours.relative_flops == flops[0] / flops[1]

@@ -13,12 +13,11 @@ from test_export import SMALL, assert_close, elsewhere, files, make_bundle
 from torch import Tensor
 
 from mediatorize import UserError, load_model, sample
-from mediatorize.diffusion.sampling import Sampler
 from mediatorize.export.contract import Subject
 from mediatorize.export.pruning import pruned
 from mediatorize.formats import bundle
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings
-from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
+from mediatorize.model.schedule import AnySchedule, RuleSchedule, Schedule, SwitchRule
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.report import exporting
 from mediatorize.report.inspection import words
@@ -38,25 +37,17 @@ LOW_RANK = MediatorSettings((1, 4), local_rank=3, modulation_rank=2, projection_
 PUBLISHED = MediatorSettings((1, 4), form="published", projection_rank=None)
 
 
-def calls(*of_calls: Call) -> list[Call]:
-    return [*of_calls, *[Call((LINEAR,) * len(of_calls[0].levels))] * (STEPS - len(of_calls))]
-
-
-FORECASTS = calls(
-    Call((4, "softmax|1/4")),
-    Call(("linear", "linear+1|linear+1/8")),
-    Call(("4|full", "softmax|1/4"), (4, "1|1/4")),
-)
+MEDIATED = Schedule((0.3, 0.7), ((4, "softmax|1/4"), ("4|full", "1|1/8"), (4, "softmax|1/4")))
 """Layer 0 is always mediated, never at 1, and has no narrow MLP; layer 1 has neither level 4 nor an MLP of its own, nor its narrow MLP's
 widest hidden units."""
-SURROGATES = calls(Call((SOFTMAX, SOFTMAX)), Call(("linear+4|linear", "linear|linear+1/2")), Call((SOFTMAX, "softmax|1/4")))
-"""Mediators beside forecasts alone, which do not change the modulation."""
+HELD = Schedule((0.5,), (("hold+4|full", "hold+4|1/2"), ("hold+4|full", "softmax|1/4")))
+"""Mediators to which their rest is added alone, which do not change the modulation; layer 0 names softmax nowhere, and begins with it."""
 RULE = RuleSchedule(SwitchRule(levels=(4, 1), ratios=(99.0,), first=1), Schedule((0.5,), ((4, 4), (1, 1))))
 
-CASES: dict[str, tuple[MediatorSettings, AnySchedule | list[Call], set[str]]] = {
-    "forecasts": (
+CASES: dict[str, tuple[MediatorSettings, AnySchedule, set[str]]] = {
+    "always mediated": (
         OWN,
-        FORECASTS,
+        MEDIATED,
         {
             *("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"),
             *(f"blocks.0.attn.mediator.levels.1.{name}" for name in ("pool", "key_bias", "query_bias", "log_key_scale", "log_query_scale")),
@@ -66,7 +57,16 @@ CASES: dict[str, tuple[MediatorSettings, AnySchedule | list[Call], set[str]]] = 
             "blocks.1.mediator.narrow.biases.2",
         },
     ),
-    "surrogates": (LOW_RANK, SURROGATES, {f"blocks.{i}.mediator.modulation.{name}" for i in (0, 1) for name in ("down.weight", "up.bias")}),
+    "held": (
+        LOW_RANK,
+        HELD,
+        {
+            *(f"blocks.{i}.mediator.modulation.{name}" for i in (0, 1) for name in ("down.weight", "up.weight", "up.bias")),
+            *(f"blocks.{i}.attn.mediator.levels.1.pool" for i in (0, 1)),
+            "blocks.0.mediator.narrow.fc1.weight",
+            "blocks.1.mlp.fc1.weight",
+        },
+    ),
     "always mediated, low rank": (
         LOW_RANK,
         Schedule((0.5,), (("4|1/4", 1), ("4|1/4", 4))),
@@ -88,11 +88,8 @@ CASES: dict[str, tuple[MediatorSettings, AnySchedule | list[Call], set[str]]] = 
 """Settings, a schedule, and weights that must be gone: of the first case all of them."""
 
 
-def scheduled(settings: MediatorSettings, schedule: AnySchedule | list[Call], **changes: Any) -> DiffusionTransformer:
+def scheduled(settings: MediatorSettings, schedule: AnySchedule, **changes: Any) -> DiffusionTransformer:
     model = tiny_model(settings, **SMALL | changes)
-    solver = "euler" if model.arch.family == "sit" else "dpm-solver++"
-    if isinstance(schedule, list):
-        schedule = CallSchedule(tuple(Sampler(solver=solver, steps=STEPS).noise_levels(model.arch)), tuple(schedule))
     model.schedule = schedule
     return model
 
@@ -106,14 +103,14 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, set[str]
 @pytest.fixture
 def mediated(tmp_path: Path) -> Path:
     """A bundle with a schedule that never runs softmax in layer 0."""
-    return make_bundle(tmp_path / "bundle", scheduled(OWN, FORECASTS))
+    return make_bundle(tmp_path / "bundle", scheduled(OWN, MEDIATED))
 
 
 def test_a_pruned_export_samples_as_the_bundle_and_is_smaller(case: tuple[Path, set[str]], tmp_path: Path) -> None:
     source, gone = case
     result = export(source, tmp_path / "out", to="safetensors", prune=True)
     whole, found = load_model(source), load_model(tmp_path / "out")
-    for steps in (STEPS, 8):  # of other steps, the nearest calls
+    for steps in (STEPS, 8):
         how = HOW | {"steps": steps}
         assert torch.equal(sample(found, [1, 7], **how), sample(whole, [1, 7], **how))
     before, after = whole.state_dict(), found.state_dict()
@@ -212,7 +209,7 @@ def test_levels_that_are_gone_are_refused_by_name(mediated: Path, tmp_path: Path
         (SOFTMAX, SOFTMAX): "no level softmax",
         ("1|own", SOFTMAX): "no level 1",
         ("4|1/8", SOFTMAX): "no level 1/8",
-        LINEAR: "no level softmax",  # without a memory, the pretrained layer stands in
+        ("hold+4|own", SOFTMAX): "no level softmax",  # without a memory, or at first, it would run as that
     }
     for levels, lacking in asked.items():
         with pytest.raises(UserError, match=rf"^Layer 0 has {lacking}\. {has}"):
@@ -229,15 +226,16 @@ def test_levels_that_are_gone_are_refused_by_name(mediated: Path, tmp_path: Path
     assert not (tmp_path / "x.npz").exists()
 
 
-def test_a_surrogate_does_not_run_bare_where_its_modulation_is_gone(tmp_path: Path) -> None:
-    source = make_bundle(tmp_path / "bundle", scheduled(LOW_RANK, SURROGATES))
+def test_mediators_whose_rest_is_held_do_not_run_bare_where_their_modulation_is_gone(tmp_path: Path) -> None:
+    source = make_bundle(tmp_path / "bundle", scheduled(LOW_RANK, HELD))
     export(source, tmp_path / "out", to="safetensors", prune=True)
     model = load_model(tmp_path / "out")
     x, t, y = model_inputs(model)
     with pytest.raises(UserError, match=r"^Layer 0 has no change of its modulation\. It was pruned to 4, softmax, full\."):
-        model(x, t, y, levels=[4, SOFTMAX])
-    assert model.all_levels == (SOFTMAX,)
-    assert torch.equal(model(x, t, y), load_model(source)(x, t, y))
+        model(x, t, y, levels=[4, "softmax|1/2"])
+    whole = load_model(source)
+    for levels in ([SOFTMAX, "softmax|1/2"], ["hold+4|full", "hold+4|1/2"]):
+        assert torch.equal(model(x, t, y, levels=levels), whole(x, t, y, levels=levels))
 
 
 def test_commands_that_need_the_whole_bundle_refuse_a_pruned_one(mediated: Path, tmp_path: Path) -> None:
@@ -318,7 +316,7 @@ names = [name for name, _ in pipe.transformer.named_parameters()]
 assert not any(name.startswith(("blocks.0.attn.qkv", "blocks.1.mlp")) for name in names), names
 for ask, message in (
     (lambda: setattr(pipe.transformer, "level", 4), "This model has no level 4."),
-    (lambda: pipe.transformer(given["noise"], torch.tensor([0.5]), torch.tensor([1, 7])), "Layer 0 has no level softmax."),
+    (lambda: pipe.transformer(given["noise"], torch.ones(1), torch.tensor([1, 7]), levels="softmax"), "Layer 0 has no level softmax."),
 ):
     try:
         ask()

@@ -189,7 +189,7 @@ def test_a_checkpoint_of_the_paper_goes_through_every_command(tmp_path: Path) ->
     given, model = stored(""), mediatorize.load_model(out)
     with torch.no_grad():
         assert relative_error(model(given["x"], given["t"], given["y"]), given["out.16"]) < 1e-5
-    calibrate(out, budget=0.6, steps=6, trajectories=4, verify=4, batch=4, device="cpu")
+    calibrate(out, budget=0.6, kinds=("mediators",), steps=6, trajectories=4, verify=4, batch=4, device="cpu")
     drawn = sample(str(out), out=tmp_path / "drawn.npz", classes=(1, 2), per_class=2, device="cpu", steps=6)
     assert drawn.flops <= 0.6 * 4 * 6 * forward_flops(model.arch)
     found = evaluate(str(out), tmp_path / "report", features="none", samples=4, steps=6, device="cpu", pairs=0)
@@ -403,7 +403,7 @@ def test_a_bundle_is_resized_and_goes_on(form: Any, size: tuple[int, int], offic
         for name, pool in after.state_dict().items():  # weights of a mean
             if name.endswith("pool"):
                 torch.testing.assert_close(pool.sum((2, 3)), before.state_dict()[name].sum((2, 3)), rtol=0.05, atol=0.05)
-    calibrate(tmp_path / "other", budget=0.7, steps=4, trajectories=2, verify=2, batch=2, device="cpu")
+    calibrate(tmp_path / "other", budget=0.98, kinds=("mediators",), steps=4, trajectories=2, verify=2, batch=2, device="cpu")
     finetune(tmp_path / "other", train_steps=2, batch=2, trajectories=2, sampler_steps=3, cfg_scales=(1.0,), device="cpu")
     assert "| - | - |" in (tmp_path / "other" / "README.md").read_text()  # no layer errors at this resolution
 

@@ -29,11 +29,9 @@ QUICK = [
     "finetune.train_steps=4",
     "finetune.trajectories=4",
     "finetune.sampler_steps=3",
-    "calibrate.budgets=0.8",
-    "calibrate.steps=3",
-    "calibrate.trajectories=4",
+    "calibrate.calls=3",
+    "calibrate.samples=8",
     "calibrate.verify=4",
-    "sample.steps=3",
     "evaluate.samples=40",
     "evaluate.steps=3",
     "evaluate.pairs=2",
@@ -58,11 +56,12 @@ def test_the_digits_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
     result = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
     stages = ["inspect", "convert", "finetune", "calibrate", "sample", "evaluate", "export"]
     assert list(result.told) == stages
-    for picture in ("student.png", "evaluation/comparison.png", "bundle/calibration/candidates.png"):
+    for picture in ("student.png", "evaluation/comparison.png", "evaluation/error-calls.png"):
         with Image.open(tmp_path / "out" / picture) as image:
             assert len(image.convert("L").getcolors() or []) > 10
     levels = [row["level"] for row in result.told["evaluate"].facts["results"]]
-    assert levels == ["softmax", "schedule", "4", "1"]
+    assert levels == ["softmax", "converged teacher", "plan of 3 calls", "euler, 3 calls", "unipc, 3 calls", "4", "1"]
+    assert result.told["sample"].facts["plan"].endswith("plan.json, 3 calls")
     assert (tmp_path / "out" / "diffusers" / "model_index.json").exists()
 
     again = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out")
@@ -72,7 +71,7 @@ def test_the_digits_recipe_runs_whole_and_only_once(tmp_path: Path) -> None:
     planned = run(RECIPES / "digits.toml", set=QUICK, out=tmp_path / "out", dry_run=True)
     assert list(planned.told) == stages[:4]
     assert planned.told["finetune"].facts["estimated_seconds"] > 0
-    assert planned.told["calibrate"].facts["estimated_seconds"] > 0
+    assert planned.told["calibrate"].facts["dry_run"]["seconds"] > 0
     resolved = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert resolved["convert"]["levels"] == [1, 4]
     assert resolved["convert"]["form"] == "learned"

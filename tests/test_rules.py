@@ -113,6 +113,7 @@ def test_a_rule_comes_back_from_its_file_and_others_are_refused() -> None:
         ({"rule": {"levels": [1, 4]}}, "it needs"),
         ({"rule": content["rule"] | {"per": "sometimes"}}, "per sometimes"),
         ({"rule": content["rule"] | {"extra": 1}}, "it needs"),
+        ({"rule": content["rule"] | {"levels": [1, "hold+4|full", SOFTMAX]}}, "no call to hold from"),
     ):
         with pytest.raises(UserError, match=match):
             schedule_from_json(content | changes)

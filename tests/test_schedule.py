@@ -57,11 +57,27 @@ def test_json_names_the_bounds_and_levels_of_every_piece() -> None:
         ((1.5,), ((4,), (1,)), "Schedule edges [1.5] do not ascend between 0 and 1. Check schedule.json."),
         ((math.nan,), ((4,), (1,)), "Schedule edges [nan] do not ascend between 0 and 1. Check schedule.json."),
         ((0.5,), ((4, 4), (1,)), "Schedule pieces differ in their number of layers. Check schedule.json."),
-        ((), (("soft",),), "'soft' is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."),
-        ((), ((0,),), "0 is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."),
-        ((), ((4, -1),), "-1 is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."),
-        ((), ((4.5,),), "4.5 is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."),
-        ((0.5,), ((4,), (4.0,)), "4.0 is no level. Levels are softmax, a count of mediators or a forecast (hold, linear or quadratic)."),
+        (
+            (),
+            (("soft",),),
+            "'soft' is no level. Levels are softmax, a count of mediators or an attention with an MLP (softmax|1/8 or hold+4|full).",
+        ),
+        ((), ((0,),), "0 is no level. Levels are softmax, a count of mediators or an attention with an MLP (softmax|1/8 or hold+4|full)."),
+        (
+            (),
+            ((4, -1),),
+            "-1 is no level. Levels are softmax, a count of mediators or an attention with an MLP (softmax|1/8 or hold+4|full).",
+        ),
+        (
+            (),
+            ((4.5,),),
+            "4.5 is no level. Levels are softmax, a count of mediators or an attention with an MLP (softmax|1/8 or hold+4|full).",
+        ),
+        (
+            (0.5,),
+            ((4,), (4.0,)),
+            "4.0 is no level. Levels are softmax, a count of mediators or an attention with an MLP (softmax|1/8 or hold+4|full).",
+        ),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(edges: tuple[float, ...], levels: Any, message: str) -> None:

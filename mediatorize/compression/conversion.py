@@ -16,7 +16,7 @@ from mediatorize.compression.records import FitSettings, LayerErrors
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, coarse_grid
-from mediatorize.model.levels import Level, MediatorSettings, most_mediators, title
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Parts, most_mediators, title
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ConversionPlan:
         """FLOPs of the conversion: states, the teacher's pass over them, and fitting (a backward counts as two forwards)."""
         arch, settings = self.arch, self.settings
         levels = sum(cost.attention_flops(arch, level, settings) for level in settings.levels)
-        levels += sum(cost.surrogates_flops(arch, ((), (level,))) for level in settings.mlp_levels)
+        levels += sum(cost.mlp_flops(arch, Parts(SOFTMAX, level).level) for level in settings.mlp_levels)
         fitting = len(self.layers) * self.fit.steps * self.fit.batch * 3 * levels
         blocks = self.layers[-1] + 1 + len(self.layers)  # up to the last one that is fitted; those that are fitted run once more
         return self.states_flops() + blocks * self.states * cost.forward_flops(arch) // arch.depth + fitting

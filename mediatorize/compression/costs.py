@@ -13,17 +13,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from mediatorize.compression.paths import WINDOW
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.levels import (
     FULL,
-    LINEAR,
     OWN,
     SOFTMAX,
     Level,
     MediatorSettings,
-    Part,
     Parts,
     in_order,
     kind_of,
@@ -32,7 +29,7 @@ from mediatorize.model.levels import (
     parts_of,
     title,
 )
-from mediatorize.model.schedule import AnySchedule, Call, SwitchRule, Watched, calls_at, places_of, streams_of, watched_surrogates
+from mediatorize.model.schedule import AnySchedule, Levels, SwitchRule, calls_at, with_memory
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +50,8 @@ class CallCosts:
     """Of all that no level changes."""
     block: Callable[[Level], Any]
     """Of one block at a level."""
-    surrogates: Callable[[Watched], Any] = lambda watched: 0
-    """Of what a block runs beside its computed sub-layers, for later forecasts."""
+    attention: Callable[[Level], Any]
+    """Of one attention layer alone, which runs beside softmax attention for later calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +76,11 @@ class Costs:
         """Of the sampler by a schedule, or with one level throughout."""
         return self.of_calls(calls_at(schedule, self.noise_levels, self.depth, self.settings))
 
-    def of_calls(self, calls: Sequence[Call]) -> Any:
+    def of_calls(self, calls: Sequence[Levels]) -> Any:
         total: Any = 0
-        for levels in streams_of(calls, self.rows):
-            for own, watched in zip(levels, watched_surrogates(levels, self.depth, places_of(self.noise_levels)), strict=True):
-                if own:
-                    total += self.call.rest + sum(self.call.block(level) for level in own) + sum(map(self.call.surrogates, watched))
+        for levels, watched, rows in zip(*with_memory(calls, self.rows), self.rows, strict=True):
+            beside = sum(self.call.attention(level) for layer in watched for level in layer)
+            total += rows * (self.call.rest + sum(map(self.call.block, levels)) + beside)
         return total
 
     def by_rule(self, rule: SwitchRule, switches: Sequence[Sequence[int]], calls_per_step: int) -> float:
@@ -96,7 +92,7 @@ class Costs:
         total: Any = 0
         for begins, count in Counter(map(tuple, switches)).items():
             stages = rule.stages_of_calls(begins, len(self.rows), calls_per_step)
-            calls = [Call(tuple(levels_per_layer(rule.levels[stage], self.depth, self.settings))) for stage in stages]
+            calls = [tuple(levels_per_layer(rule.levels[stage], self.depth, self.settings)) for stage in stages]
             total += count * self.of_calls(calls)
         return float(total / len(switches))
 
@@ -109,22 +105,12 @@ class Costs:
         converted = len(self.settings.converted(self.depth))
         cheapest = min(self.call.block(level) for level in bare_levels(self.settings, kinds))
         one = self.call.rest + converted * cheapest + (self.depth - converted) * self.call.block(SOFTMAX)
-        count = len(self.rows)
-        if "forecasts" not in kinds:
-            return float(sum(self.rows) * one / self.softmax)
-        forecast = min(self.call.rest + self.depth * self.call.block(LINEAR), one)
-        computed = fewest_computed(count)
-        return float((computed * one * max(self.rows) + (sum(self.rows) - computed * max(self.rows)) * forecast) / self.softmax)
+        return float(sum(self.rows) * one / self.softmax)
 
     def room(self, share: float) -> Any:
         """What a sampler may cost to keep a share of softmax's cost."""
         whole = share * self.softmax
         return math.floor(whole) if isinstance(self.softmax, int) else whole
-
-
-def fewest_computed(calls: int) -> int:
-    """The fewest computed calls of which forecasts can rest: the window lies between them."""
-    return -(-calls // WINDOW)
 
 
 def flops_costs(model: DiffusionTransformer, settings: MediatorSettings, rows: int, batch: int) -> CallCosts:
@@ -138,7 +124,7 @@ def flops_costs(model: DiffusionTransformer, settings: MediatorSettings, rows: i
     return CallCosts(
         rest=cost.forward_flops(arch) - arch.depth * cost.block_flops(arch, SOFTMAX, settings),
         block=cache(lambda level: cost.block_flops(arch, level, settings)),
-        surrogates=cache(lambda watched: cost.surrogates_flops(arch, watched, settings)),
+        attention=cache(lambda level: cost.attention_flops(arch, level, settings)),
     )
 
 
@@ -146,11 +132,9 @@ def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, rows:
     """Seconds of one row of a batch, on the model's device and in its precision, memory traffic included.
 
     Every sub-layer is timed in every converted layer. Layers have one shape, so that their times differ by chance alone: the median over
-    layers is taken, lest the solver choose by chance. Forecast calls are timed as they run, with a memory.
+    layers is taken, lest the solver choose by chance.
     """
     import torch
-
-    from mediatorize.model.memory import Memory
 
     arch, parameter = model.arch, next(model.parameters())
     count, converted = rows * batch, [model.layers()[layer] for layer in settings.converted(arch.depth)]
@@ -173,28 +157,14 @@ def latency_costs(model: DiffusionTransformer, settings: MediatorSettings, rows:
         mlp = {level: of_mlp(level) for level in (FULL, *settings.mlp_levels)}
         mlp[OWN] = mlp[FULL]
         whole = median_seconds(lambda: model(x, t, y), x.device) / count
-        memory = Memory(arch.depth)
-        for place in (0.0, 1.0):
-            memory.begin(place)
-            model(x, t, y, memory=memory)
-        memory.begin(2.0)
-        forecast = median_seconds(lambda: model(x, t, y, levels=LINEAR, memory=memory), x.device) / count
 
     rest = max(0.0, whole - arch.depth * (attention[SOFTMAX] + mlp[FULL]))
-    extrapolated = (forecast - rest) / arch.depth  # of both sub-layers
 
     def of_block(level: Level) -> float:
         parts = parts_of(level)
-        forecasts = [part for part in (parts.attention, parts.mlp) if part.order is not None]
-        runs = (0.0 if parts.attention.runs is None else attention[parts.attention.runs]) + (
-            0.0 if parts.mlp.runs is None else mlp[parts.mlp.runs]
-        )
-        return runs + (extrapolated if len(forecasts) == 2 else max(extrapolated, 0.0) * len(forecasts) / 2)
+        return attention[parts.attention] + mlp[parts.mlp]
 
-    def of_surrogates(watched: Watched) -> float:
-        return sum(attention[level] for level in watched[0]) + sum(mlp[level] for level in watched[1])
-
-    return CallCosts(rest=rest, block=of_block, surrogates=of_surrogates)
+    return CallCosts(rest=rest, block=of_block, attention=attention.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -238,7 +208,6 @@ def read_budget(given: float | str) -> float:
 KINDS_OF_SAVING = {
     "mediators": "layers that run at levels of mediators",
     "mlps": "narrow MLPs",
-    "forecasts": "calls that are forecast from those before",
 }
 """What a schedule may spend less by, by name."""
 
@@ -247,7 +216,7 @@ def bare_levels(settings: MediatorSettings, kinds: Collection[str]) -> list[Leve
     """Levels of whole converted blocks in computed calls, in the order of their rank: softmax last."""
     attention: tuple[Level, ...] = settings.all_levels if "mediators" in kinds else (SOFTMAX,)
     mlps: tuple[Level, ...] = settings.mlp_levels if "mlps" in kinds else ()
-    narrow = [Parts(Part(level), Part(mlp)).level for level in attention for mlp in mlps]
+    narrow = [Parts(level, mlp).level for level in attention for mlp in mlps]
     return in_order([*narrow, *attention])
 
 
@@ -266,22 +235,6 @@ def kinds_of(settings: MediatorSettings, wanted: Sequence[str] = ()) -> tuple[st
     return tuple(kind for kind in there if not wanted or kind in wanted)
 
 
-def read_search(text: str, verify: int) -> tuple[int, float | None]:
-    """How many changes of a candidate are measured, and for how many seconds at most: from a number of samples, or a time such as 90s."""
-    hint = "Pass a number of samples such as 320, or a time such as 90s."
-    try:
-        if text.endswith("s"):
-            seconds = float(text[:-1])
-            evaluations = 10**6
-        else:
-            seconds, evaluations = None, -(-int(text) // max(1, verify))
-    except ValueError:
-        raise UserError(f"{text!r} is no length of a search.", hint=hint) from None
-    if (seconds is not None and not 0 <= seconds < math.inf) or evaluations < 0:
-        raise UserError(f"{text!r} is no length of a search.", hint=hint)
-    return evaluations, seconds
-
-
 def refuse_out_of_reach(budget: float, costs: Costs, settings: MediatorSettings, unit: Unit, kinds: Collection[str]) -> None:
     """A budget below the cheapest schedule's cost: the message says what can be reached, and what would widen that."""
     least = costs.least(kinds)
@@ -289,14 +242,11 @@ def refuse_out_of_reach(budget: float, costs: Costs, settings: MediatorSettings,
         return
     levels = ", ".join(title(level) for level in settings.levels)
     levels += "" if settings.layers is None else f" in layers {layers_in_short(settings.layers)}"
-    wider = []
-    if "forecasts" not in kinds:
-        fewest = min(kind_of(level).mediators(level) for level in settings.levels)
-        wider = ["allow --kinds forecasts", *(["convert with smaller --levels"] if fewest > 1 else [])]
-    hint = f"To go lower, {' or '.join(wider)}. Or ask" if wider else "Ask"
+    fewest = min(kind_of(level).mediators(level) for level in settings.levels)
+    smaller = "convert with smaller --levels, or " if fewest > 1 else ""
     raise UserError(
         f"can go down to {least:.1%} of softmax's {unit.name} with {', '.join(kinds)} and levels {levels}; you asked for {budget:.1%}.",
-        hint=f"{hint} for {math.ceil(least * 1000) / 10:.1f}%.",
+        hint=f"To go lower, {smaller}take fewer calls: leave --kinds out. Or ask for {math.ceil(least * 1000) / 10:.1f}%.",
     )
 
 

@@ -21,7 +21,7 @@ from mediatorize.compression.trajectories import Targets
 from mediatorize.diffusion.process import process_of
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block, call
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Part, Parts, in_order, is_pretrained, levels_per_layer
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, Parts, in_order, is_pretrained, levels_per_layer
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import generator
 
@@ -55,7 +55,7 @@ def _drawn_levels(settings: MediatorSettings, depth: int, seed: int, step: int) 
     if not mlps:
         return drawn
     widths = [mlps[int(index)] if index < len(mlps) else None for index in torch.randint(0, 2 * len(mlps), (depth,), generator=random)]
-    return [level if mlp is None else Parts(Part(level), Part(mlp)).level for level, mlp in zip(drawn, widths, strict=True)]
+    return [level if mlp is None else Parts(level, mlp).level for level, mlp in zip(drawn, widths, strict=True)]
 
 
 def forward_with_features(

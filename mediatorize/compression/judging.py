@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -15,22 +14,7 @@ import torch
 from torch import Tensor
 
 from mediatorize.compression.costs import KINDS_OF_SAVING, Costs
-from mediatorize.compression.proposals import (
-    BASELINES,
-    DIFFERENCE,
-    FEWER,
-    MIXED,
-    OUTPUTS,
-    PATH,
-    PER_CELL,
-    RULE,
-    UNIFORM,
-    WHOLE,
-    Per,
-    Proposal,
-    Proposer,
-    costs_with,
-)
+from mediatorize.compression.proposals import BASELINES, FEWER, RULE, WHOLE, Proposal, Proposer, costs_with
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Drive, Sampler, driver_of, sample_many
 from mediatorize.diffusion.switching import Switcher
@@ -46,14 +30,8 @@ from mediatorize.store import Kept, Store
 AT_FIRST_SIGHT, FEWEST_TO_SPLIT, FINALISTS = 4, 16, 3
 """At first sight candidates are judged by one sample in four, where there are sixteen; then the best three for a budget by all."""
 
-MOST_OF_A_KIND = {PATH: 2, OUTPUTS: 2, DIFFERENCE: 2}
-"""Of these kinds so many are sampled for a budget, those of least predicted error, before the best is improved."""
-
 MOST_RULES, MOST_TRIED = 1, 3
 """How many step-wise rules are judged for a budget, and how many are run on the trajectories to see whether they keep it."""
-
-CATCHES_UP = 1.25
-"""A path whose error is so many times the best one's is not improved. Moves of single calls seldom gain a tenth."""
 
 
 def within(share: float, budget: float) -> bool:
@@ -211,19 +189,15 @@ class Judge:
         Args:
             far: a predicted error. What is above it is not sampled, unless it is a baseline.
         """
-        sampled: list[Proposal] = []
-        for proposal in sorted(proposals, key=lambda each: each.error):
-            alike = sum(each.kind == proposal.kind for each in sampled)
-            near = proposal.error <= far and alike < MOST_OF_A_KIND.get(proposal.kind, len(proposals))
-            sampled += [proposal] if near or proposal.kind in BASELINES else []
-        seen = [self.add(proposal, self.few if proposal in sampled else 0) for proposal in proposals]
+        seen = [self.add(each, self.few if each.error <= far or each.kind in BASELINES else 0) for each in proposals]
         judged = [candidate for candidate in seen if candidate.measured is not None]
         for candidate in sorted(judged, key=lambda candidate: (not candidate.keeps(budget), candidate.error))[:FINALISTS]:
             self.add(candidate, self.samples)
 
     def add(self, proposal: Proposal, samples: int) -> Candidate:
         """Judges a proposal by the first so many samples, unless one that does the same was judged by as many."""
-        alike = [c for c in self.candidates if c.kind == proposal.kind and c.schedule == proposal.schedule]
+        what = proposal.kind, proposal.steps, proposal.schedule
+        alike = [c for c in self.candidates if (c.kind, c.steps, c.schedule) == what]
         for candidate in alike:
             if samples <= (0 if candidate.measured is None else candidate.measured.samples):
                 return candidate
@@ -262,33 +236,7 @@ class Judge:
             return costs.by_rule(schedule.rule, switches, self.sampler.how.calls_per_step)
         return costs.of(schedule)
 
-    def improve(self, proposer: Proposer, budget: float, evaluations: int, seconds: float | None) -> None:
-        """Goes on from the best path within a budget: one computed call at a time moves, and what measures better is kept.
-
-        Nothing is done where another kind is so far ahead that no path will catch up.
-        """
-        room, begun = self.costs.room(budget), time.monotonic()
-        paths = [c for c in self.candidates if c.path and c.kind != UNIFORM and c.keeps(budget) and self._whole(c)]
-        if not paths:
-            return
-        best, seen = min(paths, key=lambda candidate: candidate.error), {candidate.path for candidate in paths}
-        if best.error > CATCHES_UP * min(c.error for c in self.candidates if c.keeps(budget) and self._whole(c)):
-            return
-        for _ in range(evaluations):
-            if seconds is not None and self.draws.world.as_first(time.monotonic() - begun) > seconds:
-                return
-            near = [path for path in proposer.neighbours(best, room) if path not in seen]
-            if not near:
-                return
-            seen.add(near[0])
-            moved = proposer.along(best.kind, near[0], room)
-            if self.costs.of(moved.schedule) > room or not proposer.allows(moved.schedule):
-                continue
-            named = replace(moved, name=f"{moved.name}, moved, for {budget:.2%}")
-            if self.add(named, self.few).error < self.errors(best, self.few).geometric:
-                best = min(best, self.add(named, self.samples), key=lambda candidate: candidate.error)
-
-    def best(self, budget: float, per: Per = "cell", kinds: Collection[str] = tuple(KINDS_OF_SAVING), by_rule: bool = False) -> Candidate:
+    def best(self, budget: float, kinds: Collection[str] = tuple(KINDS_OF_SAVING), by_rule: bool = False) -> Candidate:
         """The candidate of least error within a budget, or the rule; of a smaller budget's too, should they be better."""
         whole = [c for c in self.candidates if self._whole(c) and (c.kind == RULE or not by_rule)]
         fitting = [c for c in whole if c.keeps(budget)]
@@ -296,10 +244,7 @@ class Judge:
             fitting = [c for c in whole if within(c.share, budget)]
         if "mediators" not in kinds:
             fitting = [c for c in fitting if c.kind != WHOLE]
-        if per == "step":
-            fitting = [c for c in fitting if c.kind not in (PER_CELL, MIXED)]
-        if "forecasts" not in kinds:  # what is asked for is a schedule of this sampler
-            fitting = [c for c in fitting if c.kind != FEWER] or fitting
+        fitting = [c for c in fitting if c.kind != FEWER] or fitting  # what is asked for is a schedule of this sampler
         if not fitting:
             raise UserError(f"No schedule was found for a budget of {budget:.2%}.", hint="Pass a larger --budget, or more --kinds.")
         return min(fitting, key=lambda candidate: (candidate.error, candidate.share))

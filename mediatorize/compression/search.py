@@ -1,12 +1,11 @@
-"""The search for a schedule (design 5): propose candidates from the error table, judge them by samples, keep the best within a budget.
+"""The search for a schedule of levels: propose candidates from the error table, judge them by samples, keep the best within a budget.
 
-A *budget* is a share of the softmax sampler's cost. A *candidate* is a schedule: which model calls are computed, what stands in for the
-others, and the levels of layers in computed calls. Solvers propose candidates by the errors that the table predicts. Samples from one set
-of noise then judge them, and the search goes on from the best. Samples from another set of noise say what the chosen one and its baselines
-are worth.
+A *budget* is a share of the softmax sampler's cost. A *candidate* is a schedule: the levels of layers in every model call. Solvers propose
+candidates by the errors that the table predicts. Samples from one set of noise then judge them. Samples from another set of noise say what
+the chosen one and its baselines are worth.
 
     sampler = Sampler.resolve(model.arch, steps=25)
-    found = search(model, sampler, [0.4], costs_of("flops", model, sampler))
+    found = search(model, sampler, [0.8], costs_of("flops", model, sampler))
     latents = sample(model, labels, steps=25, schedule=found.outcomes[0].schedule)
 """
 
@@ -23,12 +22,11 @@ import torch
 
 from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, Costs, bare_levels, median_seconds
 from mediatorize.compression.judging import FINALISTS, MOST_TRIED, Candidate, Draws, Errors, Judge, Tuner, few_of, within
-from mediatorize.compression.paths import WINDOW
-from mediatorize.compression.proposals import RULE, Per, Proposer
+from mediatorize.compression.proposals import RULE, Proposer
 from mediatorize.compression.sensitivity import ErrorTable, peak_bytes_of_products
-from mediatorize.compression.tables import DIRECTIONS, measured_tables, surrogates_of
+from mediatorize.compression.tables import DIRECTIONS, measured_tables
 from mediatorize.devices import ALONE, World
-from mediatorize.diffusion.sampling import Sampler, patterns, sample_batch
+from mediatorize.diffusion.sampling import Sampler, sample_batch
 from mediatorize.errors import UserError
 from mediatorize.model import cost as closed_form
 from mediatorize.model.architecture import Architecture
@@ -41,9 +39,6 @@ from mediatorize.store import InMemory, Store
 
 PAIRS = 3
 """Batches by the schedule and by softmax that a latency is the median of."""
-
-EVALUATIONS = 8
-"""How many times, for each budget, the best path so far is changed and measured again, unless more or fewer are asked for."""
 
 FAR = 10.0
 """What is predicted to err so many times as much as the best of a budget is not sampled, unless it is a baseline."""
@@ -77,8 +72,6 @@ class Outcome:
     """The best of every kind of baseline within the budget."""
     solved_seconds: float
     """Time to propose candidates for this budget."""
-    patterns: int | None
-    """In how many ways blocks run by the schedule (`sampling.patterns`)."""
     latency: Latency | None = None
 
     @property
@@ -105,14 +98,9 @@ def search(
     costs: Costs,
     *,
     kinds: Collection[str] = tuple(KINDS_OF_SAVING),
-    per: Per = "cell",
     by_rule: bool = False,
     trajectories: int = 8,
     verify: int = 32,
-    evaluations: int = EVALUATIONS,
-    seconds: float | None = None,
-    most_memory: float | None = None,
-    most_patterns: int | None = None,
     batch: int = 32,
     timed: bool = False,
     store: Store | None = None,
@@ -128,14 +116,9 @@ def search(
         budgets: shares of softmax's cost, in (0, 1].
         costs: of this model and sampler (`costs_of`).
         kinds: what may be spent less by: names in `KINDS_OF_SAVING`.
-        per: "step" gives all layers of a noise level one level of mediators.
         by_rule: choose the best step-wise rule; the other candidates are for comparison.
         trajectories: of the teacher, that the error table is measured on.
         verify: samples that candidates are judged by; 0 trusts predictions.
-        evaluations: for each budget, how many changes of the best candidate are measured.
-        seconds: for each budget, the time after which no more are.
-        most_memory: numbers per sample that a schedule may keep for its forecasts.
-        most_patterns: ways that a schedule may run blocks in, each of which is compiled by itself. Rules are left out.
         batch: samples at a time.
         timed: also time whole batches by the chosen schedules.
         store: keeps what is measured; one that outlasts the process resumes the search.
@@ -154,7 +137,7 @@ def search(
 
     judge = Judge(Draws(model, judging, verify, batch, world, progress), costs, store)
     tuner = Tuner(Draws(model, measuring, trajectories, batch, world, progress), costs, store)
-    proposer = Proposer(model, sampler, costs, tables, kinds, per, most_memory, most_patterns)
+    proposer = Proposer(model, sampler, costs, tables, kinds)
     for level in model.added().levels:
         whole = proposer.whole(level)
         judge.add(whole, judge.samples if costs.share(whole.schedule) <= max(budgets) else judge.few)
@@ -165,22 +148,18 @@ def search(
         solved[budget] = time.monotonic() - begun
         least = min((proposal.error for proposal in proposals), default=float("inf"))
         far = float("inf") if by_rule else FAR * least
-        if set(kinds) - {"forecasts"} and most_patterns is None:
-            proposals += tuner.rules(proposer, budget, far, RULES_ALONE if by_rule else 1)
+        proposals += tuner.rules(proposer, budget, far, RULES_ALONE if by_rule else 1)
         judge.consider(proposals, budget, far)
         if by_rule:
             refuse_without_rule(judge, proposer, budget)
-        if verify and "forecasts" in kinds:
-            judge.improve(proposer, budget, evaluations, seconds)
 
     reporter = Judge(Draws(model, reporting, verify, batch, world, progress), costs, store, at_once=True)
     outcomes = []
     for budget in budgets:
-        best = judge.best(budget, per, kinds, by_rule)
+        best = judge.best(budget, kinds, by_rule)
         baselines = judge.baselines(budget)
         reported = {candidate.name: reporter.errors(candidate, verify) for candidate in (best, *baselines)} if verify else {}
         told: dict[str, Any] = {"reported": reported, "baselines": baselines, "solved_seconds": solved[budget]}
-        told |= {"patterns": patterns(model, replace(sampler, steps=best.steps), best.schedule)}
         latency = latency_of(model, sampler, best, float(best.share * costs.softmax) * batch, batch) if timed else None
         outcomes.append(Outcome(budget=budget, chosen=best, latency=latency, **told))
     return Outcomes(outcomes=tuple(outcomes), candidates=tuple(judge.candidates), table=tables.errors, table_seconds=table_seconds)
@@ -213,7 +192,6 @@ def flops_of_search(
     trajectories: int,
     verify: int,
     budgets: Sequence[float],
-    evaluations: int,
     by_rule: bool = False,
 ) -> float:
     """Roughly: probes (a walk back runs the call again), the table, rules, and whole samples of candidates. A backward counts as one
@@ -224,7 +202,7 @@ def flops_of_search(
     table = 1 + DIRECTIONS + len(bare_levels(settings, KINDS_OF_SAVING)) / 2 * converted
     forwards = trajectories * (2 + DIRECTIONS + table + tried * sum(budgets))
     first = few_of(verify) / max(1, verify)
-    of_budget = SAMPLED * first + FINALISTS * (1 - first) + evaluations * (first + (1 - first) / 4) + REPORTED
+    of_budget = SAMPLED * first + FINALISTS * (1 - first) + REPORTED
     samples = 2 + len(settings.levels) * first + of_budget * sum(budgets)
     return rows * (forwards + samples * verify) * closed_form.forward_flops(arch)
 
@@ -232,8 +210,7 @@ def flops_of_search(
 def peak_bytes_of_search(arch: Architecture, settings: MediatorSettings, sampler: Sampler, *, trajectories: int, batch: int) -> int:
     """Roughly the most memory that a search takes at a time, in float32: the model, and the pass back through one call (`in_parts`)."""
     rows = sampler.rows * min(trajectories, max(1, batch // sampler.rows))
-    surrogates = surrogates_of(settings, KINDS_OF_SAVING)
-    return 4 * closed_form.count_parameters(arch, settings) + peak_bytes_of_products(arch, settings, rows, DIRECTIONS, surrogates, WINDOW)
+    return 4 * closed_form.count_parameters(arch, settings) + peak_bytes_of_products(arch, settings, rows, DIRECTIONS)
 
 
 def refuse_without_rule(judge: Judge, proposer: Proposer, budget: float) -> None:

@@ -9,7 +9,7 @@ table keeps the products <g, d>, not their squares. So changes that point the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mediatorize.compression.allocate import Choice, chosen_vectors, joint_error
-from mediatorize.compression.paths import ForecastTable
-from mediatorize.diffusion.sampling import EVERYWHERE, GuidedModel, Sampler, draw_noise
+from mediatorize.diffusion.sampling import GuidedModel, Sampler, draw_noise
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings
-from mediatorize.model.memory import Memory
-from mediatorize.model.schedule import Schedule, places_of
+from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.planning.allocate import Choice, chosen_vectors, joint_error
 from mediatorize.randomness import gaussian, spread_labels
 
 
@@ -136,11 +134,9 @@ def bytes_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_bytes_of_products(
-    arch: Architecture, settings: MediatorSettings, rows: int, directions: int, surrogates: Surrogates, window: int
-) -> int:
-    """About the most memory that `adjoint_products` takes at a time beside the model, in float32: one call's activations, its sub-layers'
-    outputs and every block's gradients, these two once more while they are joined, and the gradients of later calls.
+def peak_bytes_of_products(arch: Architecture, settings: MediatorSettings, rows: int, directions: int) -> int:
+    """About the most memory that `adjoint_products` takes at a time beside the model, in float32: one call's activations, and every block's
+    gradients, these twice while they are joined.
 
     Args:
         rows: of a model call.
@@ -149,9 +145,7 @@ def peak_bytes_of_products(
         model = DiffusionTransformer(arch, settings).requires_grad_(False)
         tokens, conditioning = torch.empty(rows, arch.tokens, arch.width), torch.empty(rows, arch.width)
     activations = bytes_for_backward(model, lambda: model.run_blocks(tokens.requires_grad_(), conditioning, SOFTMAX))
-    converted = len(settings.converted(arch.depth))
-    outputs = 2 * arch.depth + surrogates.count * converted
-    return activations + tokens.nbytes * (2 * outputs + 2 * directions * arch.depth + (window + 1) * directions)
+    return activations + tokens.nbytes * 2 * directions * arch.depth
 
 
 @dataclass(frozen=True)
@@ -205,53 +199,15 @@ def effects_on_samples(
 
 
 @dataclass(frozen=True)
-class Surrogates:
-    """Cheap stand-ins whose rest a forecast may extrapolate: levels of the attention and of the MLP."""
-
-    attention: tuple[Level, ...] = ()
-    mlp: tuple[Level, ...] = ()
-
-    @property
-    def count(self) -> int:
-        return len(self.attention) + len(self.mlp)
-
-
-@dataclass(frozen=True)
 class Products:
-    """Products of changes on the teacher's trajectories with what moves the sample, to first order.
-
-    Axes: calls; layers; levels; two sub-layers (attention, MLP); halves of a guided call; samples n; directions k. A `back` axis holds, for
-    each call, what that call gave (0), and what earlier ones gave in its place (1 to the window).
-    """
+    """Products of changes on the teacher's trajectories with what moves the sample, to first order."""
 
     levels: Tensor
-    """(calls, layers, levels, n, k): of a block that runs at a level, all others at softmax."""
-    outputs: Tensor
-    """(calls, back, layers, 2, halves, n, k): of sub-layers' outputs behind the gates of the call at hand, as all later layers are kept."""
-    surrogates: Tensor
-    """(calls, back, layers, surrogates, halves, n, k): of the surrogates' outputs likewise, those of the attention first."""
-    model_outputs: Tensor
-    """(calls, back, halves, n, k): of the model's outputs."""
-    differences: Tensor
-    """(calls, back, n, k): of the conditional less the unconditional output, where the latter stands; zero without guidance."""
-
-    @classmethod
-    def zeros(
-        cls, calls: int, window: int, layers: int, levels: int, surrogates: int, halves: int, samples: int, directions: int
-    ) -> Products:
-        """Where nothing was measured yet, on the CPU."""
-        back, ends = window + 1, (samples, directions)
-        return cls(
-            levels=torch.zeros(calls, layers, levels, *ends),
-            outputs=torch.zeros(calls, back, layers, 2, halves, *ends),
-            surrogates=torch.zeros(calls, back, layers, surrogates, halves, *ends),
-            model_outputs=torch.zeros(calls, back, halves, *ends),
-            differences=torch.zeros(calls, back, *ends),
-        )
+    """(calls, layers, levels, samples n, directions k): of a block that runs at a level, all others at softmax."""
 
     @classmethod
     def joined(cls, parts: Sequence[Products]) -> Products:
-        return cls(*(torch.cat([getattr(part, field) for part in parts], dim=-2) for field in vars(parts[0])))
+        return cls(torch.cat([part.levels for part in parts], dim=-2))
 
 
 def adjoint_products(
@@ -260,122 +216,46 @@ def adjoint_products(
     probes: Probes,
     rows: Tensor,
     levels: Sequence[Level],
-    surrogates: Surrogates,
-    window: int,
     on_call: Callable[[], object] | None = None,
 ) -> Products:
-    """The products of some trajectories, by one pass back through each call, from the last call to the first.
+    """The products of some trajectories, by one pass back through each call.
 
     Backward from the gradient by the call's output, every block's output has its own gradient g; <g, d> is then the effect of any change d
-    there, with no further model calls. In memory: one call's activations and gradients; and of the `window` calls after it their gradients
-    by the last block's output and their gates, which meet what this call's sub-layers gave.
+    there, with no further model calls. In memory: one call's activations and gradients.
 
     Args:
         rows: (n,) indices into the probes.
         levels: of whole converted blocks. Others, which do not have them, are as at softmax: their products are 0.
-        window: how many calls back outputs are compared; 0 compares none.
     """
     device = next(model.parameters()).device
-    guided = GuidedModel(model, probes.labels[rows].to(device), replace(sampler, cfg_interval=EVERYWHERE))
-    both_halves = [own == sampler.rows for own in sampler.rows_of_calls(model.arch)]
-    depth, converts = model.arch.depth, model.added().converts
-    watched = [(surrogates.attention, surrogates.mlp) if converts(layer) else ((), ()) for layer in range(depth)]
-    sides = [0, 1, *[0] * len(surrogates.attention), *[1] * len(surrogates.mlp)]
-    found = Products.zeros(
-        len(both_halves), window, depth, len(levels), surrogates.count, sampler.rows, len(rows), probes.gradients.shape[1]
-    )
-
-    def of_call(call: int, t: float, after: list[_Gradients]) -> list[_Gradients]:
-        """One call's products, with what the calls after it gave; what it needs in memory is freed with its names."""
-        memory = Memory(depth, order=0)
-        memory.begin(0.0, watched)
-        batch, times, labels = guided.inputs(probes.states[call, rows].to(device), t)
-        conditioning = model.condition(times, labels)
+    guided = GuidedModel(model, probes.labels[rows].to(device), sampler)
+    converts, times = model.added().converts, sampler.times()
+    found = torch.zeros(len(times), model.arch.depth, len(levels), len(rows), probes.gradients.shape[1])
+    for call, t in enumerate(times):
+        batch, own_times, labels = guided.inputs(probes.states[call, rows].to(device), t)
+        conditioning = model.condition(own_times, labels)
         toward = probes.gradients[call][:, rows].to(device)
         with torch.enable_grad():
             embedded = model.embed(batch).detach().requires_grad_()
-            first, *tokens = model.walk(embedded, conditioning, SOFTMAX, memory=memory)
-            output = model.finish(tokens[-1], conditioning)
-            told = guided.output(output if both_halves[call] else output[: len(rows)])  # both are run, so that all calls have one shape
-            by_output, *by_block = map(torch.stack, zip(*_along(told, [output, *tokens], toward), strict=True))  # (k, rows, ...) each
+            first, *tokens = model.walk(embedded, conditioning, SOFTMAX)
+            told = guided.output(model.finish(tokens[-1], conditioning))
+            by_block = list(map(torch.stack, zip(*_along(told, tokens, toward), strict=True)))  # (k, rows, n, c) each
         with torch.no_grad():
             inputs = [first, *tokens]
             for layer, block in enumerate(model.layers()):
                 outputs = block.at_levels(inputs[layer], conditioning, levels if converts(layer) else ())
                 for place, changed in enumerate(outputs):
-                    found.levels[call, layer, place] = _products(changed - inputs[layer + 1], by_block[layer], sampler.rows).sum(0)
-            gates = torch.stack([torch.stack(block.gates(conditioning)) for block in model.layers()])
-            after = [_Gradients(by_output, by_block[-1], gates), *after][: window + 1]
-            for back, gradients in enumerate(after):
-                found.model_outputs[call + back, back] = _products(output, gradients.by_output, sampler.rows)
-                if sampler.rows == 2:
-                    conditional, unconditional = output.chunk(2)
-                    of_unconditional = gradients.by_output.chunk(2, dim=1)[1]
-                    found.differences[call + back, back] = _products(conditional - unconditional, of_unconditional, 1)[0]
-            for back, products in enumerate(_gated_products(_outputs(memory, surrogates), sides, after, sampler.rows)):
-                found.outputs[call + back, back], found.surrogates[call + back, back] = products[:, :2], products[:, 2:]
+                    products = _products(changed - inputs[layer + 1], by_block[layer], len(batch) // len(rows))
+                    found[call, layer, place] = products.sum(0)
         if on_call is not None:
             on_call()
-        return after
-
-    after: list[_Gradients] = []
-    for call, t in reversed(list(enumerate(sampler.times()))):
-        after = of_call(call, t, after)
-    return found
+    return Products(found)
 
 
 def _along(value: Tensor, inputs: Sequence[Tensor], directions: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Gradients of the value's product with every direction (k, *value's shape), by the inputs. The last frees the graph."""
     for index, direction in enumerate(directions, 1):
         yield torch.autograd.grad(value, inputs, direction, retain_graph=index < len(directions))
-
-
-@dataclass(frozen=True)
-class _Gradients:
-    """What moves the sample at one call, and the gates behind which its sub-layers' outputs are added to the tokens."""
-
-    by_output: Tensor
-    """(k, rows, output channels, h, w): by the model's output."""
-    by_tokens: Tensor
-    """(k, rows, n, c): by the output of the last block."""
-    gates: Tensor
-    """(layers, 2, rows, c)"""
-
-
-def _outputs(memory: Memory, surrogates: Surrogates) -> Tensor:
-    """What one call's sub-layers gave, and the surrogates on the same inputs: (layers, 2 + surrogates, rows, n, c).
-
-    Layers that are not converted have no surrogates: zero.
-    """
-    layers = []
-    for block in memory.blocks:
-        parts = (block.attention, surrogates.attention), (block.mlp, surrogates.mlp)
-        given = [(part, part.outputs.values[-1], wanted) for part, wanted in parts]
-        stand_ins = [
-            output - part.surrogates[level].values[-1] if level in part.surrogates else torch.zeros_like(output)
-            for part, output, wanted in given
-            for level in wanted
-        ]
-        layers.append(torch.stack([output for _, output, _ in given] + stand_ins))
-    return torch.stack(layers).detach()
-
-
-def _gated_products(values: Tensor, sides: Sequence[int], after: Sequence[_Gradients], halves: int) -> Tensor:
-    """<gradient, gate * value> of sub-layers' outputs of one call with every call's gradients and gates.
-
-    (layers, parts, rows, n, c) -> (calls, layers, parts, halves, n, k). Per row and channel it is one product of matrices over tokens.
-
-    Args:
-        sides: which of the two gates each part passes.
-    """
-    found = []
-    for row in range(values.shape[2]):
-        own = values[:, :, row].permute(3, 0, 1, 2)  # (c, layers, parts, n)
-        toward = torch.stack([gradients.by_tokens[:, row] for gradients in after]).permute(3, 2, 0, 1)  # (c, n, calls, k)
-        gates = torch.stack([gradients.gates[:, list(sides), row] for gradients in after])  # (calls, layers, parts, c)
-        products = own.flatten(1, 2) @ toward.flatten(2)
-        found.append(torch.einsum("clpak,alpc->alpk", products.view(*own.shape[:3], *toward.shape[2:]), gates))
-    return torch.stack(found, dim=3).unflatten(3, (halves, -1))
 
 
 def _products(change: Tensor, gradients: Tensor, halves: int) -> Tensor:
@@ -414,19 +294,8 @@ class ErrorTable:
         return np.square(self.products).sum(-1)
 
     def schedule(self, choice: Choice) -> Schedule:
-        """A choice against noise level, edges half-way between the cells; equal neighbours are one piece."""
-        edges: list[float] = []
-        pieces: list[tuple[Level, ...]] = []
-        before = 0.0
-        for cell in sorted(range(len(self.noise_levels)), key=self.noise_levels.__getitem__):
-            levels = tuple(self.options[option] for option in choice[cell])
-            noise_level = self.noise_levels[cell]
-            if pieces and levels != pieces[-1]:
-                edges.append(round((before + noise_level) / 2, 6))
-            if not pieces or levels != pieces[-1]:
-                pieces.append(levels)
-            before = noise_level
-        return Schedule(tuple(edges), tuple(pieces))
+        """A choice against noise level."""
+        return Schedule.through(self.noise_levels, [tuple(self.options[option] for option in row) for row in choice])
 
 
 def cells_of(noise_levels: Sequence[float]) -> tuple[tuple[float, ...], list[int]]:
@@ -447,11 +316,6 @@ def error_table(products: Tensor, sample_norms: Tensor, noise_levels: Sequence[f
 def shares(products: Tensor, sample_norms: Tensor) -> Tensor:
     """Products (..., n, k) as shares of the samples' norms (n,), in double precision."""
     return products.double() / sample_norms.double().clamp(min=1e-12).unsqueeze(1)
-
-
-def forecast_table(products: Tensor, sample_norms: Tensor, noise_levels: Sequence[float]) -> ForecastTable:
-    """What forecasts of whole calls do, from products (calls, back, n, k)."""
-    return ForecastTable(tuple(places_of(noise_levels)), shares(products, sample_norms).numpy())
 
 
 def latent_changes(states: Tensor) -> Tensor:

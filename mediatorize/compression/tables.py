@@ -5,8 +5,8 @@ Work is split by trajectories. Each part is kept as soon as it is measured, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,21 +14,18 @@ import torch
 from torch import Tensor
 
 from mediatorize.compression.costs import KINDS_OF_SAVING, bare_levels
-from mediatorize.compression.paths import WINDOW, ForecastTable
 from mediatorize.compression.sensitivity import (
     ErrorTable,
     Probes,
     Products,
-    Surrogates,
     adjoint_products,
     error_table,
-    forecast_table,
     latent_changes,
     probe,
 )
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Sampler
-from mediatorize.model.levels import MediatorSettings, is_pretrained
+from mediatorize.model.levels import is_pretrained
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.progress import Progress, silent
 from mediatorize.randomness import spread_labels
@@ -43,14 +40,7 @@ class Tables:
     """What is known of a sampler's errors before anything is sampled with a schedule."""
 
     errors: ErrorTable
-    """Of levels in computed calls."""
-    calls: ForecastTable
-    """Of forecasts of whole calls."""
-    outputs: ForecastTable
-    """Of forecasts of the model's output."""
-    products: Products
-    norms: Tensor
-    """(n,) of the teacher's samples."""
+    """Of levels."""
     changes: Tensor
     """Of each sample's latents, from the beginning of each step to that of the next: (steps - 1, n)."""
 
@@ -127,10 +117,9 @@ def measured_tables(
     settings, noise_levels = model.added(), sampler.noise_levels(model.arch)
     options = bare_levels(settings, KINDS_OF_SAVING)
     added = [level for level in options if not is_pretrained(level)]
-    surrogates = surrogates_of(settings, KINDS_OF_SAVING)
 
     def of_part(rows: Tensor, on_call: Callable[[], object]) -> Products:
-        return adjoint_products(model, sampler, probes, rows, added, surrogates, WINDOW, on_call)
+        return adjoint_products(model, sampler, probes, rows, added, on_call)
 
     def make() -> Kept:
         at_once, what, calls = max(1, batch // sampler.rows), "measuring errors", len(noise_levels)
@@ -143,17 +132,5 @@ def measured_tables(
     levels[:, :, [options.index(level) for level in added]] = products.levels
     norms = probes.samples.flatten(1).norm(dim=1)
     return Tables(
-        errors=error_table(levels, norms, noise_levels, options),
-        calls=forecast_table(products.outputs.sum((2, 3, 4)), norms, noise_levels),
-        outputs=forecast_table(products.model_outputs.sum(2), norms, noise_levels),
-        products=replace(products, levels=levels),
-        norms=norms,
-        changes=latent_changes(probes.states[:: sampler.how.calls_per_step]),
+        errors=error_table(levels, norms, noise_levels, options), changes=latent_changes(probes.states[:: sampler.how.calls_per_step])
     )
-
-
-def surrogates_of(settings: MediatorSettings, kinds: Collection[str]) -> Surrogates:
-    """What may stand in for sub-layers of converted layers in forecast calls."""
-    if "forecasts" not in kinds:
-        return Surrogates()
-    return Surrogates(settings.levels if "mediators" in kinds else (), settings.mlp_levels if "mlps" in kinds else ())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mediatorize.diffusion.driver import Driver
-from mediatorize.diffusion.plan import Plan
+from mediatorize.diffusion.plan import Plan, run_plan
 from mediatorize.diffusion.planned import refuse_other_guidance, sample_by_plan
 from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.solvers import SOLVERS, Solver, find_solver, refuse_steps
@@ -22,7 +22,7 @@ from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
-from mediatorize.model.schedule import AnySchedule, Call, CallSchedule, RuleSchedule, Schedule, SwitchRule, calls_at
+from mediatorize.model.schedule import AnySchedule, Levels, RuleSchedule, Schedule, SwitchRule, calls_at
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.randomness import gaussian
 
@@ -156,7 +156,7 @@ class Sampler:
         process = process_of(arch)
         return [float(process.noise_level(torch.tensor(process.own_time(t)))) for t in self.times()]
 
-    def calls(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> list[Call]:
+    def calls(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> list[Levels]:
         """What each call of a model with these settings runs; the solver's steps must be fixed."""
         return calls_at(SOFTMAX if schedule is None else schedule, self.noise_levels(arch), arch.depth, settings)
 
@@ -164,18 +164,36 @@ class Sampler:
         """Rows of every model call that one sample takes."""
         return [self.rows_at(noise_level) for noise_level in self.noise_levels(arch)]
 
-    def memory_numbers(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> int:
-        """How many numbers per sample are kept between calls, for forecasts."""
-        if self.how.adaptive:
-            return 0
-        return cost.memory_numbers(arch, self.calls(arch, schedule, settings), self.noise_levels(arch), self.rows_of_calls(arch))
-
     def flops(self, arch: Architecture, schedule: AnySchedule | Level | None, settings: MediatorSettings | None) -> float | None:
         """FLOPs of one sample, all calls and guidance included; None where an adaptive solver decides."""
         if self.how.adaptive:
             return None
         calls = self.calls(arch, schedule, settings)
-        return float(cost.calls_flops(arch, calls, self.noise_levels(arch), self.rows_of_calls(arch), settings))
+        return float(cost.calls_flops(arch, calls, self.rows_of_calls(arch), settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSampler(Sampler):
+    """A plan of guided outputs in a sampler's place, for what walks back through a sampler's calls."""
+
+    plan: Plan
+
+    @classmethod
+    def of(cls, plan: Plan, seed: int) -> PlanSampler:
+        """With initial noise of a seed."""
+        guidance: dict[str, Any] = {name: getattr(plan, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval")}
+        return cls(solver="plan", steps=len(plan.calls), seed=seed, plan=plan, **guidance)
+
+    def run(self, predict: Callable[[Tensor, float], Tensor], x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """From noise x (b, c, h, w); `predict` gives outputs with guidance applied."""
+        guided = replace(self.plan, cfg_scale=1.0)
+        return run_plan(guided, lambda x, t, uncond, levels: (predict(x, t)[:, : x.shape[1]], None), x)
+
+    def times(self) -> list[float]:
+        return [call.t for call in self.plan.calls]
+
+    def rows_of_calls(self, arch: Architecture) -> list[int]:
+        return list(self.plan.rows)
 
 
 SAME_PLACE = 1e-6
@@ -256,7 +274,7 @@ def sample(
         timestep_shift: warps the steps of euler, heun and unipc: below 1 there are more where there is noise. LightningDiT: 0.3.
         noise: the initial state (b, c, h, w); `None` draws it from `seed`.
         seed: of the initial and every step's noise; sample i of a batch has index `first_index` + i.
-        schedule: a `Schedule`, `CallSchedule` or `RuleSchedule`; one level for everything; or `None`: the model's own where it has one,
+        schedule: a `Schedule` or `RuleSchedule`; one level for everything; or `None`: the model's own where it has one,
             else softmax.
         observe: called before every model call with its x, t and labels, the guided batch in full.
 
@@ -314,25 +332,9 @@ def driver_of(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedu
     """What a solver's calls of the model go through, for one trajectory of a batch."""
     if isinstance(schedule, RuleSchedule):
         return switcher_of(schedule.rule, [model] * len(schedule.rule.levels), sampler, batch)
-    if not sampler.how.adaptive:
-        arch = model.arch
-        rows = sampler.rows_of_calls(arch)
-        return Driver(model, arch.depth, sampler.calls(arch, schedule, model.settings), sampler.noise_levels(arch), rows, batch)
-    if isinstance(schedule, CallSchedule):
-        raise UserError(
-            f"{sampler.solver} takes as many steps as it needs; a schedule with forecasts is for fixed ones.",
-            hint="Pass --solver euler, or --level softmax.",
-        )
-    return AtOnce(model, schedule)
-
-
-def patterns(model: DiffusionTransformer, sampler: Sampler, schedule: AnySchedule | Level | None) -> int | None:
-    """In how many ways the model's blocks run along a trajectory: `DiffusionTransformer.compile_blocks` makes a graph for each.
-
-    None where that is not known before: a rule switches batches of any size, and an adaptive solver takes any steps.
-    """
-    drive = driver_of(model, sampler, schedule, 1)
-    return len(drive.ways()) if isinstance(drive, Driver) else None
+    if sampler.how.adaptive:
+        return AtOnce(model, schedule)
+    return Driver(model, sampler.calls(model.arch, schedule, model.settings), sampler.rows_of_calls(model.arch))
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,10 @@ class Solver:
     calls_per_step: int = 1
     """Model calls in a step. The first one gets the latents that the step begins with."""
 
+    def fits_calls(self, calls: int) -> bool:
+        """Whether it deterministically makes so many calls, one a step."""
+        return not (self.adaptive or self.stochastic) and self.calls_per_step == 1 and self.fewest <= calls
+
 
 SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(ddpm, "ddpm", 250, most=TRAIN_STEPS, stochastic=True),

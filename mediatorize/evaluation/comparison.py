@@ -21,17 +21,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mediatorize.devices import ALONE, World
+from mediatorize.diffusion.plan import Plan
+from mediatorize.diffusion.planned import ModelDenoiser, plan_flops, refuse_other_plan, sample_by_plan
 from mediatorize.diffusion.process import process_of
-from mediatorize.diffusion.sampling import Sampler, driver_of, flops_by_rule, refuse_unknown_level, sample_batch, sample_part
+from mediatorize.diffusion.sampling import (
+    Sampler,
+    driver_of,
+    first_state,
+    flops_by_rule,
+    on_the_cpu,
+    refuse_unknown_level,
+    sample_batch,
+    sample_part,
+)
+from mediatorize.diffusion.solvers import SOLVERS
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.evaluation.features import Extractor, Pictures, Reference, as_bytes, as_images, judge
 from mediatorize.evaluation.metrics import Features, distance_of_halves, statistics_of
 from mediatorize.evaluation.results import OWN_SCHEDULE, Comparison, RowKind, RowResult, Timing
 from mediatorize.evaluation.timing import paired_time, peak_bytes
-from mediatorize.model.levels import SOFTMAX, Level, in_order, is_pretrained, levels_per_layer
-from mediatorize.model.schedule import AnySchedule, Call, RuleSchedule
+from mediatorize.model.cost import forward_flops
+from mediatorize.model.levels import SOFTMAX, Level, holds, in_order, is_pretrained, levels_per_layer
+from mediatorize.model.schedule import AnySchedule, Levels, RuleSchedule
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.planning.judge import relative_errors, with_interval
+from mediatorize.planning.reference import FEWEST_CALLS
+from mediatorize.planning.search import Wanted, converged
 from mediatorize.randomness import gaussian
 
 Decode = Callable[[Tensor], Pictures]
@@ -62,40 +78,64 @@ def no_progress(total: int, description: str, unit: str, initial: int = 0) -> Ab
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run the model."""
+    """One way to sample the model."""
 
     name: str
-    levels: AnySchedule | Level
+    levels: AnySchedule | Level = SOFTMAX
+    plan: Plan | None = None
+    """In place of the comparison's sampler."""
+    sampler: Sampler | None = None
+    """Of the pretrained model, in place of the comparison's."""
+    converged: int | None = None
+    """Calls of the pretrained model's own solution."""
 
     @property
     def kind(self) -> RowKind:
+        if self.plan is not None or self.sampler is not None or self.converged is not None:
+            return "plan" if self.plan is not None else "solver" if self.sampler is not None else "converged"
         return "level" if isinstance(self.levels, int | str) else "schedule"
 
     @property
     def key(self) -> str:
         """A name of its own for what it does, whatever it is called, which a file can have."""
-        if not isinstance(self.levels, int | str):
-            return f"schedule-{hashlib.sha256(json.dumps(self.levels.to_json()).encode()).hexdigest()[:12]}"
-        return str(self.levels)
+        does: Any = self.plan or self.sampler or (None if self.kind == "level" else self.levels)
+        if does is not None and self.converged is None:
+            return f"{self.kind}-{hashlib.sha256(json.dumps(does.to_json()).encode()).hexdigest()[:12]}"
+        return f"converged-{self.converged}" if self.converged else str(self.levels)
 
     @property
     def file_name(self) -> str:
         """What a file of its own is called, for people."""
-        return f"level-{self.name}" if self.kind == "level" else self.name.replace("/", "-")
+        name = f"level-{self.name}" if self.kind == "level" else self.name
+        return "-".join(name.replace("/", " ").replace(",", " ").split())
 
 
 def rows_of(
-    model: DiffusionTransformer, levels: Sequence[Level] | None = None, schedules: Mapping[str, AnySchedule] | None = None
+    model: DiffusionTransformer,
+    sampler: Sampler,
+    levels: Sequence[Level] | None = None,
+    schedules: Mapping[str, AnySchedule] | None = None,
+    plans: Mapping[int, Plan] | None = None,
 ) -> list[Row]:
-    """The teacher, the model's own schedule where it has one, other schedules by name, then levels from the dearest.
+    """The teacher; with plans its converged solution, the plans, and solvers of as many calls; the model's own schedule where it has one,
+    other schedules by name, then levels from the dearest.
 
     The model's own has the name that it is given among the others.
 
     Args:
+        sampler: of the comparison.
         levels: None is all that were added to the model.
     """
     added = model.settings.levels if model.settings else ()
     rows = [Row(SOFTMAX, SOFTMAX)]
+    if plans:
+        calls = max(int(plan.made_for.get("reference", {}).get("calls", FEWEST_CALLS)) for plan in plans.values())
+        rows.append(Row("converged teacher", converged=calls))
+    for count, plan in sorted((plans or {}).items(), reverse=True):
+        refuse_other_plan(model.arch, plan)
+        rows.append(Row(f"plan of {count} calls", plan=plan))
+        multistep = [name for name, how in SOLVERS.items() if how.process == plan.process and how.fits_calls(count)]
+        rows += [Row(f"{name}, {count} calls", sampler=replace(sampler, solver=name, steps=count)) for name in multistep]
     named = schedules or {}
     rows += [Row(OWN_SCHEDULE, model.schedule)] if model.schedule is not None and model.schedule not in named.values() else []
     rows += [Row(name, schedule) for name, schedule in named.items()]
@@ -226,7 +266,9 @@ def compare(
     if not world.is_first:
         return Comparison()
     flops = [_flops(model, samples, row, sampler) for row in samples.rows]
-    results = [_distance(samples, row, own, flops[0]) for row, own in zip(samples.rows, flops, strict=True)]
+    goal = next((_samples_of(samples, row) for row in samples.rows if row.kind == "converged"), None)
+    calls = [_count_calls(model, row, sampler) for row in samples.rows]
+    results = [_distance(samples, *each, flops[0], goal) for each in zip(samples.rows, flops, calls, strict=True)]
     found = Comparison(results=tuple(results))
     if extractor is not None:
         found = _with_quality(found, samples, extractor, reference, progress)
@@ -243,6 +285,12 @@ def refuse_adaptive(sampler: Sampler) -> None:
 
 def _flops(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sampler) -> float:
     """FLOPs of one sample; by a rule, what its samples spent on average."""
+    if row.plan is not None:
+        return plan_flops(model.arch, row.plan, model.settings)
+    if row.converged is not None:
+        rows = _wanted(model, sampler).rows_of_reference(row.converged)
+        return float(rows * forward_flops(model.arch))
+    sampler = row.sampler or sampler
     if isinstance(row.levels, RuleSchedule):
         rule, switches = row.levels.rule, torch.from_numpy(np.concatenate(list(samples.read(row, "switches"))))
         return flops_by_rule(rule, [model] * len(rule.levels), sampler, switches) / len(switches)
@@ -251,21 +299,45 @@ def _flops(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sam
     return flops
 
 
-def calls_of_sample_0(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sampler) -> list[Call]:
-    """What the model calls of sample 0 ran, once it is drawn; the unconditional half is told apart only in guided calls."""
-    calls, rows = sampler.calls(model.arch, row.levels, model.settings), sampler.rows_of_calls(model.arch)
+def _wanted(model: DiffusionTransformer, sampler: Sampler) -> Wanted:
+    """What the teacher's own solution is of."""
+    arch = model.arch
+    guidance: dict[str, Any] = {name: getattr(sampler, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval")}
+    return Wanted(process=process_of(arch).name, shape=(arch.channels, *arch.input_size), **guidance)
+
+
+def _count_calls(model: DiffusionTransformer, row: Row, sampler: Sampler) -> int:
+    """Model calls for one sample."""
+    if row.plan is not None:
+        return len(row.plan.calls)
+    if row.converged is not None:
+        return sum(_converged_calls(model, sampler, row.converged))
+    return len((row.sampler or sampler).times())
+
+
+def _converged_calls(model: DiffusionTransformer, sampler: Sampler, calls: int) -> tuple[int, int]:
+    """How many calls of the teacher's own solution are guided, and how many are not: one more than asked for where its last is no data."""
+    wanted = _wanted(model, sampler)
+    every, rows = replace(wanted, cfg_scale=1.0).rows_of_reference(calls), wanted.rows_of_reference(calls)
+    return rows - every, 2 * every - rows
+
+
+def calls_of_sample_0(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sampler) -> list[Levels]:
+    """What the model calls of sample 0 ran, once it is drawn."""
+    calls = sampler.calls(model.arch, row.levels, model.settings)
     if isinstance(row.levels, RuleSchedule):
         rule, begins = row.levels.rule, next(samples.read(row, "switches"))[0].tolist()
         stages = rule.stages_of_calls(begins, len(calls), sampler.how.calls_per_step)
-        return [Call(tuple(levels_per_layer(rule.levels[stage], model.arch.depth, model.settings))) for stage in stages]
-    return [call if count == 2 else Call(call.levels) for call, count in zip(calls, rows, strict=True)]
+        return [tuple(levels_per_layer(rule.levels[stage], model.arch.depth, model.settings)) for stage in stages]
+    return calls
 
 
 def draw(model: DiffusionTransformer, samples: Samples, sampler: Sampler, world: World = ALONE, progress: Progress = no_progress) -> None:
     """Draws this process's share of the parts that are not there yet.
 
-    Beside its samples, a part holds a square for every sample and model call: of the teacher |x|^2, of a student |x - teacher's x|^2. By a
-    step-wise rule it also holds when every sample switched. The first part also holds states of sample 0 (`Samples.states`).
+    Beside its samples, a part of what makes the teacher's calls holds a square for every sample and call: of the teacher |x|^2, of a
+    student |x - teacher's x|^2. By a step-wise rule it also holds when every sample switched. The first part also holds states of sample 0
+    (`Samples.states`).
     """
     teacher = samples.rows[0]
     mine = samples.firsts()[world.rank :: world.size]
@@ -277,8 +349,13 @@ def draw(model: DiffusionTransformer, samples: Samples, sampler: Sampler, world:
             if not missing:
                 continue
             labels = samples.labels_at(first)
-            of_teacher = _follow(model, labels, first, sampler, teacher, lambda x, call: x)
+            beside = any(row.kind in ("level", "schedule") for row in missing)
+            of_teacher = _follow(model, labels, first, sampler, teacher, lambda x, call: x) if beside else None
             for row in missing:
+                if of_teacher is None or row.kind not in ("level", "schedule"):
+                    samples.write(row, first, _sampled_otherwise(model, labels, first, sampler, row))
+                    bar.update(len(labels))
+                    continue
                 if row is teacher:
                     own, squares = of_teacher, [_squares(x) for x in of_teacher.kept]
                 else:
@@ -286,6 +363,17 @@ def draw(model: DiffusionTransformer, samples: Samples, sampler: Sampler, world:
                     squares = own.kept
                 samples.write(row, first, own.latents, squares=torch.stack(squares, 1).cpu(), **own.known)
                 bar.update(len(labels))
+
+
+def _sampled_otherwise(model: DiffusionTransformer, labels: Tensor, first: int, sampler: Sampler, row: Row) -> Tensor:
+    """A batch of samples by a plan, another solver, or the teacher's own solution, on the CPU."""
+    if row.sampler is not None:
+        return sample_part(model, labels, row.sampler, SOFTMAX, first)
+    labels, noise = first_state(model, labels, sampler.seed, first)
+    if row.plan is not None:
+        return on_the_cpu(sample_by_plan(model, labels, row.plan, noise))
+    assert row.converged is not None, "there are no other kinds of rows"
+    return on_the_cpu(converged(ModelDenoiser(model, labels, 2 * len(labels)), _wanted(model, sampler), noise, row.converged))
 
 
 @dataclass(frozen=True)
@@ -329,23 +417,35 @@ def _squares(x: Tensor) -> Tensor:
     return x.float().square().flatten(1).sum(1)
 
 
-def _distance(samples: Samples, row: Row, flops: float, teacher_flops: float) -> RowResult:
-    """A row's cost, and how far its trajectories and its samples are from the teacher's."""
-    teacher = samples.rows[0]
-    sizes = sum(squares.sum(0, dtype=np.float64) for squares in samples.read(teacher, "squares"))  # (calls,)
-    apart = np.zeros_like(sizes)
-    if row is not teacher:
-        apart = sum(squares.sum(0, dtype=np.float64) for squares in samples.read(row, "squares"))
-    by_call = np.sqrt(apart / sizes)
+def _samples_of(samples: Samples, row: Row) -> Tensor:
+    """(n, c, h, w)"""
+    return torch.from_numpy(np.concatenate(list(samples.read(row, "samples"))))
+
+
+def _distance(samples: Samples, row: Row, flops: float, calls: int, teacher_flops: float, goal: Tensor | None) -> RowResult:
+    """A row's cost, and how far its trajectories and its samples are from the teacher's.
+
+    Args:
+        goal: the teacher's converged samples (n, c, h, w).
+    """
+    teacher, by_call = samples.rows[0], np.zeros(0)
+    if row.kind in ("level", "schedule"):
+        sizes = sum(squares.sum(0, dtype=np.float64) for squares in samples.read(teacher, "squares"))  # (calls,)
+        apart = np.zeros_like(sizes)
+        if row is not teacher:
+            apart = sum(squares.sum(0, dtype=np.float64) for squares in samples.read(row, "squares"))
+        by_call = np.sqrt(apart / sizes)
     return RowResult(
         level=row.name,
         kind=row.kind,
         flops=flops,
         macs=flops / 2,
         relative_flops=flops / teacher_flops,
-        trajectory_error=float(by_call.mean()),
+        calls=calls,
+        trajectory_error=float(by_call.mean()) if len(by_call) else None,
         sample_error=_sample_error(samples, row),
         errors_by_call=tuple(by_call.tolist()),
+        converged=None if goal is None else with_interval(relative_errors(_samples_of(samples, row), goal)),
         began=row.levels.began(np.concatenate(list(samples.read(row, "switches"))).tolist())
         if isinstance(row.levels, RuleSchedule)
         else (),
@@ -415,19 +515,24 @@ def _with_time(
     def call(levels: tuple[Level, ...], rows: int) -> Callable[[], Tensor]:
         return lambda: model(x[: batch * rows], t[: batch * rows], y[: batch * rows], levels=levels)
 
-    rows_of_calls = sampler.rows_of_calls(arch)  # unguided calls have half of them
-    apart = [
-        isinstance(row.levels, RuleSchedule)
-        or any(not call.computed or call.unconditional is not None for call in sampler.calls(arch, row.levels, model.settings))
-        for row in rows
-    ]
-    wanted = [
-        Counter()
-        if whole
-        else Counter(zip((call.levels for call in sampler.calls(arch, row.levels, model.settings)), rows_of_calls, strict=True))
-        for whole, row in zip(apart, rows, strict=True)
-    ]
-    calls = sum(wanted[0].values())
+    def calls_of(row: Row) -> Counter[tuple[Levels, int]]:
+        """How often a row makes each kind of call; empty where calls rest on others, or on the samples."""
+        depth = arch.depth
+        if row.plan is not None:
+            own = [tuple(levels_per_layer(SOFTMAX, depth, None)) if one.levels is None else one.levels for one in row.plan.calls]
+            return Counter(zip(own, row.plan.rows, strict=True))
+        if row.converged is not None:
+            full: Levels = (SOFTMAX,) * depth
+            guided, alone = _converged_calls(model, sampler, row.converged)
+            return +Counter({(full, 2): guided, (full, 1): alone})  # without what there is none of
+        how = row.sampler or sampler
+        levels = how.calls(arch, row.levels, model.settings)
+        if isinstance(row.levels, RuleSchedule) or any(holds(level) for own in levels for level in own):
+            return Counter()
+        return Counter(zip(levels, how.rows_of_calls(arch), strict=True))
+
+    wanted = [calls_of(row) for row in rows]
+    teacher_calls = sum(wanted[0].values())
     softmax = (next(iter(wanted[0]))[0], sampler.rows)  # the teacher runs every layer and call so
     ratios = {softmax: 1.0}
     memory = {softmax: peak_bytes(call(*softmax), device)}
@@ -446,20 +551,20 @@ def _with_time(
         return lambda: sample_batch(model, y[:batch], sampler, levels, noise=noise)
 
     timed = []
-    teacher = sum(ratios[one] * times for one, times in wanted[0].items()) / calls  # of a call of the teacher, on average
+    teacher = sum(ratios[one] * times for one, times in wanted[0].items())  # of a sample
     for row, counts, result in zip(rows, wanted, found.results, strict=True):
         if counts:
-            ratio = sum(ratios[one] * times for one, times in counts.items()) / calls / teacher
+            ratio = sum(ratios[one] * times for one, times in counts.items()) / teacher
         else:  # calls that rest on others are timed with them, and a rule with its looks at the samples
-            ratio = paired_time(whole_sampler(row.levels), whole_sampler(SOFTMAX), max(3, -(-pairs // calls)), device).ratio
-        latency = ratio * teacher * control.reference_seconds
+            ratio = paired_time(whole_sampler(row.levels), whole_sampler(SOFTMAX), max(3, -(-pairs // teacher_calls)), device).ratio
+        whole = ratio * teacher * control.reference_seconds  # of a batch
         peaks = [peak for one in counts if (peak := memory[one]) is not None]
         timed.append(
             replace(
                 result,
                 relative_time=ratio,
-                latency_ms=1000 * latency,
-                images_per_second=batch / (calls * latency),
+                latency_ms=1000 * whole / result.calls,
+                images_per_second=batch / whole,
                 peak_bytes=max(peaks) if peaks else None,
             )
         )

@@ -12,8 +12,9 @@ from mediatorize.model.schedule import Began
 
 if TYPE_CHECKING:
     from mediatorize.diffusion.sampling import Sampler
+    from mediatorize.planning.judge import Errors
 
-RowKind = Literal["level", "schedule"]
+RowKind = Literal["level", "schedule", "plan", "solver", "converged"]
 
 OWN_SCHEDULE = "schedule"
 """The name of the row that runs at the model's own schedule."""
@@ -21,21 +22,25 @@ OWN_SCHEDULE = "schedule"
 
 @dataclass(frozen=True, kw_only=True)
 class RowResult:
-    """The model at one level or schedule, against the teacher (the first row) from the same noise."""
+    """The model sampled in one way, against the teacher (the first row) from the same noise."""
 
     level: str
-    """A level as it is written, or the name of a schedule."""
+    """A level as it is written, or the name of a schedule, a plan or a solver."""
     kind: RowKind
     flops: float
     """FLOPs of one sample, mean: all calls, guidance included. A multiply-add is two FLOPs."""
     macs: float
     relative_flops: float
-    """Share of the teacher's FLOPs, with the same sampler."""
-    trajectory_error: float
-    """|x_student - x_teacher| / |x_teacher| over all samples, at each model call, then the mean over calls."""
+    """Share of the teacher's FLOPs."""
+    calls: int
+    """Of the model, for one sample."""
+    trajectory_error: float | None
+    """|x_student - x_teacher| / |x_teacher| over all samples, at each model call, then the mean over calls; None where calls are others."""
     sample_error: float
     """The same ratio for the final samples."""
     errors_by_call: tuple[float, ...]
+    converged: Errors | None = None
+    """Of single samples, against the teacher's converged solution, where there is a row of it."""
     began: tuple[Began, ...] = ()
     """Of a step-wise rule: when its later stages began."""
     latency_ms: float | None = None
@@ -43,7 +48,7 @@ class RowResult:
     images_per_second: float | None = None
     """Model calls alone; the solver's own arithmetic and decoding do not count."""
     relative_time: float | None = None
-    """Medians over pairs with softmax, weighted by how often the sampler makes such a call."""
+    """All calls of a sample, over the teacher's: medians over pairs with softmax, weighted by how often the sampler makes such a call."""
     peak_bytes: int | None = None
     """Allocated on the CUDA device in a model call, weights included."""
     accuracy: float | None = None

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mediatorize.devices import ALONE, World
-from mediatorize.diffusion.sampling import Sampler, flops_by_rule, sample_part, switcher_of
+from mediatorize.diffusion.plan import Plan
+from mediatorize.diffusion.planned import plan_flops, sample_by_plan
+from mediatorize.diffusion.sampling import Sampler, first_state, flops_by_rule, on_the_cpu, sample_part, switcher_of
 from mediatorize.errors import UserError
 from mediatorize.evaluation.comparison import Progress, Samples, features_of, no_progress
 from mediatorize.evaluation.features import Extractor, Reference, judge
@@ -21,7 +23,7 @@ from mediatorize.model.transformer import DiffusionTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """A model as it runs by itself, at its schedule or else at softmax; or several by the step-wise rule."""
+    """A model as it runs by itself, at its schedule or else at softmax; by a plan; or several by the step-wise rule."""
 
     name: str
     models: tuple[DiffusionTransformer, ...]
@@ -29,6 +31,7 @@ class Contestant:
     samples: Samples
     """Of one row, whose name and levels are of no account."""
     rule: SwitchRule | None = None
+    plan: Plan | None = None
 
     def draw(self, sampler: Sampler, world: World = ALONE, progress: Progress = no_progress) -> None:
         """Draws this process's share of the parts that are not there yet; each keeps what its samples cost, in FLOPs."""
@@ -45,6 +48,9 @@ class Contestant:
     def _drawn(self, labels: Tensor, sampler: Sampler, first: int) -> tuple[Tensor, float]:
         """A batch of samples, and what one costs."""
         model = self.models[0]
+        if self.plan is not None:
+            labels, noise = first_state(model, labels, sampler.seed, first)
+            return on_the_cpu(sample_by_plan(model, labels, self.plan, noise)), plan_flops(model.arch, self.plan, model.settings)
         if self.rule is None:
             flops = sampler.flops(model.arch, model.schedule, model.settings)
             assert flops is not None, "the sampler was resolved for a fixed number of steps"

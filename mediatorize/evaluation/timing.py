@@ -10,8 +10,7 @@ from functools import partial
 import torch
 
 from mediatorize.devices import seconds, wait_for
-from mediatorize.model.levels import SOFTMAX, Level, parts_of
-from mediatorize.model.memory import Memory
+from mediatorize.model.levels import Level
 from mediatorize.model.transformer import DiffusionTransformer
 
 Call = Callable[[], object]
@@ -56,7 +55,7 @@ def paired_time(call: Call, reference: Call, pairs: int, device: torch.device) -
 
 
 def model_call(model: DiffusionTransformer, batch: int, level: Level) -> Call:
-    """A whole model call on random latents, with every layer at a level. What a forecast reads of two computed calls is made here.
+    """A whole model call on random latents, with every layer at a level.
 
     Args:
         batch: rows of the call.
@@ -68,16 +67,7 @@ def model_call(model: DiffusionTransformer, batch: int, level: Level) -> Call:
         torch.full((batch,), 0.5, device=weight.device),
         torch.zeros(batch, dtype=torch.long, device=weight.device),
     )
-    parts = parts_of(level)
-    if parts.computed:
-        return partial(model, *inputs, level)
-    memory = Memory(arch.depth)
-    attention, mlp = (() if part.runs is None else (part.runs,) for part in (parts.attention, parts.mlp))
-    for place in (0.0, 1.0):
-        memory.begin(place, [(attention, mlp)] * arch.depth)
-        model(*inputs, SOFTMAX, memory=memory)
-    memory.begin(2.0)
-    return partial(model, *inputs, level, memory=memory)
+    return partial(model, *inputs, level)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

@@ -33,7 +33,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
     level, arch = _level(subject, choices), subject.arch
     model = open_checkpoint(folder / FILE, Hints(arch.family, arch.heads, arch.classes)).load()
     case = next(case for case in probe.cases if case.levels == level)
-    return replace(probe, cases=(replace(case, levels=SOFTMAX),), walk=()).outputs(model)
+    return replace(probe, cases=(replace(case, levels=SOFTMAX),)).outputs(model)
 
 
 def usage(subject: Subject, choices: Choices) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -13,6 +13,7 @@ from mediatorize.model.levels import SOFTMAX, Level
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mediatorize.diffusion.plan import Plan
     from mediatorize.formats.bundle import BundleConfig
     from mediatorize.model.architecture import Architecture
     from mediatorize.model.transformer import DiffusionTransformer
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a bundle's config and its model, its schedule with it."""
+    """What is exported: a bundle's config and its model, its schedule with it, and its plans."""
 
     config: BundleConfig
     model: DiffusionTransformer
+    plans: Mapping[int, Plan] = field(default_factory=dict)
+    """By their number of calls; none where a level or another schedule was asked for."""
 
     @property
     def arch(self) -> Architecture:
@@ -67,8 +70,6 @@ class Probe:
     x: Tensor
     y: Tensor
     cases: tuple[Case, ...]
-    walk: tuple[tuple[float, str], ...] = ()
-    """Of a schedule with forecasts: the time of all its calls, and the names of the first ones, which are made in turn."""
 
     def times(self, case: Case) -> Tensor:
         """(b,)"""
@@ -79,22 +80,7 @@ class Probe:
         import torch
 
         with torch.no_grad():
-            found = {case.name: model(self.x, self.times(case), self.y, levels=case.levels) for case in self.cases}
-            return found | (self.walked(model) if self.walk else {})
-
-    def walked(self, model: DiffusionTransformer) -> dict[str, Tensor]:
-        """What the first calls of a model's schedule give, one after the other."""
-        import torch
-
-        from mediatorize.diffusion.driver import Driver
-        from mediatorize.diffusion.process import process_of
-        from mediatorize.model.schedule import calls_at
-
-        assert model.schedule is not None, "the walk is of its schedule"
-        noise_levels = [float(process_of(model.arch).noise_level(torch.tensor(t))) for t, _ in self.walk]
-        calls = calls_at(model.schedule, noise_levels, model.arch.depth, model.settings)
-        call = Driver(model, model.arch.depth, calls, noise_levels, [1] * len(calls), len(self.x))
-        return {name: call(self.x, self.x.new_full((len(self.x),), t), self.y) for t, name in self.walk if name}
+            return {case.name: model(self.x, self.times(case), self.y, levels=case.levels) for case in self.cases}
 
 
 class Target(Protocol):
@@ -121,6 +107,8 @@ class Export:
     """What is written, in a few words, for `--help`."""
     heeds: frozenset[str] = frozenset()
     """Names of `Choices` that make a difference."""
+    carries_plans: bool = False
+    """Whether a bundle's plans travel with it; with diffusers, those that a scheduler can run."""
     level_later: bool = False
     """Whether its user can choose a level later."""
 

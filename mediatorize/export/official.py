@@ -49,7 +49,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
     if hash_of_weights(model) != subject.config.source.sha256:
         raise UserError(f"{folder / OFFICIAL_FILE}: is not what came in, bit for bit.", hint="Please report it.")
     alone = tuple(case for case in probe.cases if not isinstance(case.levels, tuple) and is_pretrained(case.levels))
-    return replace(probe, cases=alone, walk=()).outputs(model)
+    return replace(probe, cases=alone).outputs(model)
 
 
 def usage(subject: Subject, choices: Choices) -> str:

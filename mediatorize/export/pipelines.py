@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
 from mediatorize.errors import UserError
+from mediatorize.export import scheduler
 from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.export.safetensors import reference as reference  # the weights are rounded the same way
 from mediatorize.export.safetensors import stored_weights
@@ -25,8 +26,8 @@ from mediatorize.formats.bundle import save_tensors, write_json, write_text
 from mediatorize.formats.images import load_vae, refuse_unknown_scale
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import SOFTMAX
-from mediatorize.model.schedule import AnySchedule, CallSchedule, RuleSchedule
+from mediatorize.model.levels import SOFTMAX, holds
+from mediatorize.model.schedule import AnySchedule, RuleSchedule
 from mediatorize.version import VERSION
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def pipeline_of(model: DiffusionTransformer, schedule: AnySchedule | None) -> Me
 
 def suits_stock_pipeline(arch: Architecture, vae: Path | None, schedule: AnySchedule | None = None) -> bool:
     """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents."""
-    if isinstance(schedule, CallSchedule | RuleSchedule):
-        return False  # forecasts, and the rule, need a driver for each run
+    if isinstance(schedule, RuleSchedule) or (schedule is not None and any(map(holds, schedule.used))):
+        return False  # held rests, and the rule, need a driver for each run
     fits = arch.null_class and arch.classes <= STOCK_NULL_CLASS and arch.input_size[0] == arch.input_size[1]
     return process_of(arch).name == STOCK_PROCESS and vae is not None and fits
 
@@ -105,7 +106,7 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
         "architecture": arch.to_json(),
         "mediators": subject.config.settings.to_json(),
         "schedule": None if model.schedule is None else model.schedule.to_json(),
-        "level": choices.level,
+        "level": SOFTMAX if choices.level is None and subject.plans else choices.level,
         "version": VERSION,
         "sample_size": size[0] if size[0] == size[1] else list(size),
         "in_channels": arch.channels,
@@ -116,17 +117,22 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     file = transformer / "diffusion_pytorch_model.safetensors"
     write_beside(file, lambda path: save_tensors(state, path, {"format": "pt"}))
 
-    scheduler = SCHEDULERS[process_of(arch).name]()
-    scheduler.save_pretrained(folder / "scheduler")
-    library = type(scheduler).__module__.partition(".")[0]
-    if library != "diffusers":
-        write_text(folder / "scheduler" / f"{library}.py", standalone(f"{TRAVELLING}.scheduler", _title("DDIM on the steps of DiT")))
+    if subject.plans:
+        library, name = scheduler.CODE, "PlanScheduler"
+        (folder / "scheduler").mkdir()
+        scheduler.write(folder / "scheduler", subject.plans)
+    else:
+        usual = SCHEDULERS[process_of(arch).name]()
+        usual.save_pretrained(folder / "scheduler")
+        library, name = type(usual).__module__.partition(".")[0], type(usual).__name__
+        if library != "diffusers":
+            write_text(folder / "scheduler" / f"{library}.py", standalone(f"{TRAVELLING}.scheduler", _title("DDIM on the steps of DiT")))
 
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     if not suits_stock_pipeline(arch, choices.vae, model.schedule):
         index["_class_name"] = [PIPELINE_FILE, PIPELINE_CLASS]
         write_text(folder / f"{PIPELINE_FILE}.py", standalone(f"{TRAVELLING}.pipeline", _title("A pipeline for DiT and SiT")))
-    index["scheduler"] = [library, type(scheduler).__name__]
+    index["scheduler"] = [library, name]
     index["transformer"] = [TRANSFORMER_FILE, TRANSFORMER_CLASS]
     index["vae"] = ["diffusers", vae] if vae else [None, None]
     write_json(folder / "model_index.json", index)
@@ -155,7 +161,7 @@ sys.modules.update(mediatorize=None, timm=None)
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-folder, probe, found, cases, calls = sys.argv[1:]
+folder, probe, found, cases = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True, torch_dtype=torch.float32)
 pipeline.set_progress_bar_config(disable=True)
 inputs, outputs, transformer = load_file(probe), {{}}, pipeline.transformer
@@ -165,11 +171,6 @@ with torch.no_grad():
         transformer.level = level
         times = torch.full((len(inputs["x"]),), t)
         outputs[name] = transformer(inputs["x"], timestep=times, class_labels=inputs["y"]).sample.contiguous()
-    transformer.level, walk, batch = None, json.loads(calls), len(inputs["x"])
-    call = transformer.driver([t for t, _ in walk], [1] * len(walk), batch)
-    for t, name in walk:
-        if name:
-            outputs[name] = call(inputs["x"], torch.full((batch,), t), inputs["y"]).contiguous().clone()  # a forecast may be an earlier one
 save_file(outputs, found)
 """
 """Loads a folder in a process that has neither mediatorize nor timm, and calls its transformer."""
@@ -182,7 +183,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
         inputs, found = Path(scratch) / "probe.safetensors", Path(scratch) / "found.safetensors"
         save_file({"x": probe.x, "y": probe.y}, inputs)
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(found), cases, json.dumps(probe.walk)]
+        command = [sys.executable, "-c", RELOAD, str(folder.absolute()), str(inputs), str(found), cases]
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -197,13 +198,23 @@ def usage(subject: Subject, choices: Choices) -> str:
     stock = suits_stock_pipeline(arch, choices.vae, subject.model.schedule)
     pictures = choices.vae is not None or arch.channels in (1, 3)
     labels = f"class_labels=[0, {min(1, arch.classes - 1)}]"
+    planned = bool(subject.plans)
     steps = "" if stock else ", guidance_scale=1.5" if arch.null_class else ""
+    if planned:  # this folder's own pipeline takes the plan's guidance and the most calls by itself
+        most = subject.plans[max(subject.plans)]
+        steps = f", num_inference_steps={len(most.calls)}" + (f", guidance_scale={most.cfg_scale:g}" if stock else "")
     result = f'pipe({labels}{steps}).images[0].save("sample.png")' if pictures else f"latents = pipe({labels}{steps}).images"
     if choices.level is not None:
         ready = f"is at level {choices.level}"
     else:
         rule = isinstance(subject.model.schedule, RuleSchedule)
-        ready = "is at softmax" if subject.model.schedule is None else "follows the step-wise rule" if rule else "follows the schedule"
+        ready = (
+            "is at softmax"
+            if planned or subject.model.schedule is None
+            else "follows the step-wise rule"
+            if rule
+            else "follows the schedule"
+        )
     asked = ""
     if subject.levels:
         level, softmax = json.dumps(subject.levels[-1]), ', or "softmax"' if SOFTMAX in subject.levels else ""

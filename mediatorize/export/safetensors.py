@@ -15,6 +15,7 @@ from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.export.pretrained import pretrained_part, refuse_changed_base
 from mediatorize.formats.adapter import ADAPTER_FILE, ADAPTER_FORMAT, apply_adapter
 from mediatorize.formats.bundle import load_bundle, save_tensors, write_json
+from mediatorize.formats.plans import PLAN_NAME, write_plans
 from mediatorize.formats.tensors import write_beside
 from mediatorize.model.transformer import DiffusionTransformer
 
@@ -33,6 +34,8 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     write_json(folder / "config.json", config)
     if subject.model.schedule is not None:
         write_json(folder / "schedule.json", subject.model.schedule.to_json())
+    if subject.plans:
+        write_plans(folder / PLAN_NAME, subject.plans)
 
 
 def stored_weights(subject: Subject, choices: Choices) -> dict[str, Tensor]:
@@ -69,10 +72,11 @@ def usage(subject: Subject, choices: Choices) -> str:
     base = f'"{subject.config.source.file}", adapter="DEST"' if choices.adapter else '"DEST"'
     levels = subject.levels
     asked = f"\nout = model(x, t, y, levels={json.dumps(levels[-1])})  # or one level for all layers" if levels else ""
+    how = f', plan=mediatorize.load_plan("DEST"))  # {max(subject.plans)} calls' if subject.plans else ")  # its schedule where it has one"
     return f"""```python
 import mediatorize
 model = mediatorize.load_model({base})
-latents = mediatorize.sample(model, [0, 1, 2, 3])  # its schedule where it has one{asked}
+latents = mediatorize.sample(model, [0, 1, 2, 3]{how}{asked}
 ```"""
 
 

@@ -23,6 +23,11 @@ CONFIG_FILE = "scheduler_config.json"
 PREDICTION_TYPES = {"noise": "epsilon", "velocity": "flow_prediction"}
 
 
+def travels(plans: Mapping[int, Plan]) -> bool:
+    """Whether a pipeline's scheduler sees all that plans need: guided outputs at softmax."""
+    return bool(plans) and all(plan.streams == "guided" and all(call.levels is None for call in plan.calls) for plan in plans.values())
+
+
 def write(folder: Path, plans: Mapping[int, Plan]) -> None:
     """Writes the scheduler's files into a folder.
 

@@ -12,17 +12,20 @@ EXPORTS: dict[str, Export] = {
         module="mediatorize.export.pipelines",
         help="a folder for DiffusionPipeline.from_pretrained, its code with it",
         heeds=frozenset({"dtype", "vae", "level", "schedule", "prune"}),
+        carries_plans=True,
         level_later=True,
     ),
     "safetensors": Export(
         module="mediatorize.export.safetensors",
         help="one file of weights and config.json; with --adapter what was added alone",
         heeds=frozenset({"dtype", "adapter", "schedule", "prune"}),
+        carries_plans=True,
     ),
     "torch-export": Export(
         module="mediatorize.export.programs",
         help="a .pt2 program per pattern of levels",
         heeds=frozenset({"schedule"}),
+        carries_plans=True,
     ),
     "official": Export(
         module="mediatorize.export.official",

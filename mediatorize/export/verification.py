@@ -13,7 +13,7 @@ from mediatorize.diffusion.process import process_of
 from mediatorize.diffusion.sampling import Sampler, sample_batch
 from mediatorize.errors import UserError
 from mediatorize.export.contract import Case, Choices, Export, Probe, Subject
-from mediatorize.model.schedule import CallSchedule, Schedule
+from mediatorize.model.schedule import Schedule
 from mediatorize.model.transformer import DiffusionTransformer
 
 TOLERANCE = 1e-4
@@ -64,18 +64,13 @@ def probe_of(subject: Subject, seed: int = 0, batch: int = 2) -> Probe:
 
     levels = subject.levels
     cases = [Case(name=f"level {level}", t=time_at((i + 1) / (len(levels) + 1)), levels=level) for i, level in enumerate(levels)]
-    walk: tuple[tuple[float, str], ...] = ()
-    if isinstance(schedule, CallSchedule):
-        resting = next((index for index, call in enumerate(schedule.of_calls) if not call.computed), 0)
-        names = [f"call {index + 1} of the schedule" if index <= resting else "" for index in range(len(schedule.of_calls))]
-        walk = tuple((time_at(noise), name) for noise, name in zip(schedule.noise_levels, names, strict=True))
-    elif isinstance(schedule, Schedule):
+    if isinstance(schedule, Schedule):
         for low, high in zip((0.0, *schedule.edges), (*schedule.edges, 1.0), strict=True):
             middle = (low + high) / 2
             name = f"schedule at noise level {middle:.4g}"
             cases.append(Case(name=name, t=time_at(middle), levels=schedule.at(middle), scheduled=True))
     labels = torch.randint(arch.classes, (batch,), generator=generator)
-    return Probe(torch.randn(batch, arch.channels, *arch.input_size, generator=generator), labels, tuple(cases), walk)
+    return Probe(torch.randn(batch, arch.channels, *arch.input_size, generator=generator), labels, tuple(cases))
 
 
 def verify(folder: Path, export: Export, subject: Subject, choices: Choices, bundled: DiffusionTransformer) -> Verification:
@@ -89,8 +84,7 @@ def verify(folder: Path, export: Export, subject: Subject, choices: Choices, bun
     """
     probe = probe_of(subject)
     found = export.target.outputs(folder, subject, choices, probe)
-    walk = probe.walk if any(name in found for _, name in probe.walk if name) else ()
-    probe = replace(probe, cases=tuple(case for case in probe.cases if case.name in found), walk=walk)
+    probe = replace(probe, cases=tuple(case for case in probe.cases if case.name in found))
     exact = probe.outputs(bundled)
     expected = exact if choices.dtype == "float32" else probe.outputs(export.reference(subject, choices))
     assert found.keys() == expected.keys()

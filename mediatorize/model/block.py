@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention
@@ -20,21 +20,19 @@ from mediatorize.model.levels import (
     SOFTMAX,
     Level,
     MediatorSettings,
-    Part,
     changes_modulation,
     in_full,
     is_pretrained,
     parts_of,
 )
-from mediatorize.model.memory import BlockMemory
+from mediatorize.model.memory import AttentionMemory
 from mediatorize.model.mlp import NarrowMlp, block_mlp
-from mediatorize.model.schedule import Watched
 
 
 def scaled_onto(base: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """base + scale x: (b, n or 1, c), (b, c), (b, n, c) -> (b, n, c).
 
-    On a CPU `torch.addcmul` takes longer than two operations of which the second is in place: forecast calls took twice as long for it.
+    On a CPU `torch.addcmul` takes longer than two operations of which the second is in place.
     """
     scale = scale.unsqueeze(1)
     if x.device.type != "cpu":
@@ -179,64 +177,6 @@ class BlockMediator(nn.Module):
             self.narrow = None
 
 
-class SubLayerRun(NamedTuple):
-    """How an attention or MLP runs at one call, with what was read from memory."""
-
-    level: Level | None
-    """None: it does not run, and all of its output was forecast."""
-    rest: Tensor | None = None
-    """Forecast of what `level` leaves out, (b, n, c)."""
-    watched: tuple[Level, ...] = ()
-    """Surrogates that run beside it, on the same input."""
-    keep: bool = False
-    """Whether its output is to be remembered."""
-
-    @classmethod
-    def remembering(cls, part: Part, rest: Tensor | None, watched: tuple[Level, ...]) -> SubLayerRun:
-        """How a part of a level runs where there is a memory, which surrogates are watched for."""
-        computed = part.order is None
-        return cls(part.runs, rest, watched if computed else (), keep=computed)
-
-    def output(self, inputs: Callable[[], Tensor], run: Callable[[Tensor, Level], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output (b, n, c), and what is to be remembered: the output and those of the watched surrogates, or nothing.
-
-        Args:
-            inputs: gives what the sub-layer reads.
-            run: runs it at a level.
-        """
-        if self.level is None:
-            assert self.rest is not None, "what does not run is forecast"
-            return self.rest, ()
-        x = inputs()
-        y = run(x, self.level)
-        if self.rest is not None:
-            y = self.rest + y
-        return y, (y, *(run(x, level) for level in self.watched)) if self.keep else ()
-
-
-def way_of_running(level: Level, watched: Watched | None) -> tuple[object, ...] | None:
-    """What tells graphs of `Block.compute` apart, beside the batch; None where a block computes nothing.
-
-    Args:
-        watched: surrogates that the call must leave in memory; None: there is no memory.
-    """
-    parts = parts_of(in_full(level) if watched is None else level)
-    both = parts.attention, parts.mlp
-    if all(part.runs is None for part in both):
-        return None
-    if watched is None:
-        return *(SubLayerRun(part.runs) for part in both), changes_modulation(level)
-    runs = (SubLayerRun.remembering(part, None, own) for part, own in zip(both, watched, strict=True))
-    return *runs, *(part.order is None for part in both), changes_modulation(level)
-
-
-class BlockResult(NamedTuple):
-    tokens: Tensor
-    attention: tuple[Tensor, ...]
-    """What is to be remembered of it, as `SubLayerRun.output` gives it."""
-    mlp: tuple[Tensor, ...]
-
-
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-Zero)."""
 
@@ -286,12 +226,6 @@ class Block(nn.Module):
             vectors = vectors + self.mediator.modulation(conditioning)
         return vectors.chunk(6, dim=1)
 
-    def gates(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, c) -> the gates (b, c) of the attention and of the MLP, alone."""
-        linear = cast(nn.Linear, self.adaLN_modulation[1])
-        hidden, weights, biases = F.silu(conditioning), linear.weight.chunk(6), linear.bias.chunk(6)
-        return F.linear(hidden, weights[2], biases[2]), F.linear(hidden, weights[5], biases[5])
-
     def attention_input(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention layer gets in the pretrained block (b, n, c), and the gate that its output passes (b, 1, c)."""
         shift, scale, gate = self.modulation(conditioning)[:3]
@@ -303,44 +237,48 @@ class Block(nn.Module):
         shift, scale, mlp_gate = self.modulation(conditioning)[3:]
         return modulate(self.norm2(x + gate * self.attn(inputs, SOFTMAX)), shift, scale), mlp_gate.unsqueeze(1)
 
-    def forward(self, hidden_states: Tensor, conditioning: Tensor, level: Level, memory: BlockMemory | None = None) -> Tensor:
-        """(b, n, c), (b, c) -> (b, n, c). Without a memory nothing is forecast: the pretrained sub-layer runs in its place.
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, level: Level, memory: AttentionMemory | None = None) -> Tensor:
+        """(b, n, c), (b, c) -> (b, n, c). Without a memory softmax attention runs in place of mediators and a held rest.
 
         diffusers' hooks and cache-dit find blocks by the name `hidden_states`.
         """
-        x = hidden_states
-        parts = parts_of(in_full(level) if memory is None else level)
-        attention, mlp = parts.attention, parts.mlp
         if memory is None:
-            return self.compute(x, conditioning, SubLayerRun(attention.runs), SubLayerRun(mlp.runs), changes_modulation(level)).tokens
-        memories = memory.attention, memory.mlp
-        rests = [own.recall(part, x) for own, part in zip(memories, (attention, mlp), strict=True)]
-        if attention.runs is None and mlp.runs is None:
-            for rest, gate in zip(rests, self.gates(conditioning), strict=True):
-                assert rest is not None, "what does not run is forecast"
-                x = scaled_onto(x, gate, rest)
-            return x
-        run1, run2 = (
-            SubLayerRun.remembering(part, rest, own.watched) for own, part, rest in zip(memories, (attention, mlp), rests, strict=True)
-        )
-        result = self.compute(x, conditioning, run1, run2, changes_modulation(level))
-        for own, run, kept in zip(memories, (run1, run2), (result.attention, result.mlp), strict=True):
-            if kept:
-                own.remember(kept[0], dict(zip(run.watched, kept[1:], strict=True)))
-        return result.tokens
+            level = in_full(level)
+        parts, changed = parts_of(level), changes_modulation(level)
+        rest = memory.recall(parts.attention, hidden_states) if memory is not None and parts.held else None
+        watched = memory.watched if memory is not None and parts.attention == SOFTMAX else ()
+        tokens, left = self.compute(hidden_states, conditioning, parts.attention, parts.mlp, changed, rest, watched)
+        if memory is not None and parts.attention == SOFTMAX:
+            memory.remember(dict(zip(watched, left, strict=True)))
+        return tokens
 
-    def compute(self, x: Tensor, conditioning: Tensor, attention: SubLayerRun, mlp: SubLayerRun, changed: bool) -> BlockResult:
+    def compute(
+        self,
+        x: Tensor,
+        conditioning: Tensor,
+        attention: Level,
+        mlp: Level,
+        changed: bool,
+        rest: Tensor | None = None,
+        watched: tuple[Level, ...] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What `forward` computes between reading and writing memory: the part that is compiled, one graph for each way of running it.
 
         Args:
             x: tokens (b, n, c).
             conditioning: (b, c).
             changed: whether the modulation is changed as at mediator levels.
+            rest: what the mediators leave out of the attention (b, n, c).
+            watched: mediators that run beside softmax attention.
+
+        Returns:
+            The tokens, and what the watched mediators leave out.
         """
         vectors = self.modulation(conditioning, changed)
-        tokens, kept_of_attention = self._attended(x, vectors, attention)
-        tokens, kept_of_mlp = self._transformed(tokens, vectors, mlp)
-        return BlockResult(tokens, kept_of_attention, kept_of_mlp)
+        inputs = self._modulated(x, vectors)
+        y = self.attn(inputs, attention)
+        left = tuple(y - self.attn(inputs, level) for level in watched)
+        return self._transformed(scaled_onto(x, vectors[2], y if rest is None else y + rest), vectors, mlp), left
 
     def at_levels(self, x: Tensor, conditioning: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
         """(b, n, c) -> what `forward` gives at each level. Levels that differ in the MLP alone share their attention's output."""
@@ -350,20 +288,18 @@ class Block(nn.Module):
             shared = parts.attention, changed
             if shared not in known:
                 vectors = self.modulation(conditioning, changed)
-                known[shared] = self._attended(x, vectors, SubLayerRun(parts.attention.runs))[0], vectors
-            yield self._transformed(*known[shared], SubLayerRun(parts.mlp.runs))[0]
+                known[shared] = scaled_onto(x, vectors[2], self.attn(self._modulated(x, vectors), parts.attention)), vectors
+            yield self._transformed(*known[shared], parts.mlp)
 
-    def _attended(self, x: Tensor, vectors: tuple[Tensor, ...], run: SubLayerRun) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The tokens after the attention, and what is to be remembered of it."""
-        shift, scale, gate, *_ = vectors
-        y, kept = run.output(lambda: modulate(self.norm1(x), shift, scale), self.attn)
-        return scaled_onto(x, gate, y), kept
+    def _modulated(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        """What the attention gets (b, n, c)."""
+        shift, scale, *_ = vectors
+        return modulate(self.norm1(x), shift, scale)
 
-    def _transformed(self, x: Tensor, vectors: tuple[Tensor, ...], run: SubLayerRun) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The tokens after the MLP, and what is to be remembered of it."""
+    def _transformed(self, x: Tensor, vectors: tuple[Tensor, ...], level: Level) -> Tensor:
+        """The tokens after the MLP."""
         *_, shift, scale, gate = vectors
-        y, kept = run.output(lambda: modulate(self.norm2(x), shift, scale), self.run_mlp)
-        return scaled_onto(x, gate, y), kept
+        return scaled_onto(x, gate, self.run_mlp(modulate(self.norm2(x), shift, scale), level))
 
     def run_mlp(self, x: Tensor, level: Level) -> Tensor:
         """(b, n, c) -> (b, n, c) at a level of the MLP."""
@@ -390,14 +326,14 @@ def walk(
     conditioning: Tensor,
     levels: Sequence[Level],
     run: Run = call,
-    memories: Sequence[BlockMemory] | None = None,
+    memories: Sequence[AttentionMemory] | None = None,
 ) -> Iterator[Tensor]:
     """The tokens (b, n, c) before every block, and after the last. A block is run only when what comes after it is asked for.
 
     Args:
         levels: one for each block.
         run: runs a block, as for recomputed activations or in batches; of no account with memories.
-        memories: one for each block, where sub-layers are remembered and forecast.
+        memories: one for each block, of what its attention left at earlier calls.
     """
     yield tokens
     for index, (block, level) in enumerate(zip(blocks, levels, strict=True)):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from mediatorize.model.architecture import FREQUENCIES, MLPS, Architecture, coarse_grid
 from mediatorize.model.forms import published_parameters
 from mediatorize.model.levels import (
-    LINEAR,
     SOFTMAX,
     Level,
     MediatorSettings,
@@ -24,7 +23,7 @@ from mediatorize.model.levels import (
     most_mediators,
     parts_of,
 )
-from mediatorize.model.schedule import Call, Watched, highest_order, is_computed, places_of, streams_of, watched_surrogates
+from mediatorize.model.schedule import Levels, with_memory
 
 
 def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
@@ -34,22 +33,11 @@ def attention_flops(arch: Architecture, level: Level, settings: MediatorSettings
 
 def mlp_flops(arch: Architecture, level: Level) -> int:
     """One MLP of `arch`, of a block at `level`."""
-    runs = parts_of(level).mlp.runs
-    return 0 if runs is None else _mlp_flops(arch, runs)
-
-
-def _mlp_flops(arch: Architecture, runs: Level) -> int:
-    return 2 * (MLPS[arch.mlp].rows + 1) * arch.tokens * arch.width * (arch.mlp_width // mlp_share(runs))
+    return 2 * (MLPS[arch.mlp].rows + 1) * arch.tokens * arch.width * (arch.mlp_width // mlp_share(parts_of(level).mlp))
 
 
 def modulation_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
-    """A block's six modulation vectors, once per sample; where both sub-layers are forecast without surrogates, its two gates alone.
-
-    At the added levels also the low-rank change.
-    """
-    parts = parts_of(level)
-    if parts.attention.runs is None and parts.mlp.runs is None:
-        return 4 * arch.width**2
+    """A block's six modulation vectors, once per sample; at the added levels also their low-rank change."""
     changed = changes_modulation(level)
     return 12 * arch.width**2 + (14 * arch.width * settings.modulation_rank if settings and changed else 0)
 
@@ -57,12 +45,6 @@ def modulation_flops(arch: Architecture, level: Level, settings: MediatorSetting
 def block_flops(arch: Architecture, level: Level, settings: MediatorSettings | None = None) -> int:
     """One whole block."""
     return attention_flops(arch, level, settings) + mlp_flops(arch, level) + modulation_flops(arch, level, settings)
-
-
-def surrogates_flops(arch: Architecture, watched: Watched, settings: MediatorSettings | None = None) -> int:
-    """The surrogates that run beside a block's computed sub-layers."""
-    attention, mlp = watched
-    return sum(attention_flops(arch, level, settings) for level in attention) + sum(_mlp_flops(arch, level) for level in mlp)
 
 
 def forward_flops_by_part(
@@ -81,33 +63,16 @@ def forward_flops_by_part(
     }
 
 
-def calls_flops(
-    arch: Architecture, calls: Sequence[Call], noise_levels: Sequence[float], rows: Sequence[int], settings: MediatorSettings | None = None
-) -> int:
-    """FLOPs of one sample's model calls, with the surrogates that later forecasts need.
+def calls_flops(arch: Architecture, calls: Sequence[Levels], rows: Sequence[int], settings: MediatorSettings | None = None) -> int:
+    """FLOPs of one sample's model calls, with the mediators whose rests later calls hold.
 
     Args:
-        noise_levels: of the calls.
         rows: of each call per sample: 2 where it is guided, else 1.
     """
     total = 0
-    for levels in streams_of(calls, rows):
-        for own, watched in zip(levels, watched_surrogates(levels, arch.depth, places_of(noise_levels)), strict=True):
-            if own:
-                total += forward_flops(arch, own, settings) + sum(surrogates_flops(arch, block, settings) for block in watched)
-    return total
-
-
-def memory_numbers(arch: Architecture, calls: Sequence[Call], noise_levels: Sequence[float], rows: Sequence[int]) -> int:
-    """How many numbers per sample a sampler must keep between its calls, for forecasts."""
-    total = 0
-    for levels in streams_of(calls, rows):
-        if all(is_computed(own) for own in levels if own):
-            continue
-        kept = highest_order(levels) + 1
-        watched = watched_surrogates(levels, arch.depth, places_of(noise_levels))
-        surrogates = max(sum(len(attention) + len(mlp) for attention, mlp in blocks) for blocks in watched)
-        total += (2 * arch.depth + surrogates) * arch.tokens * arch.width * kept
+    for levels, watched, count in zip(*with_memory(calls, rows), rows, strict=True):
+        beside = sum(attention_flops(arch, level, settings) for layer in watched for level in layer)
+        total += count * (forward_flops(arch, levels, settings) + beside)
     return total
 
 
@@ -140,22 +105,6 @@ def reachable(arch: Architecture, settings: MediatorSettings) -> tuple[Reachable
         relative = {level: forward_flops(scaled, level, settings) / softmax for level in fitting}
         found.append(Reachable(arch=scaled, flops=softmax, relative=relative))
     return tuple(found)
-
-
-FORECAST_CALLS = (10, 20, 50, 250)
-"""Numbers of model calls that `forecast_shares` are shown for."""
-
-COMPUTED = (2, 3, 4, 6, 12)
-"""One call in so many computed: what `forecast_shares` are shown for. Calibration computes at least one in twelve."""
-
-
-def forecast_shares(arch: Architecture) -> dict[int, dict[int, float]]:
-    """FLOPs of a sampler that computes one call in n and forecasts the others, as a share of softmax's: by its calls, then by n."""
-    computed, forecast = forward_flops(arch), forward_flops(arch, LINEAR)
-    return {
-        calls: {every: (forecast + (computed - forecast) * -(-calls // every) / calls) / computed for every in COMPUTED}
-        for calls in FORECAST_CALLS
-    }
 
 
 def count_parameters(arch: Architecture, settings: MediatorSettings | None = None) -> int:

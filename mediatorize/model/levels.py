@@ -4,8 +4,8 @@ A *level* is one such way: `"softmax"` is the pretrained layer, bit for bit; a w
 called, its rank, its FLOPs, its parameters and its module are one entry of `KINDS`; no other file tells one kind from another.
 
 A level may also say how a whole block runs, its attention and its MLP apart: `"softmax|1/8"` has an MLP of an eighth of the hidden width;
-`"linear"` forecasts both from the model calls before; `"linear+4|linear+1/8"` forecasts what 4 mediators and the narrow MLP leave out.
-`parts_of` takes such a level apart.
+`"hold+4|full"` adds to 4 mediators what they left out of the attention at the last model call that computed it. `parts_of` takes such a
+level apart.
 """
 
 from __future__ import annotations
@@ -40,11 +40,8 @@ FULL, OWN = "full", "own"
 MODULATION = "modulation"
 """Beside levels of attention and MLPs, a part that a block can have: the change of its modulation at added levels."""
 
-ORDERS = {"hold": 0, "linear": 1, "quadratic": 2}
-"""Forecasts by name, and the order of each one's polynomial through the last computed calls."""
-
-HOLD, LINEAR, QUADRATIC = ORDERS
-
+HELD = "hold+"
+"""How a level of the attention begins that adds what its mediators left out at the last call that computed softmax attention."""
 
 PRETRAINED_PARTS: tuple[Level, ...] = (SOFTMAX, FULL)
 """Parts of a layer to which nothing was added."""
@@ -143,7 +140,7 @@ class MediatorSettings:
 
     def level_of(self, layer: int, level: Level) -> Level:
         """How a layer runs where the whole model is asked for a level: so, or in a layer without added levels as the pretrained layer."""
-        return level if self.converts(layer) else without_added(level)
+        return level if self.converts(layer) else SOFTMAX
 
     def converts(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
@@ -206,7 +203,7 @@ class Kind:
     title: Callable[[Level], str]
     """Its name in tables and pictures."""
     flops: Callable[[Architecture, Level, MediatorSettings | None], int]
-    """Of one attention layer on one sample; of a forecast, what runs beside it."""
+    """Of one attention layer on one sample."""
     parameters: Callable[[Architecture, Level, MediatorSettings], int]
     """Of the module below."""
     module: Callable[[Level, int, int, tuple[int, int], MediatorSettings], nn.Module] | None
@@ -250,46 +247,25 @@ def _mediator_module(level: Level, width: int, heads: int, grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
-    """How one sub-layer of a block, its attention or its MLP, runs in one model call."""
-
-    runs: Level | None
-    """What is computed from the sub-layer's input; None: nothing."""
-    order: int | None = None
-    """None: what is computed is the output. Else the rest of the output is forecast by a polynomial of this order."""
-
-    def __str__(self) -> str:
-        if self.order is None:
-            return str(self.runs)
-        name = next(name for name, order in ORDERS.items() if order == self.order)
-        return name if self.runs is None else f"{name}+{self.runs}"
-
-
-@dataclass(frozen=True)
 class Parts:
-    """How a block's attention and its MLP run."""
+    """How a block's attention and its MLP run in one model call."""
 
-    attention: Part
-    mlp: Part
+    attention: Level
+    mlp: Level
+    held: bool = False
+    """Whether to the attention is added what its mediators left out at the last call that computed softmax attention."""
 
     @property
     def level(self) -> Level:
         """The level that says so."""
-        attention, mlp = self.attention, self.mlp
-        whole = attention == mlp if attention.runs is None else attention.order is None and mlp == _mlp_beside(attention.runs)
-        if whole:
-            return attention.runs if attention.runs is not None else str(attention)
-        return f"{attention}|{mlp}"
-
-    @property
-    def computed(self) -> bool:
-        """Whether nothing is forecast."""
-        return self.attention.order is None and self.mlp.order is None
+        if not self.held and self.mlp == _mlp_beside(self.attention):
+            return self.attention
+        return f"{HELD if self.held else ''}{self.attention}|{self.mlp}"
 
 
-def _mlp_beside(attention: Level) -> Part:
+def _mlp_beside(attention: Level) -> Level:
     """The MLP of a block whose level names its attention alone."""
-    return Part(FULL if attention == SOFTMAX else OWN)
+    return FULL if attention == SOFTMAX else OWN
 
 
 def _read_share(value: object) -> Level | None:
@@ -297,14 +273,6 @@ def _read_share(value: object) -> Level | None:
     text = str(value)
     share = text.removeprefix("1/")
     return text if text != share and share.isascii() and share.isdigit() and int(share) > 1 else None
-
-
-def _read_part(text: str, read: Callable[[object], Level | None]) -> Part | None:
-    name, plus, surrogate = text.partition("+")
-    if name in ORDERS:
-        runs = read(surrogate) if plus else None
-        return None if plus and runs is None else Part(runs, ORDERS[name])
-    return None if (runs := read(text)) is None else Part(runs)
 
 
 def _read_attention(value: object) -> Level | None:
@@ -318,13 +286,12 @@ def _read_mlp(value: object) -> Level | None:
 
 
 def _read_parts(value: object) -> Parts | None:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "|" not in value:
         return None
-    first, bar, second = value.partition("|")
-    if not bar:
-        return Parts(Part(None, ORDERS[value]), Part(None, ORDERS[value])) if value in ORDERS else None
-    attention, mlp = _read_part(first, _read_attention), _read_part(second, _read_mlp)
-    return None if attention is None or mlp is None else Parts(attention, mlp)
+    first, _, second = value.partition("|")
+    held = first.startswith(HELD)
+    attention, mlp = _read_attention(first.removeprefix(HELD)), _read_mlp(second)
+    return None if attention is None or mlp is None or (held and attention == SOFTMAX) else Parts(attention, mlp, held)
 
 
 def _read_block(value: object) -> Level | None:
@@ -333,14 +300,12 @@ def _read_block(value: object) -> Level | None:
 
 def _block_rank(level: Level) -> float:
     parts = parts_of(level)
-    if not parts.computed:
-        return -10 + sum(part.order or 0 for part in (parts.attention, parts.mlp))
-    return -1 / (1 + kind_of(parts.attention.runs or SOFTMAX).rank(parts.attention.runs or SOFTMAX))
+    return parts.held - 1 / (1 + kind_of(parts.attention).rank(parts.attention))
 
 
 def _block_flops(arch: Architecture, level: Level, settings: MediatorSettings | None) -> int:
-    runs = parts_of(level).attention.runs
-    return 0 if runs is None else kind_of(runs).flops(arch, runs, settings)
+    runs = parts_of(level).attention
+    return kind_of(runs).flops(arch, runs, settings)
 
 
 KINDS: dict[str, Kind] = {
@@ -364,7 +329,7 @@ KINDS: dict[str, Kind] = {
         mediators=int,
     ),
     "block": Kind(
-        looks="a forecast (hold, linear or quadratic)",
+        looks="an attention with an MLP (softmax|1/8 or hold+4|full)",
         read=_read_block,
         rank=_block_rank,
         title=str,
@@ -381,29 +346,25 @@ def parts_of(level: Level) -> Parts:
     """How a block's attention and MLP run at a level."""
     if (parts := _read_parts(level)) is not None:
         return parts
-    return Parts(Part(level), _mlp_beside(level))
+    return Parts(level, _mlp_beside(level))
 
 
-def forecasts(level: Level) -> bool:
-    """Whether a level leaves a part of a block to a forecast."""
-    return not parts_of(level).computed
+def holds(level: Level) -> bool:
+    """Whether a level needs what an earlier call left."""
+    return parts_of(level).held
 
 
 @lru_cache(maxsize=4096)
 def in_full(level: Level) -> Level:
-    """A level as a block runs it that remembers nothing: pretrained sub-layers stand in for forecasts."""
+    """A level as a block runs it that remembers nothing: softmax attention in place of mediators and a held rest."""
     parts = parts_of(level)
-    attention, mlp = parts.attention, parts.mlp
-    return Parts(
-        attention if attention.order is None else Part(SOFTMAX),
-        mlp if mlp.order is None else Part(FULL),
-    ).level
+    return Parts(SOFTMAX, parts.mlp).level if parts.held else level
 
 
 def changes_modulation(level: Level) -> bool:
     """Whether a block at a level uses the low-rank change of its modulation: its attention runs bare, at an added level."""
-    attention = parts_of(level).attention
-    return attention.order is None and attention.runs != SOFTMAX
+    parts = parts_of(level)
+    return not parts.held and parts.attention != SOFTMAX
 
 
 def needs(level: Level, layer: int, settings: MediatorSettings | None) -> tuple[Level, ...]:
@@ -415,19 +376,9 @@ def needs(level: Level, layer: int, settings: MediatorSettings | None) -> tuple[
     parts = parts_of(level)
     added = settings if settings is not None and settings.converts(layer) else None
     changed = added is not None and added.modulation_rank and changes_modulation(level)
-    mlp = FULL if parts.mlp.runs == OWN and (added is None or added.mlp == "shared") else parts.mlp.runs
-    return tuple(part for part in (parts.attention.runs, MODULATION if changed else None, mlp) if part is not None)
-
-
-@lru_cache(maxsize=4096)
-def without_added(level: Level) -> Level:
-    """A level as a layer runs it to which nothing was added: the pretrained sub-layers, and forecasts without surrogates."""
-
-    def without(part: Part, pretrained: Level) -> Part:
-        return part if part.runs in (None, pretrained) else Part(pretrained) if part.order is None else Part(None, part.order)
-
-    parts = parts_of(level)
-    return Parts(without(parts.attention, SOFTMAX), without(parts.mlp, FULL)).level
+    mlp = FULL if parts.mlp == OWN and (added is None or added.mlp == "shared") else parts.mlp
+    before = [SOFTMAX] if parts.held else []  # the call whose rest is held, or this one where there is none
+    return (parts.attention, *before, *([MODULATION] if changed else []), mlp)
 
 
 def mlp_share(level: Level) -> int:
@@ -475,7 +426,7 @@ def in_order(levels: Iterable[Level]) -> list[Level]:
     """Distinct levels in the order of their rank; of equal rank, narrow MLPs first, then by name. The same in every process."""
 
     def place(level: Level) -> tuple[float, int, str]:
-        return kind_of(level).rank(level), -mlp_share(parts_of(level).mlp.runs or FULL), str(level)
+        return kind_of(level).rank(level), -mlp_share(parts_of(level).mlp), str(level)
 
     return sorted(set(levels), key=place)
 
@@ -515,7 +466,7 @@ def levels_per_layer(levels: Level | Sequence[Level], depth: int, settings: Medi
 
 
 def refuse_lacking(levels: Sequence[Level], settings: MediatorSettings | None, hint: str = "") -> None:
-    """Refuses levels, one per layer, of which a layer does not have one, or does not have a surrogate or a narrow MLP that it names.
+    """Refuses levels, one per layer, of which a layer does not have one, or does not have mediators or a narrow MLP that it names.
 
     Args:
         settings: what was added to the model; None: nothing.

@@ -135,7 +135,7 @@ class DiffusionTransformer(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """(b, channels, height, width) -> (b, n, c): the first block's input."""
-        return self.x_embedder(x) + self.pos_embed
+        return self.pos_embed + self.x_embedder(x)  # in this order the sum lies in memory as what blocks give, whose graphs it shares
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, levels: Level | Sequence[Level] = SOFTMAX, memory: Memory | None = None) -> Tensor:
         """The checkpoint's own prediction.
@@ -145,8 +145,7 @@ class DiffusionTransformer(nn.Module):
             t: (b,). DiT: 0 to 999, 999 is noise. SiT and LightningDiT: 0 to 1, 1 is data (REPA: 1 is noise).
             y: class labels (b,); `arch.classes` is the null class.
             levels: one level for the whole model, which is softmax in layers that conversion left alone; or one per layer.
-            memory: of the trajectory that this call is a part of: computed sub-layers are remembered in it, forecasts read it. Without one
-                everything is computed.
+            memory: of the trajectory that this call is a part of, for levels with a held rest. Without one these run as softmax.
 
         Returns:
             DiT with learned variance: noise and variance logits (b, 2 channels, height, width).

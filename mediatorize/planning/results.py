@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ class Planned:
     dtype: str
     plans: Plans | None = None
     """None after a dry run."""
+    shares: Mapping[int, float] = field(default_factory=dict)
+    """FLOPs of each plan, as a share of `reference_steps` calls in full."""
     seconds: float = 0.0
     model_rows: int = 0
     """After a dry run only: about how many rows of model calls the search takes, both halves of guidance counted."""

@@ -19,8 +19,9 @@ from mediatorize.diffusion.plan import Bands, Feature, Plan, Setting, Streams
 from mediatorize.errors import UserError
 from mediatorize.planning.fit import Batch, analytic, call_at, final_of, fit, gauss_newton, middle
 from mediatorize.planning.judge import Errors, with_interval
+from mediatorize.planning.levels import Measure, counts_for, with_levels
 from mediatorize.planning.path import Path, path_of
-from mediatorize.planning.reference import TOLERANCE, Denoiser, Reference, calls_needed, solve
+from mediatorize.planning.reference import TOLERANCE, Denoiser, Reference, calls_needed, cosine_grid, solve
 from mediatorize.progress import Progress, silent
 from mediatorize.store import InMemory, Kept, Store
 
@@ -94,6 +95,11 @@ class Wanted:
         bare = Plan(calls=calls, streams=streams or self.streams, **{name: getattr(self, name) for name in names})
         return replace(bare, calls=tuple(replace(call, uncond=bare.inside(call)) for call in calls))
 
+    def rows_of_reference(self, calls: int) -> int:
+        """Rows of the model that one sample's reference of so many calls takes."""
+        places = cosine_grid(self.path, calls)
+        return sum(2 if guided_at(self)(u) else 1 for u in (places if self.path.end < 1 else places[:-1]))
+
     def times(self, calls: int, power: float, bend: float) -> list[float]:
         """Places of a number of calls, from the path's start."""
         even = [k / calls for k in range(calls)]
@@ -112,7 +118,7 @@ class Found:
     reported: Errors
     """Of the third set."""
     others: Mapping[str, Errors]
-    """Of the same samples by other solvers with as many calls."""
+    """Of the same samples by other solvers with as many calls in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,8 @@ class Plans:
 
     @property
     def plans(self) -> dict[int, Plan]:
-        return {calls: found.plan for calls, found in self.found.items()}
+        """By their own numbers of calls, of two with as many the dearer one."""
+        return {len(found.plan.calls): found.plan for _, found in sorted(self.found.items())}
 
     @property
     def reference_is_enough(self) -> bool:
@@ -149,16 +156,18 @@ def search(
     *,
     others: Others | None = None,
     many: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None,
+    levels: Measure | None = None,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Plans:
-    """Plans for some numbers of calls.
+    """Plans for some numbers of calls, or for their price.
 
     Args:
         denoise: the model. Its rows are those of the three sets, one after another.
         noise: (n, c, ...) of the three sets: to fit on, to choose by, to tell from.
         others: baselines, drawn from the third set's noise.
         many: the same with many steps.
+        levels: measures what cheaper levels do in a plan; more calls with such are then tried for the price of each number of calls.
         store: keeps what is found; one that outlasts the process resumes the search.
 
     Raises:
@@ -185,6 +194,8 @@ def search(
 
             def make(count: int = count) -> Kept:
                 plan, stages = find(denoise, wanted, count, sets[0], sets[1])
+                if levels is not None:
+                    plan, stages = find_levels(denoise, wanted, plan, stages, levels, sets[0], sets[1])
                 errors = {
                     "fitted": sets[0].errors(final_of(denoise, plan, sets[0])),
                     "told": sets[2].errors(final_of(denoise, plan, sets[2])),
@@ -235,6 +246,26 @@ def find(denoise: Denoiser, wanted: Wanted, count: int, batch: Batch, others: Ba
     return plan, stages
 
 
+def find_levels(
+    denoise: Denoiser, wanted: Wanted, full: Plan, stages: dict[str, float], measure: Measure, batch: Batch, others: Batch
+) -> tuple[Plan, dict[str, float]]:
+    """The best for the price of a plan whose calls run in full: that plan, or one of more calls, at cheaper levels in some layers."""
+    best, error = full, list(stages.values())[-1]
+    own = measure(full)
+    room = own.rest + own.costs[:, :, -1].sum()  # softmax is the last option
+    for count in counts_for(len(full.calls)):
+        bare, _ = find(denoise, replace(wanted, steps=0), count, batch, others)
+        mixed = with_levels(bare, measure(bare), room)
+        if mixed is None:
+            continue
+        fitted = fit(denoise, mixed, batch, wanted.history)
+        plan, after = gauss_newton(denoise, fitted, wanted.path, batch.first(jacobian_samples(wanted, count)), others)
+        stages = stages | {f"{count} calls at cheaper levels": after}
+        if after < error:
+            best, error = plan, after
+    return best, stages
+
+
 def jacobian_samples(wanted: Wanted, count: int) -> int:
     """How many samples a Gauss-Newton step of `count` calls is made from: about as many model calls for every count."""
     return min(wanted.samples, max(JACOBIAN, JACOBIAN * JACOBIAN_CALLS**2 // count**2))
@@ -254,6 +285,12 @@ def plain_setting(wanted: Wanted, device: torch.device | str = "cpu") -> Setting
 def guided_at(wanted: Wanted) -> Callable[[float], bool]:
     """Whether guidance holds at a place u."""
     return lambda u: wanted.plan([u]).calls[0].uncond
+
+
+def converged(denoise: Denoiser, wanted: Wanted, noise: Tensor, calls: int) -> Tensor:
+    """The teacher's own solutions (n, c, ...) from noise of that shape, by a reference of so many calls."""
+    setting, rows = plain_setting(wanted, noise.device), torch.arange(len(noise))
+    return setting.bands.back(solve(denoise, setting, wanted.path, guided_at(wanted), noise, rows, calls).final)
 
 
 def reference_calls(denoise: Denoiser, wanted: Wanted, noise: Tensor, rows: Tensor, store: Store, progress: Progress) -> tuple[int, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediatorize.compression.costs import COSTS
 from mediatorize.model.levels import is_pretrained, title
-from mediatorize.model.schedule import RuleSchedule, Schedule
+from mediatorize.model.schedule import RuleSchedule
 from mediatorize.planning.results import Planned
 from mediatorize.report import plans
 from mediatorize.report.sampling import began_in_words
@@ -40,8 +40,6 @@ def words(result: Calibration | Planned) -> str:
         f"{how.solver}, {how.steps} steps, guidance {how.cfg_scale}",
         f"  possible budgets: {result.costs.least(result.kinds):.1%} to 100% of softmax's {unit}, with {', '.join(result.kinds)}",
     ]
-    if "forecasts" in result.kinds:
-        lines.append(f"  forecasts keep up to {result.memory_bytes / 2**20:.3g} MiB per sample between calls (float32)")
     lines += [f"  {note}" for note in result.notes]
     if found is None:
         seconds = seconds_in_words(result.estimated_seconds or 0.0)
@@ -132,23 +130,18 @@ def _about(result: Calibration, outcome: Outcome, unit: str) -> list[str]:
     if isinstance(best.schedule, RuleSchedule):
         lines.append("  the step-wise rule, each sample for itself; on the trajectories that it was tuned on:")
         lines += [f"  {line}" for line in began_in_words(best.schedule.began(best.switches), len(best.switches))]
-        for other in _beside(result, outcome):
+        if (other := _beside(result, outcome)) is not None:
             told = "" if other.measured is None else f", median error {other.measured.median:.4f}"
             lines.append(f"  beside it, {other.kind}, {other.share:.2%} of softmax's {unit}{told}: {other.name}")
-    if outcome.patterns is not None:
-        graphs = "1 graph" if outcome.patterns == 1 else f"{outcome.patterns} graphs"
-        lines.append(f"  with --compile it needs {graphs}, one for each way that a block runs")
     lines += [] if outcome.latency is None else [_about_time(outcome.latency)]
     return lines
 
 
-def _beside(result: Calibration, outcome: Outcome) -> list[Candidate]:
-    """Of other candidates for the budget of a rule the best, and the best without forecasts; all were judged on the same noise."""
+def _beside(result: Calibration, outcome: Outcome) -> Candidate | None:
+    """The best other candidate for the budget of a rule; all were judged on the same noise."""
     assert result.found is not None, "there is an outcome"
     others = [c for c in result.found.candidates if not isinstance(c.schedule, RuleSchedule) and c.keeps(outcome.budget)]
-    bare = [c for c in others if isinstance(c.schedule, Schedule)]
-    best = [min(those, key=lambda candidate: candidate.error) for those in (others, bare) if those]
-    return best[:1] if len(best) == 2 and best[0] is best[1] else best
+    return min(others, key=lambda candidate: candidate.error, default=None)
 
 
 def _about_time(took: Latency) -> str:
@@ -169,7 +162,6 @@ def facts(result: Calibration | Planned) -> dict[str, Any]:
         "cost": result.cost,
         "calls": len(result.costs.noise_levels),
         "kinds": list(result.kinds),
-        "memory_bytes_per_sample": result.memory_bytes,
         "layers": result.arch.depth,
         "levels": list(result.settings.levels),
         "converted_layers": list(result.settings.converted(result.arch.depth)),
@@ -206,7 +198,6 @@ def _outcome_facts(result: Calibration, outcome: Outcome) -> dict[str, Any]:
             if c.name in outcome.reported
         ],
         "solved_seconds": round(outcome.solved_seconds, 3),
-        "patterns": outcome.patterns,
         "latency": None if outcome.latency is None else vars(outcome.latency),
     }
 
@@ -214,7 +205,7 @@ def _outcome_facts(result: Calibration, outcome: Outcome) -> dict[str, Any]:
 def _candidate_facts(candidate: Candidate) -> dict[str, Any]:
     told = {key: value for key, value in vars(candidate).items() if key not in ("schedule", "measured", "switches")}
     told["switched"] = _switched(candidate)
-    return {**told, "path": list(candidate.path), "predicted": dict(candidate.predicted), "measured": _errors(candidate.measured)}
+    return {**told, "predicted": dict(candidate.predicted), "measured": _errors(candidate.measured)}
 
 
 def _switched(candidate: Candidate) -> list[dict[str, Any]]:
@@ -228,7 +219,7 @@ def _errors(errors: Errors | None) -> dict[str, Any] | None:
 
 
 def schedule_text(result: Calibration, outcome: Outcome) -> str:
-    """The text of a schedule's file: JSON. First what it was made for, and a rule, then one line per call or piece."""
+    """The text of a schedule's file: JSON. First what it was made for, and a rule, then one line per piece."""
     how, best = result.sampler, outcome.chosen
     predicted = best.predicted.get("vectors")
     made_for = {
@@ -244,7 +235,7 @@ def schedule_text(result: Calibration, outcome: Outcome) -> str:
     if isinstance(best.schedule, RuleSchedule):
         made_for["switched"] = _switched(best)
     content = outcome.schedule.to_json()
-    (name,) = {"calls", "pieces", "usual"} & content.keys()
+    (name,) = {"pieces", "usual"} & content.keys()
     lines = content.pop(name)
     head = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in (made_for | content).items()]
     return "{\n" + "\n".join(head) + f'\n  "{name}": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in lines) + "\n  ]\n}\n"

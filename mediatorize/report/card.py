@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.levels import SOFTMAX, Level, title
-from mediatorize.model.schedule import CallSchedule, RuleSchedule, is_computed
+from mediatorize.model.schedule import RuleSchedule
 from mediatorize.report.sampling import rule_in_words
 from mediatorize.report.tables import layers_in_words, left_out
 
@@ -183,19 +183,6 @@ def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
     if schedule is None:
         return "It has no schedule: one level serves the whole model at all times, softmax where none is chosen."
     softmax = cost.forward_flops(config.arch)
-    if isinstance(schedule, CallSchedule):
-        computed = sum(call.computed for call in schedule.of_calls)
-        calls = len(schedule.of_calls)
-        rows = 2 if schedule.guided else 1
-        spent = cost.calls_flops(config.arch, schedule.of_calls, schedule.noise_levels, [rows] * calls, config.settings)
-        both = [(call.computed, call.unconditional) for call in schedule.of_calls]
-        halves = sum(whole and other is not None and not is_computed(other) for whole, other in both)
-        apart = f", {halves} of them without the unconditional half," if halves else ","
-        guided = " with guidance" if schedule.guided else ""
-        return (
-            f"Its schedule is for {calls} model calls{guided}: {computed} are computed{apart} the others forecast from those before, for "
-            f"{spent / softmax / calls / rows:.1%} of softmax's FLOPs. A sampler of other steps computes the calls nearest to those."
-        )
     rule = ""
     if isinstance(schedule, RuleSchedule):
         rule, schedule = f"It follows the step-wise rule of arXiv 2408.05710: {rule_in_words(schedule.rule)}. ", schedule.usual

@@ -18,6 +18,7 @@ from mediatorize.report.document import Block, Code, Document, Heading, Picture,
 from mediatorize.report.html import html_page
 from mediatorize.report.pictures import (
     write_comparison,
+    write_error_calls,
     write_error_cost,
     write_schedule_map,
     write_trajectory,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.evaluation.comparison import Row, Samples
     from mediatorize.evaluation.features import Pictures
-    from mediatorize.model.schedule import Call
     from mediatorize.model.transformer import DiffusionTransformer
 
 RESULT_FILE = "evaluation.json"
@@ -45,7 +45,12 @@ def _shown(value: float | None, form: str) -> str | None:
     return None if value is None else format(value, form)
 
 
+def _interval(row: RowResult) -> str | None:
+    return None if row.converged is None or row.converged.interval is None else "{:.4f}-{:.4f}".format(*row.converged.interval)
+
+
 COST: tuple[Column, ...] = (
+    ("model calls", lambda row: str(row.calls)),
     ("GMACs per sample", lambda row: gmacs(row.flops)),
     ("GFLOPs per sample", lambda row: gmacs(2 * row.flops)),
     ("FLOPs / softmax", lambda row: f"{row.relative_flops:.1%}"),
@@ -55,14 +60,17 @@ COST: tuple[Column, ...] = (
     ("peak memory, GiB", lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"),
 )
 QUALITY: tuple[Column, ...] = (
-    ("trajectory error", lambda row: f"{row.trajectory_error:.3f}"),
+    ("error to the converged teacher", lambda row: None if row.converged is None else f"{row.converged.median:.4f}"),
+    ("95% interval", lambda row: _interval(row)),
+    ("flipped", lambda row: None if row.converged is None else f"{row.converged.flipped:.1%}"),
+    ("trajectory error", lambda row: _shown(row.trajectory_error, ".3f")),
     ("sample error", lambda row: f"{row.sample_error:.3f}"),
     ("class accuracy", lambda row: _shown(row.accuracy, ".3f")),
     ("Frechet distance", lambda row: _shown(row.frechet_distance, ".2f")),
     ("precision", lambda row: _shown(row.precision, ".3f")),
     ("recall", lambda row: _shown(row.recall, ".3f")),
 )
-SHORT = (COST[0], COST[2], COST[3], *QUALITY)
+SHORT = (COST[0], COST[1], COST[3], COST[4], QUALITY[0], *QUALITY[3:])
 
 
 def words(found: Evaluation) -> str:
@@ -111,8 +119,8 @@ def notes(found: Evaluation) -> list[str]:
     return [f"Frechet distances of {found.samples} samples in {width} features are far too rough. Take several times as many samples."]
 
 
-def table(found: Evaluation, columns: Sequence[Column], first: str = "level") -> Table:
-    """A row per level or schedule; columns that no row has are left out."""
+def table(found: Evaluation, columns: Sequence[Column], first: str = "row") -> Table:
+    """A row per way of sampling; columns that no row has are left out."""
     cells = {name: [of(row) for row in found.results] for name, of in columns}
     kept = {name: values for name, values in cells.items() if any(value is not None for value in values)}
     rows = [(row.title, *(values[index] or "-" for values in kept.values())) for index, row in enumerate(found.results)]
@@ -127,9 +135,7 @@ def rules(found: Evaluation) -> list[str]:
 
 def title(found: Evaluation) -> str:
     how = found.sampler
-    return (
-        f"{found.name}: {found.samples} samples per level from the same noise, {how.solver} {how.steps} steps, guidance {how.cfg_scale:g}"
-    )
+    return f"{found.name}: {found.samples} samples per row from the same noise, {how.solver} {how.steps} steps, guidance {how.cfg_scale:g}"
 
 
 def lead(found: Evaluation) -> str:
@@ -138,6 +144,8 @@ def lead(found: Evaluation) -> str:
     if not students:
         judged = "" if teacher.frechet_distance is None else f" For the teacher, {_quality(teacher, found)}."
         return f"Only the pretrained model was judged: {gmacs(teacher.flops)} GMACs per sample.{judged}"
+    if plans := [row for row in students if row.kind == "plan"]:
+        return _about_plans(found, plans)
     scheduled = [row for row in students if row.kind == "schedule"]
     cheapest = min(students, key=lambda row: row.relative_flops)
     closest = min(students, key=lambda row: row.sample_error)
@@ -154,6 +162,33 @@ def lead(found: Evaluation) -> str:
     if found.comparison.distance_of_halves is not None:
         sentences.append(f"The distance between two halves of {found.comparison.reference} is {found.comparison.distance_of_halves:.2f}.")
     return "\n\n".join(sentences)
+
+
+def _about_plans(found: Evaluation, plans: Sequence[RowResult]) -> str:
+    """A paragraph for every plan: what it costs, how near it is, and the best that another solver does with as many calls."""
+    teacher, solvers = found.results[0], [row for row in found.results if row.kind == "solver"]
+    sentences = []
+    for row in plans:
+        assert row.converged is not None, "plans come with the converged teacher"
+        time = "" if row.relative_time is None else f" and {row.relative_time:.1%} of their time"
+        text = (
+            f"The {row.title} takes {row.relative_flops:.1%} of the FLOPs of {teacher.calls} calls{time}. Its median distance to the "
+            f"converged teacher is {row.converged.median:.4f}"
+        )
+        beside = [each for each in solvers if each.calls == row.calls and each.converged is not None]
+        best = min(beside, key=lambda each: each.converged.median if each.converged else 0.0, default=None)
+        if best is not None and best.converged is not None:
+            text += f"; the best other solver of the tool has {best.converged.median:.4f} ({best.level})"
+            text += ", which is nearer" if best.converged.median < row.converged.median else ""
+        text += f"; {teacher.calls} calls of {found.sampler.solver} have {teacher.converged.median:.4f}" if teacher.converged else ""
+        text += "" if row.frechet_distance is None else f"; {_quality(row, found)} ({_beside_it(found)})"
+        sentences.append(f"{text}.")
+    return "\n\n".join(sentences)
+
+
+def _beside_it(found: Evaluation) -> str:
+    goal = next((row for row in found.results if row.kind == "converged"), found.results[0])
+    return f"the converged teacher: {_brief(goal)}"
 
 
 def _how(row: RowResult) -> str:
@@ -206,9 +241,14 @@ def write_pictures(
             side = pictures.shape[1]
             write_grid(out / file, pictures, 10 if side <= SMALL else 4, max(1, 64 // side), classes)
             written[file] = name
-    if len(results) > 1:
-        write_error_cost(out / "error-cost.png", results)
+    if any(row.kind == "plan" for row in results):
+        write_error_calls(out / "error-calls.png", results)
+        written["error-calls.png"] = "Error against model calls, of plans and of solvers"
+    levels = [row for row in results if row.kind in ("level", "schedule")]
+    if len(levels) > 1:
+        write_error_cost(out / "error-cost.png", levels)
         written["error-cost.png"] = "Error against cost of each level and schedule"
+    if sum(bool(row.errors_by_call) for row in results) > 1:
         write_trajectory_errors(out / "trajectory.png", results, noise_levels)
         written["trajectory.png"] = "Distance of each level and schedule from the teacher, along the trajectory"
     scheduled = [row for row in samples.rows if row.kind == "schedule"]
@@ -223,25 +263,14 @@ def write_pictures(
         calls = calls_of_sample_0(model, samples, row, sampler)
         after = shown_calls(len(calls))
         states = [(name, samples.states(one)) for name, one in (("teacher", samples.rows[0]), ("student", row))]
-        write_trajectory(out / file, calls, after, states, f"{row.name}: {_counted(calls)}")
+        write_trajectory(out / file, calls, after, states, row.name)
         which = "each call" if len(after) == len(calls) else f"every {after[1] - after[0]} calls"
-        written[file] = (
-            f"{row.name}: the first sample after {which}, framed in black where the call was computed and in orange where it was forecast; "
-            "below, what every layer runs in every call"
-        )
+        written[file] = f"{row.name}: the first sample after {which}; below, what every layer runs in every call"
     candidates = None if calibration is None else calibration / CANDIDATES_FILE
     if candidates is not None and candidates.exists():
         write_beside(out / CANDIDATES_FILE, lambda beside: shutil.copyfile(candidates, beside))
         written[CANDIDATES_FILE] = "The calibration's candidates: baselines are joined by dashes, what was kept is ringed"
     return written
-
-
-def _counted(calls: Sequence[Call]) -> str:
-    """How many calls are computed and forecast."""
-    computed = sum(call.computed for call in calls)
-    silent = sum(not call.levels for call in calls)
-    parts = [f"{computed} of {len(calls)} calls computed", f"{len(calls) - computed - silent} forecast"]
-    return ", ".join([*parts, f"{silent} without the model"] if silent else parts)
 
 
 SMALL = 64
@@ -298,11 +327,10 @@ def document(found: Evaluation) -> Document:
     how = f"{title(found)}, seed {found.sampler.seed}, {found.dtype} on {found.hardware['device']}."
     blocks: list[Block] = [Text(how), *_sides(found), *_pictures(found, "comparison.png")]
     blocks += [Heading("Cost"), table(found, COST), Text(_about_time(found)), Heading("Distance from the teacher, and quality")]
-    blocks += [table(found, QUALITY), Text(_about_quality(found)), *_pictures(found, "error-cost.png", "trajectory.png")]
+    blocks += [table(found, QUALITY), Text(_about_quality(found)), *_pictures(found, "error-calls.png", "error-cost.png", "trajectory.png")]
     maps = [file for file in found.pictures if file.startswith("schedule")]
     if maps:
-        blocks += [Heading("Schedules" if len(maps) > 1 else "Schedule"), Text(ABOUT_CALLS)]
-        blocks += [*_pictures(found, *maps), *map(Text, rules(found))]
+        blocks += [Heading("Schedules" if len(maps) > 1 else "Schedule"), *_pictures(found, *maps), *map(Text, rules(found))]
     if calibration := [*_calibrated(found.log), *_pictures(found, CANDIDATES_FILE)]:
         blocks += [Heading("Calibration, and what one would have without it"), *calibration]
     if notes(found):
@@ -323,13 +351,6 @@ def document(found: Evaluation) -> Document:
     return Document(f"{found.name}, teacher and student", lead(found), blocks)
 
 
-ABOUT_CALLS = (
-    "A computed call runs every layer, as the pretrained model does or at a cheaper level. A forecast call takes what layers would give "
-    "from earlier computed calls: linear continues the last two, hold repeats the last one. In linear+4, 4 mediators run "
-    "in the forecast call too, and the forecast is of what they leave out; in linear+1/8, an eighth of the MLP does."
-)
-
-
 def _calibrated(log: Sequence[Mapping[str, Any]]) -> list[Block]:
     """What was kept for every budget since the weights changed last, and the best of each kind of baseline within it.
 
@@ -339,6 +360,8 @@ def _calibrated(log: Sequence[Mapping[str, Any]]) -> list[Block]:
     blocks: list[Block] = []
     seen: set[str] = set()  # a file that was calibrated again holds the later schedule
     for entry in takewhile(lambda entry: entry.get("command") == "calibrate", reversed(log)):
+        if not entry["result"]["schedules"]:  # it was for plans, which say themselves what they are worth
+            continue
         how, cost, rows = entry["arguments"]["sampler"], COSTS[entry["arguments"]["cost"]].name, []
         for schedule in (schedule for schedule in entry["result"]["schedules"] if schedule["file"] not in seen):
             seen.add(schedule["file"])
@@ -381,17 +404,26 @@ def _about_time(found: Evaluation) -> str:
     memory = "" if any(row.peak_bytes for row in found.results) else " Peak memory is measured on CUDA devices only."
     return (
         f"{flops} Time: each model call on {timing.batch} samples is paired with a softmax call, {timing.pairs} pairs per level. The "
-        f"ratio is the median over pairs. Milliseconds are that ratio times softmax's median ({timing.softmax_ms:.2f} ms). Softmax "
+        f"ratio is the median over pairs, added up over a sample's calls. Milliseconds are that ratio times softmax's median "
+        f"({timing.softmax_ms:.2f} ms). Softmax "
         f"paired with itself measures {timing.control:.1%} (quartiles {low:.1%} to {high:.1%}): differences within that mean nothing. A "
         f"schedule's time is the mean over its calls.{memory}"
     )
 
 
 def _about_quality(found: Evaluation) -> str:
+    goal = next((row for row in found.results if row.kind == "converged"), None)
+    converged = (
+        ""
+        if goal is None
+        else f"The converged teacher is the pretrained model's own solution, of {goal.calls} calls. Errors to it are medians of single "
+        "samples' |sample - its| / |its|; a sample has flipped where its own is above 0.5. "
+    )
     text = (
-        "Trajectory error is |student - teacher| / |teacher| of the state at each model call, over all samples, then the mean over calls. "
-        "Sample error is the same ratio for the final samples. Both are 0 for level softmax, which is the pretrained model. Neither "
-        "measures how good pictures look."
+        f"{converged}Trajectory error is |student - teacher| / |teacher| of the state at each model call, over all samples, then the mean "
+        "over calls. "
+        f"Sample error is the same ratio for the final samples. Both are to the first row, {found.sampler.solver} with "
+        f"{found.sampler.steps} steps. Neither measures how good pictures look."
     )
     judged = found.comparison
     if judged.features is None:

@@ -19,7 +19,9 @@ def words(result: Exported | ExportedScheduler) -> str:
     if result.pruned is not None:
         share = result.pruned.parameters / result.pruned.of
         lines.append(f"Pruned to its schedule, {share:.1%} of the bundle's parameters are left. Gone: {result.pruned.without}.")
-    if result.runs_softmax:
+    if result.plans:
+        lines.append(f"Plans of {', '.join(map(str, result.plans))} calls travel with it.")
+    elif result.runs_softmax:
         lines.append("The export has no schedule and runs at softmax until a level is chosen. Calibrate before export, or pass --level.")
     lines.append(f"{result.out / 'README.md'} says how to use it.")
     return "\n".join(lines)
@@ -37,6 +39,7 @@ def facts(result: Exported | ExportedScheduler) -> dict[str, Any]:
         "dtype": result.dtype,
         "has_schedule": result.has_schedule,
         "runs_softmax": result.runs_softmax,
+        "plans": list(result.plans),
         "pruned": None if result.pruned is None else vars(result.pruned),
         "samples": None if result.verified.samples is None else vars(result.verified.samples),
         "bytes": result.bytes,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.model import cost
-from mediatorize.model.levels import LINEAR, title
+from mediatorize.model.levels import title
 from mediatorize.planning.results import InspectedPlans
 from mediatorize.report.plans import plan_facts, plan_words
 from mediatorize.report.tables import gmacs, text_table
@@ -35,9 +35,6 @@ def words(found: Inspection | InspectedPlans) -> str:
         "",
         f"Model FLOPs with the whole model at one level, as a share of softmax's (local branch of rank {found.settings.local_rank}):",
         _reachable(found),
-        "",
-        "FLOPs of a sampler that computes some model calls and forecasts the others from them, as a share of softmax's:",
-        _forecasts(found),
     ]
     if found.times is not None:
         lines += ["", _times(found.times)]
@@ -67,17 +64,11 @@ def _reachable(found: Inspection) -> str:
     return text_table(("resolution", "GMACs softmax", *map(title, levels)), rows)
 
 
-def _forecasts(found: Inspection) -> str:
-    shares = cost.forecast_shares(found.arch)
-    rows = [(str(calls), *(f"{share:.1%}" for share in of_calls.values())) for calls, of_calls in shares.items()]
-    return text_table(("model calls", *(f"1 in {every} computed" for every in cost.COMPUTED)), rows)
-
-
 def _times(found: CallTimes) -> str:
     where = found.hardware
     rows, slower = [], []
     for level, (share, time) in found.calls.items():
-        name = "forecast" if level == LINEAR else title(level)
+        name = title(level)
         rows.append((name, f"{share:.1%}", f"{time.ratio:.1%}", "{:.1%} to {:.1%}".format(*time.quartiles)))
         slower += [name] if share < 1 < time.quartiles[0] else []
     seconds = next(iter(found.calls.values()))[1].reference_seconds
@@ -153,7 +144,6 @@ def facts(found: Inspection | InspectedPlans) -> dict[str, Any]:
             }
             for at in found.reachable
         ],
-        "forecasts": cost.forecast_shares(found.arch),
         "local_rank": found.settings.local_rank,
         "notes": list(found.notes),
         "times": None if found.times is None else _times_facts(found.times),

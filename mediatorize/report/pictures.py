@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediatorize.evaluation.results import RowResult
-from mediatorize.model.levels import Level, forecasts, in_order, is_pretrained, parts_of, read_level
+from mediatorize.model.levels import Level, holds, in_order, is_pretrained, read_level
 from mediatorize.model.levels import title as title_of
-from mediatorize.model.schedule import AnySchedule, Call, RuleSchedule, Schedule
+from mediatorize.model.schedule import AnySchedule, Levels, RuleSchedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mediatorize.formats.images import Pixels
 
-INK, SOFT, STUDENT, SCHEDULED, FORECAST = "#1c2228", "#5b6670", "#2f6f9f", "#c8553d", "#fd9243"
+INK, SOFT, STUDENT, SCHEDULED = "#1c2228", "#5b6670", "#2f6f9f", "#c8553d"
 
 Colour = str | tuple[float, float, float, float]
 
@@ -120,6 +120,45 @@ def write_error_cost(path: Path, results: Sequence[RowResult]) -> None:
     _write(path, figure)
 
 
+def write_error_calls(path: Path, results: Sequence[RowResult]) -> None:
+    """A PNG: median error to the converged teacher, and the distance from the reference, against model calls: plans, and other solvers.
+
+    Args:
+        results: the teacher first, with its converged solution among them.
+    """
+    shown = [row for row in results if row.kind in ("plan", "solver") or row is results[0]]
+    goal = next(row for row in results if row.kind == "converged")
+    lines: dict[str, list[RowResult]] = {}
+    for row in shown:
+        method = "plan" if row.kind == "plan" else row.level.partition(",")[0] if row.kind == "solver" else f"{row.calls} steps"
+        lines.setdefault(method, []).append(row)
+    judged = goal.frechet_distance is not None
+    figure = new_figure(4.6 * (1 + judged), 3.6)
+    axes = figure.subplots(1, 1 + judged, squeeze=False)[0]
+    for index, (method, rows) in enumerate(lines.items()):
+        rows = sorted(rows, key=lambda row: row.calls)
+        colour = SCHEDULED if method == "plan" else INK if rows[0] is results[0] else _shade(index, len(lines))
+        look: dict[str, Any] = {"color": colour, "label": method, "linewidth": 2.2 if method == "plan" else 1.2, "markersize": 5}
+        calls = [row.calls for row in rows]
+        axes[0].plot(calls, [row.converged.median if row.converged else 0.0 for row in rows], "o-", **look)
+        if judged:
+            axes[1].plot(calls, [row.frechet_distance or 0.0 for row in rows], "o-", **look)
+    axes[0].set_yscale("log")
+    axes[0].set_title("median error to the converged teacher", fontsize=10, loc="left", color=INK)
+    if judged:
+        axes[1].axhline(goal.frechet_distance or 0.0, color=SOFT, linewidth=1, linestyle="--", label="the converged teacher")
+        axes[1].set_title("Frechet distance", fontsize=10, loc="left", color=INK)
+    ticks = sorted({row.calls for row in shown})
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.set_xlabel("model calls", fontsize=8.5, color=SOFT)
+        calm(axis)
+    axes[-1].legend(fontsize=8, frameon=False, labelcolor=INK)
+    _write(path, figure)
+
+
 def write_trajectory_errors(path: Path, results: Sequence[RowResult], noise_levels: Sequence[float]) -> None:
     """A PNG: |student - teacher| / |teacher| at each model call, noise to the left; a level of higher rank is darker.
 
@@ -159,44 +198,39 @@ def _shade(index: int, count: int, colours: str = "Blues") -> Colour:
     return colormaps[colours](0.4 + 0.55 * (index + 0.5) / count)
 
 
-NO_CALL = "no model call"
 MOST_OUTLINED = 120
 """Cells of a map with more columns have no lines between them."""
 
 
 def write_schedule_map(path: Path, schedule: AnySchedule, title: str = "") -> None:
-    """A PNG: the level of every layer (up) at every noise level, or at every model call (noise to the left); darker is dearer.
+    """A PNG: the level of every layer (up) at every noise level (noise to the left); darker is dearer.
 
-    Where the halves of guided calls differ, a second panel shows the unconditional half. Of a step-wise rule it shows the median sample.
+    Of a step-wise rule it shows the median sample.
     """
     if isinstance(schedule, RuleSchedule):
         schedule = schedule.usual
-    panels = [("layer", list(schedule.levels))] if isinstance(schedule, Schedule) else _panels(schedule.of_calls)
-    figure = new_figure(6.4, 1.4 + _map_height(schedule.depth, panels))
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0].tolist()
-    _draw_map(axes, panels, schedule.edges if isinstance(schedule, Schedule) else None)
-    axes[0].set_title(title, fontsize=10, loc="left", color=INK)
+    figure = new_figure(6.4, 1.4 + _map_height(schedule.depth))
+    axis = figure.subplots()
+    _draw_map(axis, schedule.levels, schedule.edges)
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
     _write(path, figure)
 
 
-def write_trajectory(path: Path, calls: Sequence[Call], shown: Sequence[int], rows: Sequence[tuple[str, Pixels]], title: str = "") -> None:
-    """A PNG: one trajectory's pictures after model calls, over the level of every layer (up) at every call (noise to the left).
-
-    Pictures of the last row are framed by what the call was: ink where it was computed, orange where it was forecast.
+def write_trajectory(
+    path: Path, calls: Sequence[Levels], shown: Sequence[int], rows: Sequence[tuple[str, Pixels]], title: str = ""
+) -> None:
+    """A PNG: one trajectory's pictures after model calls, over the level of every layer (up) at every call.
 
     Args:
-        calls: of the whole trajectory, in order.
+        calls: levels of the whole trajectory, in order.
         shown: the calls, from 0, after which there are pictures, at even distances.
         rows: a name, and a picture (height, width, channels) in bytes after each of these calls.
     """
-    from matplotlib.patches import Rectangle
-
-    panels = _panels(calls)
     every = shown[1] - shown[0] if len(shown) > 1 else len(calls)
     first, last = shown[0] + 1.5 - every, len(calls) + 0.5  # call k is between k + 0.5 and k + 1.5
     tile = min(max(11 / len(shown), 0.4), 1.0)  # inches
-    width, map_height = tile * (last - first) / every, _map_height(len(calls[0].levels), panels) / len(panels)
-    heights = [tile] * len(rows) + [map_height] * len(panels)
+    width = tile * (last - first) / every
+    heights = [*[tile] * len(rows), _map_height(len(calls[0]))]
     below, gap = 0.5, 0.07
     size = width + 1.0, below + sum(heights) + gap * len(heights) + 0.3
     figure, axes, at = new_figure(*size), [], size[1] - 0.3
@@ -208,40 +242,23 @@ def write_trajectory(path: Path, calls: Sequence[Call], shown: Sequence[int], ro
     for axis, (name, pictures) in zip(axes, rows, strict=False):
         for call, picture in zip(shown, pictures, strict=True):
             left, right = call + 1.5 - every, call + 1.5
-            if name == rows[-1][0]:
-                colour = INK if calls[call].computed else FORECAST
-                axis.add_patch(Rectangle((left + 0.02 * every, 0.02), 0.96 * every, 0.96, facecolor=colour, zorder=-1))
             _show(axis, picture, (left + 0.1 * every, right - 0.1 * every, 0.1, 0.9))
         axis.set(xlim=(first, last), ylim=(0, 1), aspect="auto", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_ylabel(name, fontsize=8.5, color=SOFT, rotation=0, ha="right", va="center")
-    _draw_map(axes[len(rows) :], panels)
-    for axis in axes[len(rows) :]:
-        axis.set_xlim(first, last)
-        axis.tick_params(labelbottom=axis is axes[-1])
+    _draw_map(axes[-1], calls)
+    axes[-1].set_xlim(first, last)
     axes[0].set_title(title, fontsize=10, loc="left", color=INK)
     _write(path, figure, bbox_inches="tight")
 
 
-Panel = tuple[str, list[tuple[Level, ...]]]
-"""A part of a map: what stands beside it, and the levels of the layers in every column; none where the model is not called."""
-
-
-def _panels(calls: Sequence[Call]) -> list[Panel]:
-    """One of all calls, or two where the halves of guided calls differ."""
-    if all(call.unconditional is None for call in calls):
-        return [("layer", [call.levels for call in calls])]
-    conditional, unconditional = zip(*(call.streams for call in calls), strict=True)
-    return [("layer, conditional", list(conditional)), ("unconditional", list(unconditional))]
-
-
-def _map_height(depth: int, panels: Sequence[Panel]) -> float:
+def _map_height(depth: int) -> float:
     """Inches."""
-    return 0.16 * max(depth, 6) * len(panels)
+    return 0.16 * max(depth, 6)
 
 
-def _draw_map(axes: Sequence[Axes], panels: Sequence[Panel], edges: Sequence[float] | None = None) -> None:
-    """Draws each panel into its axis, and the legend beside the first.
+def _draw_map(axis: Axes, columns: Sequence[Levels], edges: Sequence[float] | None = None) -> None:
+    """Draws levels of the layers in every column, and the legend beside them.
 
     Args:
         edges: noise levels between the columns; None: columns are model calls.
@@ -251,37 +268,33 @@ def _draw_map(axes: Sequence[Axes], panels: Sequence[Panel], edges: Sequence[flo
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    every = [levels for _, columns in panels for levels in columns]
-    used, depth = {level for levels in every for level in levels}, max(map(len, every))
-    colours: dict[Level, Colour] = level_colours([level for level in used if not forecasts(level)])
-    resting = in_order(level for level in used if forecasts(level))
-    colours |= {level: _shade(index, len(resting) + 1, "Oranges") for index, level in enumerate(resting)}
-    if not all(every):
-        colours[NO_CALL] = "#f4f1ec"
+    used, depth = {level for levels in columns for level in levels}, len(columns[0])
+    colours = level_colours(list(used))
+    held = in_order(level for level in used if holds(level))
+    colours |= {level: _shade(index, len(held) + 1, "Oranges") for index, level in enumerate(held)}
     order = list(colours)
-    mesh: dict[str, Any] = {
-        "cmap": ListedColormap(list(colours.values())),
-        "vmin": -0.5,
-        "vmax": len(order) - 0.5,
-        "edgecolors": "white",
-        "linewidth": 0.4 if len(every) <= MOST_OUTLINED else 0,
-    }
-    for axis, (name, columns) in zip(axes, panels, strict=True):
-        cells = np.array([[order.index(level) for level in (levels or [NO_CALL] * depth)] for levels in columns]).T  # (layers, columns)
-        places = np.arange(len(columns) + 1) + 0.5 if edges is None else [0.0, *edges, 1.0]
-        axis.pcolormesh(places, np.arange(depth + 1) - 0.5, cells, **mesh)
-        axis.set_ylabel(name, fontsize=8.5, color=SOFT)
-        axis.set_yticks(range(0, depth, max(1, depth // 7)))
-        axis.tick_params(colors=SOFT, labelsize=8)
-        axis.spines[:].set_visible(False)
-        if edges is None:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if edges is not None:
-        axes[0].invert_xaxis()
-    axes[-1].set_xlabel("model call (noise to the left)" if edges is None else "noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
-    names = [level if level == NO_CALL else _in_legend(level) for level in order]
-    patches = [Patch(color=colour, label=name) for name, colour in zip(names, colours.values(), strict=True)]
-    axes[0].legend(
+    cells = np.array([[order.index(level) for level in levels] for levels in columns]).T  # (layers, columns)
+    axis.pcolormesh(
+        np.arange(len(columns) + 1) + 0.5 if edges is None else [0.0, *edges, 1.0],
+        np.arange(depth + 1) - 0.5,
+        cells,
+        cmap=ListedColormap(list(colours.values())),
+        vmin=-0.5,
+        vmax=len(order) - 0.5,
+        edgecolors="white",
+        linewidth=0.4 if len(columns) <= MOST_OUTLINED else 0,
+    )
+    axis.set_ylabel("layer", fontsize=8.5, color=SOFT)
+    axis.set_yticks(range(0, depth, max(1, depth // 7)))
+    axis.tick_params(colors=SOFT, labelsize=8)
+    axis.spines[:].set_visible(False)
+    if edges is None:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axis.invert_xaxis()
+    axis.set_xlabel("model call (noise to the left)" if edges is None else "noise level (1 noise, 0 data)", fontsize=8.5, color=SOFT)
+    patches = [Patch(color=colour, label=title_of(level)) for level, colour in colours.items()]
+    axis.legend(
         handles=patches,
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
@@ -291,14 +304,6 @@ def _draw_map(axes: Sequence[Axes], panels: Sequence[Panel], edges: Sequence[flo
         title="level",
         title_fontsize=8,
     )
-
-
-def _in_legend(level: Level) -> str:
-    if not forecasts(level):
-        return title_of(level)
-    parts = parts_of(level)
-    both_alike = parts.attention == parts.mlp
-    return f"forecast, {level}" if both_alike else f"forecast: attention {parts.attention}, MLP {parts.mlp}"
 
 
 def write_redundancy(

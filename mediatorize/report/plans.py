@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mediatorize.model.levels import SOFTMAX, title
 from mediatorize.report.tables import seconds_in_words, text_table
 
 if TYPE_CHECKING:
@@ -40,8 +42,8 @@ def words(result: Planned) -> str:
         name, best = min(each.others.items(), key=lambda item: item[1].median)
         rows.append(
             (
-                str(count),
-                f"{count / result.reference_steps:.0%}",
+                str(len(each.plan.calls)),
+                f"{result.shares[count]:.1%}",
                 f"{each.reported.median:.4f}",
                 f"{low:.4f}-{high:.4f}",
                 f"{each.reported.mean:.4f}",
@@ -49,7 +51,7 @@ def words(result: Planned) -> str:
                 f"{best.median:.4f} ({name})",
             )
         )
-    header = ("calls", f"of {result.reference_steps}", "median error", "95% interval", "mean", "flipped", "best other solver")
+    header = ("calls", f"FLOPs of {result.reference_steps}", "median error", "95% interval", "mean", "flipped", "best other solver")
     samples = wanted.sizes[2]
     lines = [head, "", text_table(header, rows)]
     lines += [f"{name} with {result.reference_steps} steps: median error {errors.median:.4f}." for name, errors in found.many.items()]
@@ -60,18 +62,30 @@ def words(result: Planned) -> str:
     )
     if not found.reference_is_enough:
         lines.append("warning: the reference errs by more than a tenth of the best plan's error, so that this error is not exact.")
-    lines.append("")
-    for count, each in found.found.items():
+    lines += [*_about_levels(result), ""]
+    for each in found.found.values():
         stages = ", ".join(f"{name} {error:.4f}" for name, error in each.stages.items())
-        lines.append(f"{count} calls, what each stage brought (geometric mean of the samples that choices are made by): {stages}")
+        lines.append(
+            f"{len(each.plan.calls)} calls, what each stage brought (geometric mean of the samples that choices are made by): {stages}"
+        )
         beaten = [name for name, errors in each.others.items() if errors.median < each.reported.median]
         lines += [f"  warning: {', '.join(beaten)} is nearer to the teacher with as many calls"] if beaten else []
     lines.append("")
     default = result.out.parent == result.model
     lines.append(f"Wrote {result.out} in {seconds_in_words(result.seconds)}. Sample by it:")
     plan = "" if default else f" --plan {result.out}"
-    lines.append(f"  mediatorize sample {result.model}{plan} --calls {result.calls[-1]} --out grid.png")
+    lines.append(f"  mediatorize sample {result.model}{plan} --calls {max(found.plans)} --out grid.png")
     return "\n".join(lines)
+
+
+def _about_levels(result: Planned) -> list[str]:
+    """What runs below softmax in a plan, where something does."""
+    told = []
+    for each in result.plans.found.values() if result.plans else ():
+        levels = Counter(level for call in each.plan.calls for level in call.levels or ())
+        if cheaper := [f"{count} at {title(level)}" for level, count in levels.items() if level != SOFTMAX]:
+            told.append(f"{len(each.plan.calls)} calls: of their {levels.total()} layers, {', '.join(cheaper)}.")
+    return told
 
 
 def facts(result: Planned) -> dict[str, Any]:
@@ -90,8 +104,8 @@ def facts(result: Planned) -> dict[str, Any]:
         return head | {"dry_run": predicted}
     plans = [
         {
-            "calls": count,
-            "share": count / result.reference_steps,
+            "calls": len(each.plan.calls),
+            "share": result.shares[count],
             "error": _errors(each.reported),
             "fitted": _errors(each.fitted),
             "stages": dict(each.stages),

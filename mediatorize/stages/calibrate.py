@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, kinds_of, read_budget, read_kind, read_search, refuse_out_of_reach
+from mediatorize.compression.costs import COSTS, KINDS_OF_SAVING, kinds_of, read_budget, read_kind, refuse_out_of_reach
 from mediatorize.errors import UserError, about, refuse_below
 from mediatorize.planning.results import Planned
 from mediatorize.signatures import OneOf, given, listed, one, whole_number
@@ -43,6 +43,7 @@ FOR_PLANS = {
     "samples",
     "streams",
     "reference_steps",
+    "cost",
     "verify",
     "seed",
     "batch",
@@ -50,7 +51,7 @@ FOR_PLANS = {
     "dtype",
 } | {*("cfg_scale", "cfg_channels", "cfg_interval", "family", "num_heads", "num_classes", "weights", "dry_run", "force")}
 """Parameters that plans heed."""
-ONLY_PLANS = {"out", "samples", "streams", "reference_steps", "family", "num_heads", "num_classes", "weights", "dtype"}
+ONLY_PLANS = {"calls", "out", "samples", "streams", "reference_steps", "family", "num_heads", "num_classes", "weights", "dtype"}
 """Parameters that schedules do not."""
 
 
@@ -73,8 +74,6 @@ class Calibration:
     """What the schedule may spend less by: names in `KINDS_OF_SAVING`."""
     trajectories: int
     verify: int
-    memory_bytes: int
-    """What linear forecasts keep for each sample, in float32, if their memory is not limited."""
     notes: tuple[str, ...]
     files: Mapping[float, Path]
     """The schedule's file, by budget."""
@@ -119,9 +118,6 @@ def calibrate(
         ),
     ] = (),
     cost: Annotated[str, option("unit of the budget: FLOPs, or time on this device at --batch", WHAT), OneOf(COSTS)] = "flops",
-    per: Annotated[
-        Literal["cell", "step"], option("cell: a level for every step and layer; step: one level per step, for all layers", WHAT)
-    ] = "cell",
     rule: Annotated[
         Literal["latent-change"] | None,
         option("find the paper's step-wise rule for the budget, in place of a fixed schedule: levels, --first and --ratios", WHAT),
@@ -129,20 +125,12 @@ def calibrate(
     kinds: Annotated[
         tuple[str, ...],
         option(
-            f"what may be spent less by, of {', '.join(KINDS_OF_SAVING)}; default: all that the bundle has",
+            f"of a bundle: find a schedule of levels for all steps of a solver, in place of a plan; of {', '.join(KINDS_OF_SAVING)}",
             WHAT,
             parser=listed(read_kind),
             metavar="KIND,KIND,...",
         ),
     ] = (),
-    search: Annotated[
-        str,
-        option("how long to improve the best candidate of a budget: a number of samples, or a time (90s)", WHAT, metavar="N|Ns"),
-    ] = "",
-    memory: Annotated[float, option("GiB that the memory of forecasts may take at --batch; 0 is no limit", WHAT, min=0)] = 0.0,
-    patterns: Annotated[
-        int, option("most ways that blocks may run in by a schedule: with --compile, a graph for each; 0 is no limit", WHAT, min=0)
-    ] = 0,
     solver: options.Solver = None,
     steps: options.Steps = None,
     cfg_scale: options.Guidance = 1.0,
@@ -162,8 +150,8 @@ def calibrate(
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Calibration | Planned:
-    """With --calls, or for a checkpoint: fits plans of few model calls to the teacher's own solution, on any model. For a bundle without
-    --calls: finds the schedule that changes samples least within a budget. Resumes after a kill; runs under torchrun.
+    """Fits plans of few model calls to the teacher's own solution, for any model. With --kinds or --rule: finds a bundle's schedule of
+    levels that changes the samples of a solver least within a budget. Resumes after a kill; runs under torchrun.
 
     Example: mediatorize calibrate DiT-XL-2-256x256.pt --family dit --calls 6,8,10 --cfg-scale 4
     """
@@ -174,7 +162,6 @@ def calibrate(
     from mediatorize.devices import measured_flops_per_second, pick_device, processes
     from mediatorize.diffusion.sampling import Sampler
     from mediatorize.formats import bundle as bundles
-    from mediatorize.model.schedule import forecast_from_the_first
     from mediatorize.report import calibration as report
     from mediatorize.stages.work import SharedWork, Work
 
@@ -182,12 +169,12 @@ def calibrate(
     shares = list(dict.fromkeys(read_budget(given) for given in (*([] if budget is None else [budget]), *budgets)))
     if not shares and not calls:
         raise UserError("No number of calls and no budget was given.", hint="Pass --calls 4,6,8, or --budget 0.16.")
-    if calls or not bundles.is_bundle(model):
+    if not (kinds or rule):
         if calls and shares:
             raise UserError("A number of calls is a budget.", hint="Pass --calls or --budget.")
         asked = [name.replace("_", "-") for name in given(calibrate, chosen) if name not in FOR_PLANS]
         if asked:
-            raise UserError(f"--{asked[0]} says nothing to plans.", hint="Leave it out; it is for schedules of bundles.")
+            raise UserError(f"--{asked[0]} says nothing to plans.", hint="Leave it out, or pass --kinds mediators for a schedule.")
         return calibrate_plans(
             model,
             calls or calls_within(shares, reference_steps),
@@ -195,6 +182,7 @@ def calibrate(
             guidance={"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": tuple(cfg_interval)},
             reference_steps=reference_steps,
             streams=streams,
+            unit=None if calls else cost,
             samples=samples,
             verify=max(2 * verify, 1),
             seed=seed,
@@ -207,12 +195,11 @@ def calibrate(
         )
     idle = [name.replace("_", "-") for name in given(calibrate, chosen) if name in ONLY_PLANS]
     if idle:
-        raise UserError(f"--{idle[0]} is for plans or checkpoints.", hint="Pass --calls, or leave it out.")
+        raise UserError(f"--{idle[0]} is for plans, and --kinds or --rule ask for a schedule.", hint="Pass one of them.")
     if COSTS[cost].timed and started_by_torchrun():
         raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
-    refuse_below({"verify": verify, "seed": seed, "patterns": patterns}, 0)
-    evaluations, seconds = read_search(search, verify) if search else (searching.EVALUATIONS, None)
+    refuse_below({"verify": verify, "seed": seed}, 0)
     config = bundles.read_config(model)
     bundles.refuse_pruned(model, config)
     bundles.refuse_untrained(model, config)
@@ -220,11 +207,6 @@ def calibrate(
     arch, settings, unit = loaded.arch, loaded.added(), COSTS[cost]
     with about(model):
         saving = kinds_of(settings, kinds)
-        bare = tuple(kind for kind in saving if kind != "forecasts")
-        if rule is not None and patterns:
-            raise UserError("A rule switches batches of any size, each of which is compiled by itself.", hint="Leave --patterns out.")
-        if rule is not None and not bare:
-            raise UserError("A rule switches between levels, and --kinds forecasts leaves only softmax.", hint="Pass --kinds mediators.")
     how: dict[str, Any] = {
         "solver": solver,
         "steps": steps,
@@ -239,7 +221,7 @@ def calibrate(
     costs = costs_of(cost, loaded.to(where), sampler, batch)
     for share in shares:
         with about(model):
-            refuse_out_of_reach(share, costs, settings, unit, saving if rule is None else bare)
+            refuse_out_of_reach(share, costs, settings, unit, saving)
     files = {share: model / SCHEDULES / (("" if rule is None else "rule-") + unit.schedule_name(share)) for share in shares}
     log = bundles.read_log(model)
     finished = {item["file"] for line in log if line["command"] == "calibrate" for item in line["result"]["schedules"]}
@@ -258,13 +240,11 @@ def calibrate(
         kinds=saving,
         trajectories=trajectories,
         verify=verify,
-        memory_bytes=4 * sampler.memory_numbers(arch, forecast_from_the_first(sampler.noise_levels(arch), arch.depth), settings),
         notes=() if tuned else ("warning: never finetuned; at the same budget a finetuned model has a smaller sample error",),
         files=files,
     )
     if dry_run:
-        counts: dict[str, Any] = {"trajectories": trajectories, "verify": verify, "budgets": shares, "evaluations": min(evaluations, 100)}
-        counts |= {"by_rule": rule is not None}
+        counts: dict[str, Any] = {"trajectories": trajectories, "verify": verify, "budgets": shares, "by_rule": rule is not None}
         spent = flops_of_search(arch, settings, sampler, **counts)
         expected = spent / measured_flops_per_second(where, arch.width, arch.tokens)
         tensors = peak_bytes_of_search(arch, settings, sampler, trajectories=trajectories, batch=batch)
@@ -280,10 +260,8 @@ def calibrate(
         error = UserError(f"{result.folder}: is for {how}, or another seed.", hint="Repeat those, or pass --force to measure anew.")
         return error if before["weights"] == measured else None
 
-    most = memory * 2**30 / (batch * next(loaded.parameters()).element_size()) if memory else None
-    wanted: dict[str, Any] = {"per": per, "kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
-    wanted |= {"most_memory": most, "most_patterns": patterns or None, "by_rule": rule is not None}
-    wanted |= {"evaluations": evaluations, "seconds": seconds, "timed": unit.timed, "facts": plan, "progress": progress_bar}
+    wanted: dict[str, Any] = {"kinds": saving, "trajectories": trajectories, "verify": verify, "batch": batch}
+    wanted |= {"by_rule": rule is not None, "timed": unit.timed, "facts": plan, "progress": progress_bar}
     with processes(where) as world:
         work = Work.open(result.folder, plan, force=force, refusal=refusal, world=world)
         wanted |= {"store": SharedWork(work, world), "world": world}
@@ -298,7 +276,7 @@ def calibrate(
             bundles.write_text(model / "schedule.json", files[shares[0]].read_text())
             result = replace(result, seconds=time.monotonic() - start)
             told = report.facts(result)
-            arguments = {"budgets": shares, "cost": cost, "per": per, "rule": rule, "kinds": list(saving), **plan}
+            arguments = {"budgets": shares, "cost": cost, "rule": rule, "kinds": list(saving), **plan}
             bundles.append_log(model, "calibrate", arguments, {"schedules": told["schedules"], "seconds": told["seconds"]})
         world.barrier()
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,9 +13,13 @@ from mediatorize.errors import UserError, refuse_below
 from mediatorize.evaluation.results import SideBySide
 from mediatorize.signatures import as_command, listed
 from mediatorize.stages import options
-from mediatorize.stages.options import DATA, SWITCHING, WHAT, option
+from mediatorize.stages.options import DATA, SAMPLING, SWITCHING, WHAT, option
+from mediatorize.stages.plans import plans_for
 from mediatorize.stages.running import progress_bar
 from mediatorize.version import VERSION
+
+if TYPE_CHECKING:
+    from mediatorize.diffusion.plan import Plan
 
 SAMPLES_FOLDER = "samples"
 """A folder in the report's folder: the samples of every model, in parts."""
@@ -37,6 +41,9 @@ def compare(
     ] = (),
     ratios: options.Ratios = (0.6, 0.3),
     first: options.First = 3,
+    plan: Annotated[
+        Path | None, option("a plan file of the first model, one more row for each of its plans; default: the bundle's own", WHAT)
+    ] = None,
     samples: Annotated[int, option("samples per model", WHAT, min=2)] = 2000,
     features: options.Features = "digits",
     inception_weights: options.Inception = None,
@@ -46,7 +53,7 @@ def compare(
     vae: options.Vae = None,
     solver: options.Solver = None,
     steps: options.Steps = None,
-    cfg_scale: options.Guidance = 1.0,
+    cfg_scale: Annotated[float | None, option("classifier-free guidance scale; default: the plan's, else 1", SAMPLING)] = None,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
     timestep_shift: options.Shift = 1.0,
@@ -96,8 +103,9 @@ def compare(
     hints: dict[str, Any] = {"family": family, "num_heads": num_heads, "num_classes": num_classes}
     loaded = {file: load_model(file, **({} if bundle.is_bundle(Path(file)) else hints)) for file in dict.fromkeys((*files, *switch))}
     arch = loaded[model].arch
-    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
-    guidance["timestep_shift"] = timestep_shift
+    plans, own_guidance = plans_for(model, loaded[model], plan, (), cfg_scale, cfg_channels, cfg_interval, timestep_shift)
+    guidance: dict[str, Any] = {"cfg_scale": 1.0 if cfg_scale is None else cfg_scale, "cfg_channels": cfg_channels}
+    guidance |= {"cfg_interval": cfg_interval, "timestep_shift": timestep_shift, **own_guidance}
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, fixed_for="a comparison needs", **guidance)
     for file in files:
         refuse_unfit(file, loaded[file].arch, features, inception_weights, reference, vae, npz=False)
@@ -115,7 +123,7 @@ def compare(
         decoder = load_vae(vae, world.device) if vae else None
         for one in loaded.values():
             one.to(device=world.device, dtype=DTYPES[dtype])
-        plan = {
+        how = {
             "vae": bundle.hash_of_tensors(decoder.state_dict()) if decoder is not None else None,
             "sampling": {**sampler.to_json(), "batch": batch},
             "device": world.device.type,
@@ -123,12 +131,16 @@ def compare(
             "version": VERSION,
         }
         contestants = []
-        for index, (name, shown) in enumerate([*((names[file], (file,)) for file in files), *([("step-wise", switch)] if switch else [])]):
+        entries: list[tuple[str, tuple[str, ...], Plan | None]] = [(names[file], (file,), None) for file in files]
+        entries += [(f"{names[model]}, plan of {count} calls", (model,), each) for count, each in sorted(plans.items(), reverse=True)]
+        entries += [("step-wise", switch, None)] if switch else []
+        for index, (name, shown, planned) in enumerate(entries):
             own: dict[str, Any] = {"models": [[hashes[file], schedules[file]] for file in shown]}
             own |= {"latents": [list(loaded[shown[0]].arch.latent_mean), list(loaded[shown[0]].arch.latent_std)]}
             own |= {"ratios": list(ratios), "first": first} if shown is switch else {}
+            own |= {"plan": planned.to_json()} if planned is not None else {}
             folder = out / SAMPLES_FOLDER / f"{index}"
-            work = Work.open(folder, plan | own, force=force, refusal=partial(_another_plan, folder), world=world)
+            work = Work.open(folder, how | own, force=force, refusal=partial(_another_plan, folder), world=world)
             kept = Samples(
                 rows=(Row(name, SOFTMAX),),
                 labels=torch.arange(samples) % arch.classes,
@@ -137,7 +149,7 @@ def compare(
                 decode=decoder_of(decoder, world.device, loaded[shown[0]].arch) if decoder is not None else None,
             )
             models = tuple(loaded[file] for file in shown)
-            entrant = Contestant(name=name, models=models, samples=kept, rule=rule if shown is switch else None)
+            entrant = Contestant(name=name, models=models, samples=kept, rule=rule if shown is switch else None, plan=planned)
             entrant.draw(sampler, world, progress_bar)
             contestants.append(entrant)
         world.barrier()

@@ -10,10 +10,11 @@ import typer
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.evaluation.results import OWN_SCHEDULE, Evaluation
 from mediatorize.model.levels import Level, read_level
-from mediatorize.signatures import as_command, listed
+from mediatorize.signatures import as_command, listed, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.calibrate import FOLDER
-from mediatorize.stages.options import DATA, OUTPUT, RESOURCES, WHAT, option
+from mediatorize.stages.options import DATA, OUTPUT, RESOURCES, SAMPLING, WHAT, option
+from mediatorize.stages.plans import REFERENCE_STEPS, plans_for
 from mediatorize.stages.running import hardware, progress_bar, versions
 from mediatorize.version import VERSION
 
@@ -33,7 +34,14 @@ def evaluate(
         tuple[Path, ...],
         option("schedule files (JSON) to evaluate, beside the bundle's own", WHAT, parser=listed(Path), metavar="FILE,FILE,..."),
     ] = (),
-    samples: Annotated[int, option("samples per level", WHAT, min=2)] = 2000,
+    plan: Annotated[
+        Path | None, option("a plan file, which is judged beside solvers of as many calls; default: the bundle's own", WHAT)
+    ] = None,
+    calls: Annotated[
+        tuple[int, ...],
+        option("which of the plans: numbers of model calls; default: all", WHAT, parser=listed(whole_number), metavar="N,N,..."),
+    ] = (),
+    samples: Annotated[int, option("samples per row", WHAT, min=2)] = 2000,
     features: options.Features = "digits",
     inception_weights: options.Inception = None,
     reference: Annotated[
@@ -48,7 +56,7 @@ def evaluate(
     timing_batch: Annotated[int, option("samples per timed model call", RESOURCES, min=1)] = 32,
     solver: options.Solver = None,
     steps: options.Steps = None,
-    cfg_scale: options.Guidance = 1.0,
+    cfg_scale: Annotated[float | None, option("classifier-free guidance scale; default: the plan's, else 1", SAMPLING)] = None,
     cfg_channels: options.Channels = 3,
     cfg_interval: options.Interval = (0.0, 1.0),
     timestep_shift: options.Shift = 1.0,
@@ -63,7 +71,8 @@ def evaluate(
     compile: options.Compile = False,
     force: options.Force = False,
 ) -> Evaluation | None:
-    """Compares every level and schedule with the teacher (level softmax), from the same noise. Resumes after a kill; runs under torchrun.
+    """Compares every plan, level and schedule with the teacher (level softmax), from the same noise. Resumes after a kill; runs under
+    torchrun.
 
     Example: mediatorize evaluate out report --features none --samples 64 --steps 50 --cfg-scale 4
     """
@@ -90,10 +99,13 @@ def evaluate(
         bundle.refuse_untrained(Path(model), config)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
-    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels, "cfg_interval": cfg_interval}
-    guidance["timestep_shift"] = timestep_shift
+    plans, own_guidance = plans_for(model, loaded, plan, calls, cfg_scale, cfg_channels, cfg_interval, timestep_shift)
+    guidance: dict[str, Any] = {"cfg_scale": 1.0 if cfg_scale is None else cfg_scale, "cfg_channels": cfg_channels}
+    guidance |= {"cfg_interval": cfg_interval, "timestep_shift": timestep_shift, **own_guidance}
+    if plans and steps is None:
+        steps = REFERENCE_STEPS
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, fixed_for="a comparison needs", **guidance)
-    rows = rows_of(loaded, levels, bundle.read_schedules(schedule, loaded, reserved=(OWN_SCHEDULE,)))
+    rows = rows_of(loaded, sampler, levels, bundle.read_schedules(schedule, loaded, reserved=(OWN_SCHEDULE,)), plans)
     where = pick_device(device)
     if compile:
         refuse_uncompilable(where)
@@ -102,7 +114,7 @@ def evaluate(
 
     with processes(where) as world:
         extractor = open_extractor(features, inception_weights, world.device) if world.is_first else None
-        plan = {
+        drawn = {
             "weights": bundle.hash_of_tensors(loaded.state_dict()),
             "vae": bundle.hash_of_tensors(decoder.state_dict()) if decoder is not None else None,
             "latents": [list(arch.latent_mean), list(arch.latent_std)],
@@ -113,7 +125,7 @@ def evaluate(
             "version": VERSION,
         }
         compared_with = read_reference(reference, extractor, batch) if reference and extractor else None
-        work = Work.open(out / SAMPLES_FOLDER, plan, force=force, refusal=lambda other: _another_plan(out, plan, other), world=world)
+        work = Work.open(out / SAMPLES_FOLDER, drawn, force=force, refusal=lambda other: _another_plan(out, drawn, other), world=world)
         kept = Samples(
             rows=rows,
             labels=torch.arange(samples) % arch.classes,
@@ -139,8 +151,8 @@ def evaluate(
             return None  # the first reports
 
     arrays = {f"{'teacher' if row is rows[0] else row.file_name}.npz": row for row in rows} if npz else {}
-    for file, row in arrays.items():
-        write_adm_array(out / file, samples, kept.pictures(row))
+    for name, row in arrays.items():
+        write_adm_array(out / name, samples, kept.pictures(row))
     result = Evaluation(
         model=model,
         name=arch.name,

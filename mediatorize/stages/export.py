@@ -60,6 +60,8 @@ class Exported:
     has_schedule: bool
     runs_softmax: bool
     """Whether it is the pretrained model until a level is chosen."""
+    plans: tuple[int, ...]
+    """Numbers of calls of the plans that travel with it."""
     pruned: Pruned | None
     bytes: int
 
@@ -109,9 +111,11 @@ def export(
     Example: mediatorize export out dit-xl-diffusers --to diffusers --vae sd-vae-ft-ema
     """
     from mediatorize.diffusion.sampling import refuse_unknown_level
+    from mediatorize.export import scheduler
     from mediatorize.export.pruning import pruned
     from mediatorize.export.verification import verify
     from mediatorize.formats import bundle
+    from mediatorize.formats.plans import PLAN_NAME, read_plans
     from mediatorize.report.card import export_card, hub_header
     from mediatorize.report.exporting import checks, facts
 
@@ -133,8 +137,13 @@ def export(
     refuse_unknown_level(whole, level)
     if schedule is not None:
         (whole.schedule,) = bundle.read_schedules((schedule,), whole).values()
+    own_plans = model / PLAN_NAME
+    carried = chosen.carries_plans and not adapter and level is None and schedule is None and not prune
+    plans = read_plans(own_plans) if carried and own_plans.is_file() else {}
+    if to == "diffusers" and not scheduler.travels(plans):
+        plans = {}
     with about(model):
-        subject = pruned(Subject(config, whole)) if prune else Subject(config, whole)
+        subject = pruned(Subject(config, whole)) if prune else Subject(config, whole, plans)
 
     partial = bundle.partial_folder(out)
     if partial.exists():
@@ -155,6 +164,7 @@ def export(
                 dtype=dtype,
                 has_schedule=whole.schedule is not None,
                 runs_softmax=chosen.level_later and whole.schedule is None and level is None,
+                plans=tuple(plans),
                 pruned=Pruned.of_models(subject.model, whole) if prune else None,
                 bytes=sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
             )

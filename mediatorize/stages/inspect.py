@@ -12,7 +12,7 @@ import typer
 from mediatorize.errors import UserError, refuse_below
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture, default_local_rank, default_modulation_rank, default_projection_rank, preset
-from mediatorize.model.levels import LINEAR, SOFTMAX, Level, MediatorSettings, kind_of, title
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, kind_of, title
 from mediatorize.planning.results import InspectedPlans
 from mediatorize.report.tables import layers_in_words, left_out
 from mediatorize.stages import options
@@ -178,9 +178,9 @@ def call_times(arch: Architecture, settings: MediatorSettings, batch: int, devic
     where = pick_device(device)
     model = from_scratch(arch, settings).to(where, DTYPES[dtype])
     softmax, calls = cost.forward_flops(arch), {}
-    with torch.inference_mode(), progress_bar(len(settings.levels) + 1, "timing", "level") as bar:
+    with torch.inference_mode(), progress_bar(len(settings.levels), "timing", "level") as bar:
         reference = model_call(model, batch, SOFTMAX)
-        for level in (*settings.levels, LINEAR):
+        for level in settings.levels:
             share = cost.forward_flops(arch, level, settings) / softmax
             calls[level] = share, paired_time(model_call(model, batch, level), reference, PAIRS, where)
             bar.update()

@@ -19,16 +19,20 @@ from mediatorize.version import VERSION
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mediatorize.compression.costs import CallCosts
     from mediatorize.devices import World
     from mediatorize.diffusion.plan import Plan, Streams
     from mediatorize.model.architecture import Architecture
     from mediatorize.model.transformer import DiffusionTransformer
+    from mediatorize.planning.levels import LevelTable
     from mediatorize.planning.search import Plans, Wanted
     from mediatorize.progress import Progress
     from mediatorize.store import Store
 
 REFERENCE_STEPS = 50
 """Steps of the sampler that budgets are shares of."""
+TRAJECTORIES = 8
+"""Samples that effects of levels in a plan are measured on."""
 SETS = ("calibration", "held-out calibration", "reported calibration")
 """Purposes of the three sets of noise (`randomness`)."""
 
@@ -57,6 +61,7 @@ def calibrate_plans(
     guidance: Mapping[str, Any],
     reference_steps: int,
     streams: Streams,
+    unit: str | None,
     samples: int,
     verify: int,
     seed: int,
@@ -71,8 +76,10 @@ def calibrate_plans(
 
     Args:
         guidance: `cfg_scale`, `cfg_channels`, `cfg_interval`.
+        unit: of a budget, in `COSTS`, by which more calls at a bundle's cheaper levels are tried, too; None: calls were asked for.
         load: arguments of `load_model`.
     """
+    from mediatorize.compression.costs import COSTS
     from mediatorize.devices import DTYPES, measured_flops_per_second, pick_device, processes
     from mediatorize.formats import bundle as bundles
     from mediatorize.formats.loading import load_model
@@ -110,26 +117,37 @@ def calibrate_plans(
         tensors = peak_bytes(loaded.arch, wanted, batch, DTYPES[dtype].itemsize)
         return replace(result, model_rows=rows, estimated_seconds=seconds, estimated_bytes=process_bytes(tensors, where))
 
-    weights = bundles.hash_of_weights(loaded)
-    facts = {"weights": weights, "wanted": asdict(wanted), "dtype": dtype, "seed": seed, "version": VERSION}
+    facts = {
+        "weights": bundles.hash_of_weights(loaded),
+        "added": added_hash(loaded),
+        "wanted": asdict(wanted),
+        "dtype": dtype,
+        "seed": seed,
+        "version": VERSION,
+        "unit": unit,
+    }
     facts = report.as_json(facts)
     folder = place.with_name(f"{place.name}.work")
     with processes(where) as world:
         work = Work.open(folder, facts, force=True, refusal=lambda before: None, world=world)
+        loaded = loaded.to(where, DTYPES[dtype])
+        costs = None if unit is None or loaded.settings is None else COSTS[unit].measure(loaded, loaded.settings, 1, batch)
         with about(model):
             found = find_plans(
-                loaded.to(where, DTYPES[dtype]),
+                loaded,
                 calls,
                 wanted,
                 seed=seed,
                 batch=batch,
                 reference_steps=reference_steps,
+                levels=costs,
                 store=SharedWork(work, world),
                 world=world,
                 progress=progress_bar,
             )
         found = replace(found, found={count: replace(each, plan=signed(each, found, facts)) for count, each in found.found.items()})
-        result = replace(result, plans=found)
+        shares = {count: share_of(loaded, each.plan, reference_steps) for count, each in found.found.items()}
+        result = replace(result, plans=found, shares=shares)
         if world.is_first:
             write_plans(place, found.plans)
             result = replace(result, seconds=time.monotonic() - start)
@@ -139,6 +157,51 @@ def calibrate_plans(
             shutil.rmtree(folder)
         world.barrier()
     return result
+
+
+def plans_for(
+    model: str,
+    loaded: DiffusionTransformer,
+    file: Path | None,
+    calls: Sequence[int],
+    cfg_scale: float | None,
+    cfg_channels: int | str,
+    cfg_interval: Sequence[float],
+    timestep_shift: float,
+) -> tuple[dict[int, Plan], dict[str, Any]]:
+    """The plans that a model is to be judged by, by their number of calls, and the guidance that they bring; none where there are none.
+
+    Args:
+        file: of plans; None: the bundle's own.
+        calls: which of them; none: all.
+        cfg_scale, cfg_channels, cfg_interval, timestep_shift: as asked for, or their defaults.
+
+    Raises:
+        UserError: a plan is not there, or not for this model or this guidance.
+    """
+    from mediatorize.diffusion.planned import choose_plan, refuse_other_guidance, refuse_other_plan
+    from mediatorize.formats.bundle import hash_of_weights
+    from mediatorize.formats.plans import PLAN_NAME, read_plans, refuse_other_weights
+
+    own = Path(model) / PLAN_NAME
+    if file is None and not own.is_file():
+        if calls:
+            raise UserError(f"{model}: has no plan.", hint="Run `mediatorize calibrate`, or pass --plan FILE.")
+        return {}, {}
+    file = own if file is None else file
+    plans = read_plans(file)
+    with about(file):
+        plans = {count: choose_plan(plans, count) for count in calls} if calls else plans
+        weights = hash_of_weights(loaded)
+        for plan in plans.values():
+            refuse_other_plan(loaded.arch, plan)
+            refuse_other_guidance(plan, cfg_scale, cfg_channels, cfg_interval, timestep_shift)
+            refuse_other_weights(plan, weights)
+        first, *others = plans.values()
+        guidance = {name: getattr(first, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval")}
+        if any(getattr(plan, name) != value for plan in others for name, value in guidance.items()):
+            raise UserError("Its plans are for different guidance.", hint="Pass --calls to choose some.")
+    return plans, guidance
 
 
 def wanted_of(arch: Architecture, guidance: Mapping[str, Any], **settings: Any) -> Wanted:
@@ -159,6 +222,7 @@ def find_plans(
     seed: int = 0,
     batch: int = 64,
     reference_steps: int = REFERENCE_STEPS,
+    levels: CallCosts | None = None,
     store: Store | None = None,
     world: World | None = None,
     progress: Progress | None = None,
@@ -168,6 +232,7 @@ def find_plans(
     Args:
         model: in eval mode, on its device, in the precision that will sample.
         batch: rows of the model at a time.
+        levels: costs of one row of a call: also try more calls at cheaper levels, for the price of each number of calls.
     """
     import torch
 
@@ -195,8 +260,46 @@ def find_plans(
             if count % solver.calls_per_step == 0
         },
         many=lambda noise, rows: {name: drawn(name, reference_steps, noise, rows) for name in [default_solver(wanted.process)]},
+        levels=None if levels is None else partial(level_table, model, labels[: wanted.sizes[0]], seeds[0], levels),
         store=store,
         progress=silent if progress is None else progress,
+    )
+
+
+def level_table(model: DiffusionTransformer, labels: Tensor, seed: int, costs: CallCosts, plan: Plan) -> LevelTable:
+    """What the model's levels do in a plan, from walks back along its own trajectories.
+
+    Args:
+        labels: (n,), of which the first `TRAJECTORIES` are used, from the initial noise of a seed.
+        costs: of one row of a call.
+    """
+    import numpy as np
+    import torch
+
+    from mediatorize.compression.costs import KINDS_OF_SAVING, bare_levels
+    from mediatorize.compression.sensitivity import adjoint_products, error_table, probe
+    from mediatorize.compression.tables import DIRECTIONS
+    from mediatorize.diffusion.sampling import PlanSampler
+    from mediatorize.model.levels import SOFTMAX
+    from mediatorize.planning.levels import LevelTable
+
+    arch, settings, sampler = model.arch, model.added(), PlanSampler.of(plan, seed)
+    options = bare_levels(settings, KINDS_OF_SAVING)
+    added = [level for level in options if level != SOFTMAX]
+    probes = probe(model, labels[:TRAJECTORIES], sampler, DIRECTIONS)
+    products = adjoint_products(model, sampler, probes, torch.arange(len(probes.labels)), added).levels
+    table = products.new_zeros(*products.shape[:2], len(options), *products.shape[3:])
+    table[:, :, [options.index(level) for level in added]] = products
+    order = list(map(float, range(len(plan.calls))))  # every call is a cell of its own
+    squares = error_table(table, probes.samples.flatten(1).norm(dim=1), order, options).squares()
+    rows = np.array(plan.rows)
+    there = [tuple(settings.level_of(layer, level) for level in options) for layer in range(arch.depth)]
+    layers = [list(map(costs.block, own)) for own in there]
+    return LevelTable(
+        options=tuple(there),
+        squares=squares,
+        costs=rows[:, None, None] * np.array(layers),
+        rest=int(rows.sum()) * costs.rest,
     )
 
 
@@ -235,6 +338,23 @@ def _drawn(
     return world.gather(torch.cat([noise[:0], *parts]))
 
 
+def share_of(model: DiffusionTransformer, plan: Plan, reference_steps: int) -> float:
+    """FLOPs of a plan, as a share of those of so many calls in full."""
+    from mediatorize.diffusion.planned import plan_flops
+    from mediatorize.model import cost
+
+    rows = 2 if plan.cfg_scale != 1 else 1
+    return plan_flops(model.arch, plan, model.settings) / (reference_steps * rows * cost.forward_flops(model.arch))
+
+
+def added_hash(model: DiffusionTransformer) -> str | None:
+    """Of the weights that conversion added; None where there are none."""
+    from mediatorize.formats.bundle import hash_of_tensors
+
+    added = model.mediator_parameters()
+    return hash_of_tensors({name: value.data for name, value in added.items()}) if added else None
+
+
 def signed(each: Any, found: Plans, facts: Mapping[str, Any]) -> Plan:
     """The plan with what it was measured on and made for."""
     told = each.reported
@@ -246,7 +366,9 @@ def signed(each: Any, found: Plans, facts: Mapping[str, Any]) -> Plan:
         "samples": told.samples,
     }
     reference = {"calls": found.reference_calls, "error": found.reference_error}
-    made_for = {"weights": facts["weights"], "dtype": facts["dtype"], "seed": facts["seed"], "reference": reference, "mediatorize": VERSION}
+    added = facts["added"] if any(call.levels is not None for call in each.plan.calls) else None
+    made_for = {name: facts[name] for name in ("weights", "dtype", "seed")}
+    made_for |= {"added": added, "reference": reference, "mediatorize": VERSION}
     plan: Plan = replace(each.plan, errors=errors, made_for=made_for)
     return plan
 
@@ -292,5 +414,5 @@ def calibrate(
     wanted = wanted_of(model.arch, guidance, streams=streams, samples=samples)
     found = find_plans(model, calls, wanted, seed=seed, batch=batch, progress=progress)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    facts = {"weights": hash_of_weights(model), "dtype": dtype, "seed": seed}
+    facts = {"weights": hash_of_weights(model), "added": added_hash(model), "dtype": dtype, "seed": seed}
     return {count: signed(each, found, facts) for count, each in found.found.items()}

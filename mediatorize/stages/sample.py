@@ -16,7 +16,7 @@ from mediatorize.model.schedule import Measure, RuleSchedule, SwitchPer, SwitchR
 from mediatorize.signatures import listed, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import OUTPUT, SAMPLING, SWITCHING, WHAT, option
-from mediatorize.stages.plans import REFERENCE_STEPS
+from mediatorize.stages.plans import REFERENCE_STEPS, added_hash
 from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def sample(
     if compile:
         refuse_uncompilable(where)
     decoded = decoder_of(load_vae(vae, where), where, arch) if vae else to_pixels
+    added = None if chosen is None else added_hash(loaded)
     loaded = loaded.to(device=where, dtype=DTYPES[dtype])
 
     own = loaded.schedule if level is None else level
@@ -233,7 +234,7 @@ def sample(
         name=arch.name,
         level=SOFTMAX if level is None and loaded.schedule is None else level,
         plan=None if chosen is None else f"{file}, {len(chosen.calls)} calls",
-        warnings=plan_warnings(chosen, dtype),
+        warnings=() if chosen is None else plan_warnings(chosen, dtype, added),
         seconds=seconds,
         flops=total,
         softmax_flops=None if softmax is None else softmax * len(labels),
@@ -242,10 +243,18 @@ def sample(
     )
 
 
-def plan_warnings(plan: Plan | None, dtype: str) -> tuple[str, ...]:
-    """What a user should know of a plan that is sampled by."""
-    made_for = None if plan is None else plan.made_for.get("dtype")
-    return (f"the plan was fitted in {made_for}, and this sampled in {dtype}",) if made_for not in (None, dtype) else ()
+def plan_warnings(plan: Plan, dtype: str, added: str | None) -> tuple[str, ...]:
+    """What a user should know of a plan that is sampled by.
+
+    Args:
+        added: hash of the weights that conversion added to the model.
+    """
+    found = []
+    if (made_for := plan.made_for.get("dtype", dtype)) != dtype:
+        found.append(f"the plan was fitted in {made_for}, and this sampled in {dtype}")
+    if plan.made_for.get("added") not in (None, added):
+        found.append("the weights of the levels have changed since the plan was fitted: run `mediatorize calibrate` again")
+    return tuple(found)
 
 
 def refuse_idle_options(

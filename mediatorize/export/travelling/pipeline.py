@@ -99,8 +99,8 @@ class MediatorPipeline(SavedWithCode, DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | Sequence[int],
-        guidance_scale: float = 1.0,
-        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         guided_channels: int | None = 3,
@@ -114,11 +114,11 @@ class MediatorPipeline(SavedWithCode, DiffusionPipeline):
 
         Args:
             class_labels: one class per sample.
-            guidance_scale: classifier-free guidance; 1 is none, and costs half.
-            num_inference_steps: of the scheduler.
+            guidance_scale: classifier-free guidance; 1 is none, and costs half. Default: a plan's own, else 1.
+            num_inference_steps: of the scheduler. Default: the most calls that a plan has, else 50.
             generator: of the noise.
             latents: the initial noise (b, channels, height, width); drawn where it is not given.
-            guided_channels: how many channels are guided: DiT and SiT guide the first 3, `None` all.
+            guided_channels: how many channels are guided: DiT and SiT guide the first 3, `None` all. A plan has its own.
             guidance_interval: the lowest and the highest noise level (0 data, 1 noise) at which calls are guided; the others cost half.
             output_type: "pil", "np" (b, height, width, channels), "pt" (b, channels, height, width), each in [0, 1], or "latent": the
                 model's own values. Default: pil where pictures can be made, else latent.
@@ -138,6 +138,15 @@ class MediatorPipeline(SavedWithCode, DiffusionPipeline):
             )
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}: only {self._callback_tensor_inputs} can be given.")
+        if (plans := getattr(self.scheduler, "plans", None)) is not None:
+            num_inference_steps = max(plans) if num_inference_steps is None else num_inference_steps
+            plan = plans.get(num_inference_steps, plans[max(plans)])
+            if guidance_scale not in (None, plan.cfg_scale):
+                raise ValueError(f"The plan is for guidance {plan.cfg_scale:g}: leave guidance_scale out, or set another scheduler.")
+            guidance_scale, guidance_interval = plan.cfg_scale, plan.cfg_interval
+            guided_channels = None if plan.cfg_channels == "all" else int(plan.cfg_channels)
+        guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+        num_inference_steps = 50 if num_inference_steps is None else num_inference_steps
         labels = torch.tensor([class_labels] if isinstance(class_labels, int) else list(class_labels), device=device)
         count, guided = len(labels), guidance_scale != 1
         if guided and not arch.null_class:

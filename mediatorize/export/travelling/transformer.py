@@ -19,13 +19,13 @@ from mediatorize.diffusion.switching import Switcher
 from mediatorize.export.travelling.code import SavedWithCode
 from mediatorize.model.architecture import Architecture
 from mediatorize.model.block import Block
-from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, levels_per_layer
+from mediatorize.model.levels import SOFTMAX, Level, MediatorSettings, holds, levels_per_layer
 from mediatorize.model.memory import Memory
-from mediatorize.model.schedule import CallSchedule, RuleSchedule, Schedule, calls_at, is_computed, schedule_from_json
+from mediatorize.model.schedule import RuleSchedule, Schedule, calls_at, schedule_from_json
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.version import VERSION
 
-Levels = Level | Sequence[Level]
+OneOrEach = Level | Sequence[Level]
 
 DIFFUSERS_NULL_CLASS = 1000
 """The null class that diffusers' DiTPipeline sends, whatever the number of classes."""
@@ -42,10 +42,9 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
     Args:
         architecture: sizes and conventions of the model.
         mediators: what was added to its blocks.
-        schedule: pieces of noise level (0 data, 1 noise), each with a level per layer; or what each of a sampler's model calls computes and
-            forecasts; or a step-wise rule, which begins with few mediators and switches to more when the latents change less. The second
-            and the third need `driver`, which keeps what forecasts rest on, or when the rule switched; this folder's pipeline has one for
-            every run. Without, everything is computed.
+        schedule: pieces of noise level (0 data, 1 noise), each with a level per layer; or a step-wise rule, which begins with few mediators
+            and switches to more when the latents change less. A rule, and levels with a held rest, need `driver`, which remembers between
+            calls; this folder's pipeline has one for every run. Without, softmax attention runs.
         level: one level for all layers at all times, in place of the schedule: "softmax" (the pretrained model) or one that was added.
             Without a schedule, `None` is softmax. It can be set at any time: `pipe.transformer.level = 4`.
         version: of mediatorize, which wrote the weights. This code reads those of its own version.
@@ -59,7 +58,7 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
     _no_split_modules = ["Block"]  # type: ignore[assignment, unused-ignore]  # noqa: RUF012
     _repeated_blocks = ["Block"]  # type: ignore[assignment, unused-ignore]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ("embed", "norm", "adaLN_modulation", "attn", "mediator")  # type: ignore[assignment, unused-ignore]
-    """Beside what is small or sensitive, layers whose weights are read without calling them: mediators and forecasts do that."""
+    """Beside what is small or sensitive, layers whose weights are read without calling them: mediators do that."""
 
     @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
     def __init__(
@@ -121,13 +120,9 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         return process_of(self.arch)
 
     @property
-    def forecasts(self) -> bool:
-        """Whether its schedule forecasts calls from others, so that they depend on one another."""
-        return (
-            self.level is None
-            and isinstance(self.schedule, CallSchedule)
-            and not all(is_computed(levels) for call in self.schedule.of_calls for levels in call.streams)
-        )
+    def remembers(self) -> bool:
+        """Whether its schedule has levels with a held rest, so that calls depend on one another."""
+        return self.level is None and isinstance(self.schedule, Schedule) and any(map(holds, self.schedule.used))
 
     def levels_at(self, timestep: Tensor) -> Level | tuple[Level, ...]:
         """The level of every layer at a batch of equal timesteps, or of timesteps within one piece of the schedule."""
@@ -153,36 +148,36 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
             model: what is called in place of this model, such as `torch.compile` of it.
 
         Raises:
-            ValueError: another cache is on, and the schedule forecasts.
+            ValueError: another cache is on, and the schedule remembers.
         """
         model = self if model is None else model
 
-        def call(x: Tensor, t: Tensor, y: Tensor, levels: Levels, memory: Memory | None = None) -> Tensor:
+        def call(x: Tensor, t: Tensor, y: Tensor, levels: OneOrEach, memory: Memory | None = None) -> Tensor:
             name = "cond_uncond" if len(x) > batch else "cond"
             with self.cache_context(name):
                 return model(x, t, y, return_dict=False, levels=levels, memory=memory)[0]
 
-        self._refuse_beside_forecasts(self._hooks_with_state())
+        self._refuse_beside_memory(self._hooks_with_state())
         depth, noise_levels = self.arch.depth, [float(self.process.noise_level(torch.tensor(t))) for t in timesteps]
         schedule = self.level if self.level is not None else SOFTMAX if self.schedule is None else self.schedule
         if isinstance(schedule, RuleSchedule):
             return Switcher(schedule.rule, [call] * len(schedule.rule.levels), batch, calls_per_step)
-        return Driver(call, depth, calls_at(schedule, noise_levels, depth, self.settings), noise_levels, rows, batch)
+        return Driver(call, calls_at(schedule, noise_levels, depth, self.settings), rows)
 
     def compile_repeated_blocks(self, **options: Any) -> None:
-        """diffusers' own: one graph for each way that a block runs, shared by all blocks. Memory of forecasts stays outside the graphs."""
+        """diffusers' own: one graph for each way that a block runs, shared by all blocks. Memory stays outside the graphs."""
         self.compile_blocks(**options)
 
     def enable_cache(self, config: Any) -> None:
         """diffusers' own, for the caches in `CACHES`.
 
         Raises:
-            ValueError: the cache does not know this model, or the model's schedule forecasts.
+            ValueError: the cache does not know this model, or the model's schedule remembers.
         """
         name = type(config).__name__
         if name not in CACHES:
             raise ValueError(f"{name} finds nothing to cache in this model: pass one of {', '.join(CACHES)}.")
-        self._refuse_beside_forecasts([name])
+        self._refuse_beside_memory([name])
         super().enable_cache(config)
 
     def enable_group_offload(self, onload_device: Any, *args: Any, **how: Any) -> None:
@@ -194,7 +189,7 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         kind = how.get("offload_type", args[1] if len(args) > 1 else "block_level")
         if kind != "block_level":
             raise ValueError(
-                "Leaf by leaf this model cannot be offloaded: mediators and forecasts read weights of layers that they do not call. "
+                "Leaf by leaf this model cannot be offloaded: mediators read weights of layers that they do not call. "
                 'Pass offload_type="block_level", num_blocks_per_group=1.'
             )
         super().enable_group_offload(onload_device, *args, **how)
@@ -204,14 +199,14 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         registries: list[Any] = [module._diffusers_hook for module in self.modules() if hasattr(module, "_diffusers_hook")]
         return [name for registry in registries for name, hook in registry.hooks.items() if hook._is_stateful]
 
-    def _refuse_beside_forecasts(self, caches: Sequence[str]) -> None:
-        if caches and self.forecasts:
+    def _refuse_beside_memory(self, caches: Sequence[str]) -> None:
+        if caches and self.remembers:
             raise ValueError(
-                f"{caches[0]}: this model's schedule forecasts calls itself, from sub-layers that a second cache would skip. "
+                f"{caches[0]}: this model's schedule itself holds what attention gave, which a second cache would skip. "
                 'Remove the cache, or set a level in place of the schedule: pipe.transformer.level = "softmax".'
             )
 
-    def _level_of_joined_blocks(self, levels: Levels, memory: Memory | None) -> Level:
+    def _level_of_joined_blocks(self, levels: OneOrEach, memory: Memory | None) -> Level:
         """The level of all blocks where a tool such as cache-dit has joined them into one, which it calls with one level."""
         distinct = set(levels_per_layer(levels, self.arch.depth, self.settings))
         if len(distinct) > 1 or memory is not None:
@@ -227,7 +222,7 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
         timestep: Tensor,
         class_labels: Tensor,
         return_dict: bool = True,
-        levels: Levels | None = None,
+        levels: OneOrEach | None = None,
         memory: Memory | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The checkpoint's own prediction.
@@ -237,7 +232,7 @@ class MediatorTransformer2DModel(SavedWithCode, DiffusionTransformer, ModelMixin
             timestep: (b,) or one for all. DiT: 0 to 999, 999 is noise. SiT: 0 to 1, 1 is data (REPA: 1 is noise).
             class_labels: (b,); the number of classes is the null class. 1000, which diffusers' pipelines send, is read as that.
             levels: one for all layers, or one per layer; None: `level`, or what the schedule's pieces say at the timestep.
-            memory: what forecasts rest on, as a `driver` passes it.
+            memory: what attention left at earlier calls, as a `driver` passes it.
         """
         arch = self.arch
         times = torch.as_tensor(timestep, device=hidden_states.device).float().expand(len(hidden_states))
