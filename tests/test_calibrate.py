@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import in_two_processes, tiny_model
+from conftest import in_two_processes, official_state, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -837,6 +837,9 @@ def test_guidance_without_a_null_class_and_files_that_are_not_there_are_refused(
         calibrate(bundle(model_of(null_class=False)), budget=0.9, cfg_scale=2.0, **QUICK)
     with pytest.raises(UserError, match="no such file or folder"):
         calibrate(tmp_path / "nowhere", budget=0.9)
+    torch.save(official_state(tiny_model()), tmp_path / "model.pt")
+    with pytest.raises(UserError, match="is no bundle"):
+        calibrate(tmp_path / "model.pt", budget=0.9, kinds=("mediators",))
 
 
 def test_a_schedule_is_replaced_only_by_force_and_a_dry_run_writes_nothing(bundle: Callable[..., Path]) -> None:

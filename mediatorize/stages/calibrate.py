@@ -200,6 +200,8 @@ def calibrate(
         raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
     refuse_below({"verify": verify, "seed": seed}, 0)
+    if not bundles.is_bundle(model):
+        raise UserError(f"{model}: is no bundle.", hint="Make one with `mediatorize convert`, or leave --kinds out for a plan.")
     config = bundles.read_config(model)
     bundles.refuse_pruned(model, config)
     bundles.refuse_untrained(model, config)
