@@ -1,11 +1,12 @@
-"""Calibrated schedules beside the caches that diffusers users know, on one exported pipeline: error, Frechet distance, FLOPs and time.
+"""Plans beside the caches that diffusers users know, on one exported pipeline: error, Frechet distance, FLOPs and time.
 
     pip install '.[peers]'
     python benchmarks/peers.py runs/digits-dit/bundle --steps 50 --cfg-scale 1.2 --json peers-50.json --picture peers-50.png
 
-Every contender is the same diffusers pipeline on the same noise: with a schedule of ours, with fewer steps, or at softmax with a cache of
-diffusers (FirstBlockCache, TaylorSeer) or of cache-dit (DBCache, alone and with its TaylorSeer) at several settings. FLOPs are counted
-while it samples. Time is that of one batch, in turn with the pipeline at softmax. The noise is none that a search has seen.
+Every contender is the same diffusers pipeline on the same noise: with a plan of ours as its scheduler, with fewer steps, or with a cache of
+diffusers (FirstBlockCache, TaylorSeer) or of cache-dit (DBCache, alone and with its TaylorSeer) at several settings. Errors are to the
+converged teacher. FLOPs are counted while it samples. Time is that of one batch, in turn with the pipeline at all its steps. The noise is
+none that a search has seen.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mediatorize.compression.judging import Errors
-from mediatorize.compression.search import costs_of, search
+from mediatorize.diffusion.plan import Plan
+from mediatorize.diffusion.planned import ModelDenoiser
 from mediatorize.diffusion.sampling import Sampler
 from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.evaluation.timing import paired_time
 from mediatorize.export.pipelines import pipeline_of
 from mediatorize.export.travelling.pipeline import MediatorPipeline
+from mediatorize.export.travelling.plan_scheduler import PlanScheduler
 from mediatorize.formats.bundle import load_bundle
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
+from mediatorize.planning.judge import Errors
+from mediatorize.planning.search import converged
 from mediatorize.randomness import gaussian, spread_labels
 from mediatorize.report.pictures import calm, new_figure
 from mediatorize.report.tables import text_table
+from mediatorize.stages.plans import calibrate, wanted_of
 from mediatorize.stages.running import hardware, versions
 
 OTHER_SEED = 90210
@@ -104,14 +109,20 @@ def peers() -> Iterator[tuple[str, str, Setup]]:
         yield "DBCache + TaylorSeer (cache-dit)", f"threshold {threshold}", with_cache_dit(threshold, taylor=True)
 
 
+def by_plan(model: DiffusionTransformer, plan: Plan) -> MediatorPipeline:
+    """The pretrained model's pipeline with a plan as its scheduler."""
+    pipe = at_softmax(model)
+    pipe.scheduler = PlanScheduler([plan.to_json()])
+    return pipe
+
+
 def contenders(
-    model: DiffusionTransformer, sampler: Sampler, budgets: list[float]
+    model: DiffusionTransformer, sampler: Sampler, calls: list[int]
 ) -> Iterator[tuple[str, str, Callable[[], MediatorPipeline], int]]:
     """Method, setting, how its pipeline is made, and its steps."""
-    found = search(model, sampler, budgets, costs_of("flops", model, sampler))
-    for outcome in found.outcomes:
-        chosen = outcome.chosen
-        yield OURS, f"budget {outcome.budget:.0%}", partial(pipeline_of, model, chosen.schedule), chosen.steps or sampler.steps
+    for count, plan in calibrate(model, calls, cfg_scale=sampler.cfg_scale).items():
+        yield OURS, f"{count} calls", partial(by_plan, model, plan), count
+    yield FEWER, f"{sampler.steps} steps", partial(at_softmax, model), sampler.steps
     for part in INTERVALS:
         yield FEWER, f"{sampler.steps // part} steps", partial(at_softmax, model), sampler.steps // part
     for method, setting, setup in peers():
@@ -148,7 +159,7 @@ def main(
     bundle: Path,
     steps: int = 50,
     cfg_scale: float = 1.2,
-    budgets: str = "0.7,0.6,0.5,0.4,0.3,0.2",
+    calls: Annotated[str, typer.Option(help="of plans, with commas")] = "4,6,8,10,12,16",
     samples: int = 200,
     frechet: int = 0,
     batch: int = 20,
@@ -176,10 +187,12 @@ def main(
         return counter.get_total_flops()
 
     softmax = at_softmax(model)
-    teacher, whole = drawn(softmax, steps), flops(softmax, steps)
+    wanted = wanted_of(arch, {"cfg_scale": cfg_scale})
+    goal = [converged(ModelDenoiser(model, own), wanted, x, 160) for own, x in zip(labels.split(batch), noise.split(batch), strict=True)]
+    teacher, whole = torch.cat(goal), flops(softmax, steps)
     base = distance_to_digits(teacher) if frechet else None
     rows: list[dict[str, Any]] = []
-    for method, setting, make, count in contenders(model, sampler, [float(budget) for budget in budgets.split(",")]):
+    for method, setting, make, count in contenders(model, sampler, list(map(int, calls.split(",")))):
         pipe = make()
         first, reference = partial(run, pipe, count, slice(batch)), partial(run, softmax, steps, slice(batch))
         times = paired_time(first, reference, pairs, torch.device("cpu"))

@@ -84,7 +84,11 @@ def test_a_models_plans_stand_beside_it(tmp_path: Path) -> None:
         features = classifier.features(sample(model, labels, plan=plan))
         assert row.frechet_distance == pytest.approx(frechet_distance(features, real), rel=1e-4)
     with pytest.raises(UserError, match=r"cfg-scale is 2, not 3"):
-        compared(files[0], tmp_path / "other", beside=(files[1],), cfg_scale=3.0)
+        compared(files[0], tmp_path / "other", plan=tmp_path / "one" / "plan.json", cfg_scale=3.0)
+    left = compared(files[0], tmp_path / "other", cfg_scale=3.0)
+    assert [row.name for row in left.results] == ["one"]
+    assert left.about_plans[0].startswith("the bundle's plans are left out: The plan's cfg-scale is 2, not 3.")
+    assert left.about_plans[0] in words(left)
 
 
 def test_the_rule_switches_between_bundles_at_their_own_levels(tmp_path: Path) -> None:

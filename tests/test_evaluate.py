@@ -535,8 +535,18 @@ def test_plans_that_cannot_be_judged_are_refused(options: dict[str, Any], messag
     path = make_bundle(tmp_path / "b")
     write_plans(path / "plan.json", plans_for(load_model(path), 3, 4, cfg_scale=2.0))
     with pytest.raises(UserError, match=message):
-        judged(path, tmp_path / "out", **options)
+        judged(path, tmp_path / "out", **{"plan": path / "plan.json"} | options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"cfg_scale": 4.0}, {"cfg_scale": 2.0, "timestep_shift": 0.3}])
+def test_a_bundles_plans_for_other_guidance_are_left_out_and_that_is_told(options: dict[str, Any], tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    write_plans(path / "plan.json", plans_for(load_model(path), 3, cfg_scale=2.0))
+    found = judged(path, tmp_path / "out", levels=(), **options)
+    assert list(found) == [SOFTMAX]
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())["notes"]
+    assert any(note.startswith("the bundle's plans are left out: The plan's") for note in told)
 
 
 def test_plans_of_other_weights_or_of_several_guidances_are_refused(tmp_path: Path) -> None:
@@ -546,10 +556,10 @@ def test_plans_of_other_weights_or_of_several_guidances_are_refused(tmp_path: Pa
         judged(path, tmp_path / "out", calls=(3,))
     write_plans(path / "plan.json", plans_for(other, 3))
     with pytest.raises(UserError, match="fitted to other weights"):
-        judged(path, tmp_path / "out")
+        judged(path, tmp_path / "out", plan=path / "plan.json")
     write_plans(path / "plan.json", {**plans_for(model, 3), **plans_for(model, 4, cfg_scale=2.0)})
     with pytest.raises(UserError, match="for different guidance"):
-        judged(path, tmp_path / "out")
+        judged(path, tmp_path / "out", plan=path / "plan.json")
     assert not (tmp_path / "out").exists()
     assert "plan of 4 calls" in judged(path, tmp_path / "out", calls=(4,))
 

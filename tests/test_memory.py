@@ -428,7 +428,7 @@ def test_an_old_schedule_of_calls_without_forecasts_runs_the_same_calls() -> Non
     ],
 )
 def test_an_old_schedule_with_forecasts_is_refused_in_one_line(call: Any) -> None:
-    with pytest.raises(UserError, match=r"^This schedule forecasts model calls\..* Run `mediatorize calibrate MODEL --calls 8`\.$"):
+    with pytest.raises(UserError, match=r"^This schedule forecasts model calls\..* then run `mediatorize calibrate MODEL --calls 8`\.$"):
         schedule_from_json(old_file(["softmax", call]))
 
 

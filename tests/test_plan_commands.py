@@ -143,7 +143,7 @@ def test_a_budget_of_a_checkpoint_is_a_number_of_calls(checkpoint: Path, tmp_pat
         ({"calls": (1,)}, "at least 2 calls"),
         ({"calls": (4,), "budget": 0.5}, "A number of calls is a budget"),
         ({"calls": (4,), "steps": 10}, "--steps says nothing to plans"),
-        ({"calls": (4,), "kinds": ("mediators",)}, "--kinds says nothing to plans"),
+        ({"calls": (4,), "kinds": ("mediators",)}, "--calls is for plans, and --kinds or --rule ask for a schedule"),
         ({}, "No number of calls and no budget"),
         ({"calls": (4,), "samples": 0}, "--samples 0 is too small"),
         ({"calls": (4,), "out": Path("nowhere/plan.json")}, "its folder does not exist"),
@@ -236,8 +236,8 @@ def test_a_bundle_is_sampled_by_its_plan_without_flags(checkpoint: Path, tmp_pat
     assert (bundle / "plan.json").exists()
     assert sample(str(bundle), out=tmp_path / "x.npz", classes=(1,), device="cpu").plan == f"{bundle / 'plan.json'}, 3 calls"
     assert sample(str(bundle), out=tmp_path / "y.npz", classes=(1,), level="softmax", device="cpu").plan is None
-    with pytest.raises(UserError, match="--out is for plans or checkpoints"):
-        calibrate(bundle, budget=0.9, out=tmp_path / "plan.json", device="cpu")
+    with pytest.raises(UserError, match="--out is for plans"):
+        calibrate(bundle, budget=0.9, kinds=("mediators",), out=tmp_path / "plan.json", device="cpu")
 
 
 # --- Python, inspect -----------------------------------------------------------------------------------------------------------

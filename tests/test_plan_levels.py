@@ -14,6 +14,7 @@ from conftest import relative_error, tiny_model
 
 import mediatorize as mz
 from mediatorize.compression.costs import COSTS
+from mediatorize.devices import ALONE
 from mediatorize.diffusion.plan import Plan
 from mediatorize.diffusion.planned import plan_flops, sample_by_plan
 from mediatorize.diffusion.sampling import GuidedModel, PlanSampler, first_state
@@ -86,7 +87,7 @@ def test_the_table_says_what_a_level_in_one_call_and_layer_does_to_samples(famil
     plan = plan_for(model, cfg_scale=cfg_scale)
     labels, noise = first_state(model, torch.arange(count) % 10, 3)
     call_costs = COSTS["flops"].measure(model, model.added(), 1, 1)
-    table = level_table(model, labels, 3, call_costs, plan)
+    table = level_table(model, labels, 3, call_costs, 6, ALONE, plan)
     expected = sample_by_plan(model, labels, plan, noise)
     found, predicted = [], []
     for call, layer, option in itertools.product(range(3), (0, 2), (0, 1)):

@@ -213,7 +213,7 @@ KINDS_OF_SAVING = {
 
 
 def bare_levels(settings: MediatorSettings, kinds: Collection[str]) -> list[Level]:
-    """Levels of whole converted blocks in computed calls, in the order of their rank: softmax last."""
+    """Levels of whole converted blocks, in the order of their rank: softmax last."""
     attention: tuple[Level, ...] = settings.all_levels if "mediators" in kinds else (SOFTMAX,)
     mlps: tuple[Level, ...] = settings.mlp_levels if "mlps" in kinds else ()
     narrow = [Parts(level, mlp).level for level in attention for mlp in mlps]

@@ -14,7 +14,7 @@ from mediatorize.diffusion.process import process_of
 from mediatorize.errors import UserError
 from mediatorize.model import cost
 from mediatorize.model.architecture import Architecture
-from mediatorize.model.levels import SOFTMAX, MediatorSettings
+from mediatorize.model.levels import SOFTMAX, MediatorSettings, holds
 from mediatorize.model.transformer import DiffusionTransformer
 
 
@@ -102,6 +102,8 @@ def refuse_other_plan(arch: Architecture, plan: Plan) -> None:
         raise UserError(f"The plan is for a process {plan.process!r}, and this model's is {process!r}.", hint="Calibrate this model.")
     if channels != arch.channels:
         raise UserError(f"The plan is for {channels} channels, and this model has {arch.channels}.", hint="Calibrate this model.")
+    if any(holds(level) for call in plan.calls for level in call.levels or ()):
+        raise UserError("The plan has levels with a held rest, and a plan's calls remember nothing.", hint="Calibrate this model.")
     if any(call.uncond for call in plan.calls) and not arch.null_class:
         raise UserError("The plan guides, and this model has no null class.", hint="Calibrate this model with --cfg-scale 1.")
 

@@ -126,6 +126,8 @@ class Evaluation:
     """Files in `out` for the ADM evaluator."""
     noise_levels: tuple[float, ...]
     """Of each model call: 1 is noise, 0 data."""
+    about_plans: tuple[str, ...] = ()
+    """What a user should know of the plans, or why they are left out."""
 
     @property
     def results(self) -> tuple[RowResult, ...]:
@@ -169,3 +171,5 @@ class SideBySide:
     """File in `out` -> what it shows."""
     command: str
     """The shell command that repeats it."""
+    about_plans: tuple[str, ...] = ()
+    """What a user should know of the plans, or why they are left out."""

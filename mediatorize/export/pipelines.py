@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mediatorize.diffusion.plan import Plan
 from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
+from mediatorize.diffusion.sampling import EVERYWHERE
 from mediatorize.errors import UserError
 from mediatorize.export import scheduler
 from mediatorize.export.contract import Choices, Probe, Subject
@@ -82,8 +84,13 @@ def pipeline_of(model: DiffusionTransformer, schedule: AnySchedule | None) -> Me
     return pipe
 
 
-def suits_stock_pipeline(arch: Architecture, vae: Path | None, schedule: AnySchedule | None = None) -> bool:
-    """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents."""
+def suits_stock_pipeline(arch: Architecture, vae: Path | None, schedule: AnySchedule | None = None, plans: Collection[Plan] = ()) -> bool:
+    """Whether diffusers' own DiTPipeline can sample the model: it needs a VAE, a null class that it can name, and square latents.
+
+    It guides all channels everywhere, so that plans must, too.
+    """
+    if any(sum(map(len, plan.groups[:1])) < arch.channels or plan.cfg_interval != EVERYWHERE for plan in plans if plan.cfg_scale != 1):
+        return False
     if isinstance(schedule, RuleSchedule) or (schedule is not None and any(map(holds, schedule.used))):
         return False  # held rests, and the rule, need a driver for each run
     fits = arch.null_class and arch.classes <= STOCK_NULL_CLASS and arch.input_size[0] == arch.input_size[1]
@@ -129,7 +136,7 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
             write_text(folder / "scheduler" / f"{library}.py", standalone(f"{TRAVELLING}.scheduler", _title("DDIM on the steps of DiT")))
 
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
-    if not suits_stock_pipeline(arch, choices.vae, model.schedule):
+    if not suits_stock_pipeline(arch, choices.vae, model.schedule, subject.plans.values()):
         index["_class_name"] = [PIPELINE_FILE, PIPELINE_CLASS]
         write_text(folder / f"{PIPELINE_FILE}.py", standalone(f"{TRAVELLING}.pipeline", _title("A pipeline for DiT and SiT")))
     index["scheduler"] = [library, name]
@@ -195,7 +202,7 @@ def outputs(folder: Path, subject: Subject, choices: Choices, probe: Probe) -> M
 
 def usage(subject: Subject, choices: Choices) -> str:
     arch = subject.arch
-    stock = suits_stock_pipeline(arch, choices.vae, subject.model.schedule)
+    stock = suits_stock_pipeline(arch, choices.vae, subject.model.schedule, subject.plans.values())
     pictures = choices.vae is not None or arch.channels in (1, 3)
     labels = f"class_labels=[0, {min(1, arch.classes - 1)}]"
     planned = bool(subject.plans)

@@ -16,7 +16,7 @@ from mediatorize.errors import UserError
 from mediatorize.export.contract import Choices, Probe, Subject
 from mediatorize.formats.bundle import write_json
 from mediatorize.formats.plans import PLAN_NAME, write_plans
-from mediatorize.model.levels import Level, holds, levels_per_layer
+from mediatorize.model.levels import SOFTMAX, Level, holds, levels_per_layer
 from mediatorize.model.schedule import RuleSchedule
 from mediatorize.model.transformer import DiffusionTransformer
 
@@ -54,7 +54,8 @@ def write(folder: Path, subject: Subject, choices: Choices) -> None:
     if schedule is not None and any(map(holds, schedule.used)):
         raise UserError("The schedule holds what attention left, which no program remembers.", hint="Export to safetensors or diffusers.")
     uniform: list[tuple[Level, ...]] = [tuple(levels_per_layer(level, arch.depth, model.settings)) for level in subject.levels]
-    patterns = uniform if schedule is None else schedule.patterns
+    planned = [(SOFTMAX,) * arch.depth if call.levels is None else call.levels for plan in subject.plans.values() for call in plan.calls]
+    patterns = dict.fromkeys((*(uniform if schedule is None else schedule.patterns), *planned))
     names = {pattern: f"program-{number:03d}.pt2" for number, pattern in enumerate(patterns)}
     for pattern, name in names.items():
         torch.export.save(_program(model, pattern), folder / name)

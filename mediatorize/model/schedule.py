@@ -156,7 +156,7 @@ def of_single_calls(content: Mapping[str, Any]) -> Schedule:
         if any(own != other or not own for own, other in halves) or _forecasts(calls):
             raise UserError(
                 "This schedule forecasts model calls. Plans are several times nearer at the same price.",
-                hint="Run `mediatorize calibrate MODEL --calls 8`.",
+                hint="Delete or rename the file, then run `mediatorize calibrate MODEL --calls 8`.",
             )
         levels = [tuple(map(read_level, own)) if isinstance(own, list) else (read_level(own),) * depth for own, _ in halves]
         return Schedule.through([float(call["noise_level"]) for call in calls], levels)

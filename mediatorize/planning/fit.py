@@ -340,7 +340,8 @@ def _jacobian(denoise: Denoiser, plan: Plan, path: Path, batch: Batch) -> tuple[
 
 
 def moved(plan: Plan, path: Path, changes: Mapping[Move, float]) -> Plan | None:
-    """The plan with weights and times (in u) changed; None where times would no longer ascend within the path."""
+    """The plan with weights and times (in u) changed; None where times would no longer ascend within the path,
+    or leave the guidance interval or enter it."""
     us = [call.u for call in plan.calls]
     weights = [torch.tensor(call.weights, dtype=torch.float64) for call in plan.calls]
     for move, change in changes.items():
@@ -351,6 +352,8 @@ def moved(plan: Plan, path: Path, changes: Mapping[Move, float]) -> Plan | None:
     if any(after <= before for before, after in pairwise(us)) or us[-1] > min(path.end, 1 - NUDGE):
         return None
     placed = [call if u == call.u else call_at(path, u, call) for call, u in zip(plan.calls, us, strict=True)]
+    if any(plan.inside(before) != plan.inside(after) for before, after in zip(plan.calls, placed, strict=True)):
+        return None  # a call would cross an end of the guidance interval
     return replace(plan, calls=tuple(replace(call, weights=nested(own)) for call, own in zip(placed, weights, strict=True)))
 
 

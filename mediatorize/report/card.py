@@ -181,7 +181,7 @@ def _mean_error(config: BundleConfig, level: Level, when: str) -> str:
 
 def _scheduled(config: BundleConfig, schedule: AnySchedule | None) -> str:
     if schedule is None:
-        return "It has no schedule: one level serves the whole model at all times, softmax where none is chosen."
+        return "It has no schedule of levels: one level serves the whole model at all times, softmax where none is chosen."
     softmax = cost.forward_flops(config.arch)
     rule = ""
     if isinstance(schedule, RuleSchedule):

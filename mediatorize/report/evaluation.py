@@ -113,10 +113,14 @@ def _sampling(found: Evaluation) -> dict[str, Any]:
 
 def notes(found: Evaluation) -> list[str]:
     """Warnings about these figures."""
+    told = list(found.about_plans)
     width = found.comparison.feature_width
     if width is None or width < found.samples:
-        return []
-    return [f"Frechet distances of {found.samples} samples in {width} features are far too rough. Take several times as many samples."]
+        return told
+    return [
+        *told,
+        f"Frechet distances of {found.samples} samples in {width} features are far too rough. Take several times as many samples.",
+    ]
 
 
 def table(found: Evaluation, columns: Sequence[Column], first: str = "row") -> Table:
@@ -139,18 +143,17 @@ def title(found: Evaluation) -> str:
 
 
 def lead(found: Evaluation) -> str:
-    """The figures that matter, a paragraph for every schedule; without a schedule, for the cheapest and the closest level."""
+    """The figures that matter, a paragraph for every plan and schedule; without any, for the cheapest and the closest level."""
     teacher, *students = found.results
     if not students:
         judged = "" if teacher.frechet_distance is None else f" For the teacher, {_quality(teacher, found)}."
         return f"Only the pretrained model was judged: {gmacs(teacher.flops)} GMACs per sample.{judged}"
-    if plans := [row for row in students if row.kind == "plan"]:
-        return _about_plans(found, plans)
     scheduled = [row for row in students if row.kind == "schedule"]
     cheapest = min(students, key=lambda row: row.relative_flops)
     closest = min(students, key=lambda row: row.sample_error)
-    shown = scheduled or [cheapest, *([closest] if closest is not cheapest else [])]
-    sentences = []
+    plans = [row for row in students if row.kind == "plan"]
+    shown = scheduled or ([] if plans else [cheapest, *([closest] if closest is not cheapest else [])])
+    sentences = _about_plans(found, plans)
     for row in shown:
         time = "" if row.relative_time is None else f" and {row.relative_time:.0%} of softmax's time per model call"
         text = (
@@ -164,7 +167,7 @@ def lead(found: Evaluation) -> str:
     return "\n\n".join(sentences)
 
 
-def _about_plans(found: Evaluation, plans: Sequence[RowResult]) -> str:
+def _about_plans(found: Evaluation, plans: Sequence[RowResult]) -> list[str]:
     """A paragraph for every plan: what it costs, how near it is, and the best that another solver does with as many calls."""
     teacher, solvers = found.results[0], [row for row in found.results if row.kind == "solver"]
     sentences = []
@@ -183,7 +186,7 @@ def _about_plans(found: Evaluation, plans: Sequence[RowResult]) -> str:
         text += f"; {teacher.calls} calls of {found.sampler.solver} have {teacher.converged.median:.4f}" if teacher.converged else ""
         text += "" if row.frechet_distance is None else f"; {_quality(row, found)} ({_beside_it(found)})"
         sentences.append(f"{text}.")
-    return "\n\n".join(sentences)
+    return sentences
 
 
 def _beside_it(found: Evaluation) -> str:

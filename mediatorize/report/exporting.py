@@ -21,7 +21,8 @@ def words(result: Exported | ExportedScheduler) -> str:
         lines.append(f"Pruned to its schedule, {share:.1%} of the bundle's parameters are left. Gone: {result.pruned.without}.")
     if result.plans:
         lines.append(f"Plans of {', '.join(map(str, result.plans))} calls travel with it.")
-    elif result.runs_softmax:
+    lines += [f"The plan of {calls} calls stays behind: {why}." for calls, why in result.left.items()]
+    if result.runs_softmax and not result.plans:
         lines.append("The export has no schedule and runs at softmax until a level is chosen. Calibrate before export, or pass --level.")
     lines.append(f"{result.out / 'README.md'} says how to use it.")
     return "\n".join(lines)
@@ -40,6 +41,7 @@ def facts(result: Exported | ExportedScheduler) -> dict[str, Any]:
         "has_schedule": result.has_schedule,
         "runs_softmax": result.runs_softmax,
         "plans": list(result.plans),
+        "plans_left": {str(calls): why for calls, why in result.left.items()},
         "pruned": None if result.pruned is None else vars(result.pruned),
         "samples": None if result.verified.samples is None else vars(result.verified.samples),
         "bytes": result.bytes,

@@ -62,7 +62,7 @@ def words(result: Planned) -> str:
     )
     if not found.reference_is_enough:
         lines.append("warning: the reference errs by more than a tenth of the best plan's error, so that this error is not exact.")
-    lines += [*_about_levels(result), ""]
+    lines += [*_about_levels(result), *_same_calls(result), ""]
     for each in found.found.values():
         stages = ", ".join(f"{name} {error:.4f}" for name, error in each.stages.items())
         lines.append(
@@ -86,6 +86,16 @@ def _about_levels(result: Planned) -> list[str]:
         if cheaper := [f"{count} at {title(level)}" for level, count in levels.items() if level != SOFTMAX]:
             told.append(f"{len(each.plan.calls)} calls: of their {levels.total()} layers, {', '.join(cheaper)}.")
     return told
+
+
+def _same_calls(result: Planned) -> list[str]:
+    """Of several prices whose best plan has as many calls, a file keeps the dearest one's."""
+    counts = Counter(len(each.plan.calls) for each in result.plans.found.values()) if result.plans else Counter[int]()
+    return [
+        f"warning: {times} budgets have a plan of {calls} calls; the file has the dearest one."
+        for calls, times in counts.items()
+        if times > 1
+    ]
 
 
 def facts(result: Planned) -> dict[str, Any]:

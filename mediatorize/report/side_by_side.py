@@ -55,7 +55,9 @@ def about(found: SideBySide) -> str:
 def words(found: SideBySide) -> str:
     shown = table(found)
     files = ", ".join([TABLE_FILE, RESULT_FILE, *found.pictures])
-    return "\n\n".join([title(found), text_table(shown.header, shown.rows), about(found), f"Wrote {files} in {found.out}."])
+    return "\n\n".join(
+        [title(found), text_table(shown.header, shown.rows), about(found), *found.about_plans, f"Wrote {files} in {found.out}."]
+    )
 
 
 def facts(found: SideBySide) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def facts(found: SideBySide) -> dict[str, Any]:
         "distance_of_halves": found.distance_of_halves,
         "pictures": dict(found.pictures),
         "command": found.command,
+        "about_plans": list(found.about_plans),
     }
 
 

@@ -101,12 +101,15 @@ def calibrate(
         option("with --calls and guidance: updates combine guided outputs, or both halves (nearer, but not for diffusers)", SAMPLING),
     ] = "guided",
     samples: Annotated[int, option("with --calls: samples that weights are fitted to", SAMPLING, min=1)] = 48,
-    reference_steps: Annotated[
-        int, option("of a checkpoint: steps of the sampler that budgets are shares of", SAMPLING, min=2)
-    ] = REFERENCE_STEPS,
+    reference_steps: Annotated[int, option("of plans: steps of the sampler that budgets are shares of", SAMPLING, min=2)] = REFERENCE_STEPS,
     budget: Annotated[
         float | str | None,
-        option("the most that sampling may cost, as a share of softmax's: 0.75 or 75%", WHAT, parser=one(read_budget), metavar="SHARE"),
+        option(
+            "the most that sampling may cost: of plans a share of --reference-steps, else of softmax's; 0.16 or 16%",
+            WHAT,
+            parser=one(read_budget),
+            metavar="SHARE",
+        ),
     ] = None,
     budgets: Annotated[
         tuple[float | str, ...],
@@ -169,6 +172,8 @@ def calibrate(
     shares = list(dict.fromkeys(read_budget(given) for given in (*([] if budget is None else [budget]), *budgets)))
     if not shares and not calls:
         raise UserError("No number of calls and no budget was given.", hint="Pass --calls 4,6,8, or --budget 0.16.")
+    if COSTS[cost].timed and started_by_torchrun():
+        raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     if not (kinds or rule):
         if calls and shares:
             raise UserError("A number of calls is a budget.", hint="Pass --calls or --budget.")
@@ -196,8 +201,6 @@ def calibrate(
     idle = [name.replace("_", "-") for name in given(calibrate, chosen) if name in ONLY_PLANS]
     if idle:
         raise UserError(f"--{idle[0]} is for plans, and --kinds or --rule ask for a schedule.", hint="Pass one of them.")
-    if COSTS[cost].timed and started_by_torchrun():
-        raise UserError("Times would be of processes that disturb each other.", hint="Run --cost latency in one process.")
     refuse_below({"trajectories": trajectories, "batch": batch}, 1)
     refuse_below({"verify": verify, "seed": seed}, 0)
     if not bundles.is_bundle(model):

@@ -103,7 +103,7 @@ def compare(
     hints: dict[str, Any] = {"family": family, "num_heads": num_heads, "num_classes": num_classes}
     loaded = {file: load_model(file, **({} if bundle.is_bundle(Path(file)) else hints)) for file in dict.fromkeys((*files, *switch))}
     arch = loaded[model].arch
-    plans, own_guidance = plans_for(model, loaded[model], plan, (), cfg_scale, cfg_channels, cfg_interval, timestep_shift)
+    plans, own_guidance, told = plans_for(model, loaded[model], plan, (), cfg_scale, cfg_channels, cfg_interval, timestep_shift, dtype)
     guidance: dict[str, Any] = {"cfg_scale": 1.0 if cfg_scale is None else cfg_scale, "cfg_channels": cfg_channels}
     guidance |= {"cfg_interval": cfg_interval, "timestep_shift": timestep_shift, **own_guidance}
     sampler = Sampler.resolve(arch, solver=solver, steps=steps, seed=seed, fixed_for="a comparison needs", **guidance)
@@ -170,6 +170,7 @@ def compare(
         distance_of_halves=None if compared_with.features is None else distance_of_halves(compared_with.features),
         pictures={},
         command=command,
+        about_plans=told,
     )
     found = replace(found, pictures=write_pictures(out, contestants, results))
     write_report(found)

@@ -99,7 +99,7 @@ def evaluate(
         bundle.refuse_untrained(Path(model), config)
     loaded = load_model(model, family=family, num_heads=num_heads, num_classes=num_classes, weights=weights)
     arch = loaded.arch
-    plans, own_guidance = plans_for(model, loaded, plan, calls, cfg_scale, cfg_channels, cfg_interval, timestep_shift)
+    plans, own_guidance, told = plans_for(model, loaded, plan, calls, cfg_scale, cfg_channels, cfg_interval, timestep_shift, dtype)
     guidance: dict[str, Any] = {"cfg_scale": 1.0 if cfg_scale is None else cfg_scale, "cfg_channels": cfg_channels}
     guidance |= {"cfg_interval": cfg_interval, "timestep_shift": timestep_shift, **own_guidance}
     if plans and steps is None:
@@ -172,6 +172,7 @@ def evaluate(
         pictures=write_pictures(out, kept, found.results, loaded, sampler, Path(model) / FOLDER if config else None),
         arrays=tuple(arrays),
         noise_levels=tuple(sampler.noise_levels(arch)),
+        about_plans=told,
     )
     write_report(result)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,6 +19,7 @@ from mediatorize.report.tables import left_out
 from mediatorize.signatures import OneOf, given, one
 from mediatorize.stages import options
 from mediatorize.stages.options import DATA, WHAT, option
+from mediatorize.stages.plans import added_hash
 from mediatorize.stages.running import progress_bar
 from mediatorize.version import VERSION
 
@@ -62,6 +64,8 @@ class Exported:
     """Whether it is the pretrained model until a level is chosen."""
     plans: tuple[int, ...]
     """Numbers of calls of the plans that travel with it."""
+    left: Mapping[int, str]
+    """Of the plans that stay behind, and why."""
     pruned: Pruned | None
     bytes: int
 
@@ -115,6 +119,7 @@ def export(
     from mediatorize.export.pruning import pruned
     from mediatorize.export.verification import verify
     from mediatorize.formats import bundle
+    from mediatorize.formats.bundle import hash_of_weights
     from mediatorize.formats.plans import PLAN_NAME, read_plans
     from mediatorize.report.card import export_card, hub_header
     from mediatorize.report.exporting import checks, facts
@@ -139,9 +144,17 @@ def export(
         (whole.schedule,) = bundle.read_schedules((schedule,), whole).values()
     own_plans = model / PLAN_NAME
     carried = chosen.carries_plans and not adapter and level is None and schedule is None and not prune
-    plans = read_plans(own_plans) if carried and own_plans.is_file() else {}
-    if to == "diffusers" and not scheduler.travels(plans):
-        plans = {}
+    there = read_plans(own_plans) if carried and own_plans.is_file() else {}
+    weights, added = hash_of_weights(whole), added_hash(whole)
+    left: dict[int, str] = {}
+    for calls, plan in there.items():
+        if plan.made_for.get("weights", weights) != weights or plan.made_for.get("added") not in (None, added):
+            left[calls] = "the weights have changed since it was fitted"
+        elif to == "diffusers" and not scheduler.travels({calls: plan}):
+            left[calls] = "it needs both halves of guidance or levels, which a pipeline's scheduler does not see"
+        elif to == "safetensors" and dtype != "float32":
+            left[calls] = f"it was not fitted to weights in {dtype}"
+    plans = {calls: plan for calls, plan in there.items() if calls not in left}
     with about(model):
         subject = pruned(Subject(config, whole)) if prune else Subject(config, whole, plans)
 
@@ -165,6 +178,7 @@ def export(
                 has_schedule=whole.schedule is not None,
                 runs_softmax=chosen.level_later and whole.schedule is None and level is None,
                 plans=tuple(plans),
+                left=left,
                 pruned=Pruned.of_models(subject.model, whole) if prune else None,
                 bytes=sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
             )

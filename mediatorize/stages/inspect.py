@@ -74,7 +74,7 @@ def inspect(
     redundancy: Annotated[
         Path | None, option("a .png to write: how redundant attention is, per layer and noise level; draws a few samples", WHAT)
     ] = None,
-    measure: Annotated[bool, option("time a model call at each level and a forecast call on this device, beside softmax", WHAT)] = False,
+    measure: Annotated[bool, option("time a model call at each level on this device, beside softmax", WHAT)] = False,
     batch: Annotated[int, option("rows of a timed call; a guided sample takes two", RESOURCES, min=1)] = 2,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -168,7 +168,7 @@ def _found(
 
 
 def call_times(arch: Architecture, settings: MediatorSettings, batch: int, device: str, dtype: str) -> CallTimes:
-    """Times a call at every level and a forecast call. The weights are random: time does not depend on them."""
+    """Times a call at every level. The weights are random: time does not depend on them."""
     import torch
 
     from mediatorize.devices import DTYPES, pick_device

@@ -48,7 +48,7 @@ Vae = Annotated[Path | None, option("folder of a diffusers AutoencoderKL, which 
 Level = Annotated[
     levels.Level | None,
     option(
-        "one level for all layers and model calls; default: the schedule, else softmax",
+        "one level for all layers and model calls; default: the plan or schedule, else softmax",
         WHAT,
         parser=one(levels.read_level),
         metavar="LEVEL",

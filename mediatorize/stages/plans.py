@@ -85,6 +85,7 @@ def calibrate_plans(
     from mediatorize.formats.loading import load_model
     from mediatorize.formats.plans import default_place, write_plans
     from mediatorize.model import cost
+    from mediatorize.planning.levels import counts_for
     from mediatorize.planning.search import model_rows
     from mediatorize.report import plans as report
     from mediatorize.stages.running import process_bytes, progress_bar
@@ -113,6 +114,8 @@ def calibrate_plans(
     where = pick_device(device)
     if dry_run:
         rows = model_rows(wanted, calls)
+        if unit is not None and loaded.settings is not None:  # more calls at cheaper levels, too
+            rows += model_rows(wanted, [more for count in calls for more in counts_for(count)])
         seconds = rows * cost.forward_flops(loaded.arch) / measured_flops_per_second(where, loaded.arch.width, loaded.arch.tokens)
         tensors = peak_bytes(loaded.arch, wanted, batch, DTYPES[dtype].itemsize)
         return replace(result, model_rows=rows, estimated_seconds=seconds, estimated_bytes=process_bytes(tensors, where))
@@ -131,7 +134,9 @@ def calibrate_plans(
     with processes(where) as world:
         work = Work.open(folder, facts, force=True, refusal=lambda before: None, world=world)
         loaded = loaded.to(where, DTYPES[dtype])
-        costs = None if unit is None or loaded.settings is None else COSTS[unit].measure(loaded, loaded.settings, 1, batch)
+        costs = None
+        if unit is not None and loaded.settings is not None and wanted.streams == "guided":
+            costs = COSTS[unit].measure(loaded, loaded.settings, 1, batch)
         with about(model):
             found = find_plans(
                 loaded,
@@ -168,8 +173,11 @@ def plans_for(
     cfg_channels: int | str,
     cfg_interval: Sequence[float],
     timestep_shift: float,
-) -> tuple[dict[int, Plan], dict[str, Any]]:
-    """The plans that a model is to be judged by, by their number of calls, and the guidance that they bring; none where there are none.
+    dtype: str,
+) -> tuple[dict[int, Plan], dict[str, Any], tuple[str, ...]]:
+    """The plans that a model is to be judged by, by number of calls; the guidance that they bring; and what a user should know of them.
+
+    A bundle whose plans are for other weights, or other guidance than was asked for, gives none, and says so.
 
     Args:
         file: of plans; None: the bundle's own.
@@ -187,10 +195,11 @@ def plans_for(
     if file is None and not own.is_file():
         if calls:
             raise UserError(f"{model}: has no plan.", hint="Run `mediatorize calibrate`, or pass --plan FILE.")
-        return {}, {}
+        return {}, {}, ()
+    asked = file is not None or bool(calls)
     file = own if file is None else file
     plans = read_plans(file)
-    with about(file):
+    try:
         plans = {count: choose_plan(plans, count) for count in calls} if calls else plans
         weights = hash_of_weights(loaded)
         for plan in plans.values():
@@ -200,8 +209,28 @@ def plans_for(
         first, *others = plans.values()
         guidance = {name: getattr(first, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval")}
         if any(getattr(plan, name) != value for plan in others for name, value in guidance.items()):
-            raise UserError("Its plans are for different guidance.", hint="Pass --calls to choose some.")
-    return plans, guidance
+            raise UserError("Its plans are for different guidance.", hint="Choose some of one guidance scale.")
+    except UserError as error:
+        if asked:
+            with about(file):
+                raise
+        return {}, {}, (f"the bundle's plans are left out: {error}",)
+    added = added_hash(loaded)
+    return plans, guidance, tuple(dict.fromkeys(told for plan in plans.values() for told in plan_warnings(plan, dtype, added)))
+
+
+def plan_warnings(plan: Plan, dtype: str, added: str | None) -> tuple[str, ...]:
+    """What a user should know of a plan that is sampled by.
+
+    Args:
+        added: hash of the weights that conversion added to the model.
+    """
+    found = []
+    if (made_for := plan.made_for.get("dtype", dtype)) != dtype:
+        found.append(f"the plan was fitted in {made_for}, and this sampled in {dtype}")
+    if plan.made_for.get("added") not in (None, added):
+        found.append("the weights of the levels have changed since the plan was fitted: run `mediatorize calibrate` again")
+    return tuple(found)
 
 
 def wanted_of(arch: Architecture, guidance: Mapping[str, Any], **settings: Any) -> Wanted:
@@ -260,24 +289,27 @@ def find_plans(
             if count % solver.calls_per_step == 0
         },
         many=lambda noise, rows: {name: drawn(name, reference_steps, noise, rows) for name in [default_solver(wanted.process)]},
-        levels=None if levels is None else partial(level_table, model, labels[: wanted.sizes[0]], seeds[0], levels),
+        levels=None if levels is None else partial(level_table, model, labels[: wanted.sizes[0]], seeds[0], levels, batch, world),
         store=store,
         progress=silent if progress is None else progress,
     )
 
 
-def level_table(model: DiffusionTransformer, labels: Tensor, seed: int, costs: CallCosts, plan: Plan) -> LevelTable:
-    """What the model's levels do in a plan, from walks back along its own trajectories.
+def level_table(
+    model: DiffusionTransformer, labels: Tensor, seed: int, costs: CallCosts, batch: int, world: World, plan: Plan
+) -> LevelTable:
+    """What the model's levels do in a plan, from walks back along its own trajectories; the first process's, in all of them.
 
     Args:
         labels: (n,), of which the first `TRAJECTORIES` are used, from the initial noise of a seed.
         costs: of one row of a call.
+        batch: rows of the model at a time.
     """
     import numpy as np
     import torch
 
     from mediatorize.compression.costs import KINDS_OF_SAVING, bare_levels
-    from mediatorize.compression.sensitivity import adjoint_products, error_table, probe
+    from mediatorize.compression.sensitivity import Probes, Products, adjoint_products, error_table, probe
     from mediatorize.compression.tables import DIRECTIONS
     from mediatorize.diffusion.sampling import PlanSampler
     from mediatorize.model.levels import SOFTMAX
@@ -286,8 +318,9 @@ def level_table(model: DiffusionTransformer, labels: Tensor, seed: int, costs: C
     arch, settings, sampler = model.arch, model.added(), PlanSampler.of(plan, seed)
     options = bare_levels(settings, KINDS_OF_SAVING)
     added = [level for level in options if level != SOFTMAX]
-    probes = probe(model, labels[:TRAJECTORIES], sampler, DIRECTIONS)
-    products = adjoint_products(model, sampler, probes, torch.arange(len(probes.labels)), added).levels
+    parts = torch.arange(min(TRAJECTORIES, len(labels))).split(max(1, batch // max(plan.rows)))
+    probes = Probes.joined([probe(model, labels[rows], sampler, DIRECTIONS, int(rows[0])) for rows in parts])
+    products = Products.joined([adjoint_products(model, sampler, probes, rows, added) for rows in parts]).levels
     table = products.new_zeros(*products.shape[:2], len(options), *products.shape[3:])
     table[:, :, [options.index(level) for level in added]] = products
     order = list(map(float, range(len(plan.calls))))  # every call is a cell of its own
@@ -295,12 +328,10 @@ def level_table(model: DiffusionTransformer, labels: Tensor, seed: int, costs: C
     rows = np.array(plan.rows)
     there = [tuple(settings.level_of(layer, level) for level in options) for layer in range(arch.depth)]
     layers = [list(map(costs.block, own)) for own in there]
-    return LevelTable(
-        options=tuple(there),
-        squares=squares,
-        costs=rows[:, None, None] * np.array(layers),
-        rest=int(rows.sum()) * costs.rest,
+    table_of_plan = LevelTable(
+        options=tuple(there), squares=squares, costs=rows[:, None, None] * np.array(layers), rest=int(rows.sum()) * costs.rest
     )
+    return world.as_first(table_of_plan)
 
 
 def fixed_solvers(process: str) -> dict[str, Any]:
@@ -341,10 +372,13 @@ def _drawn(
 def share_of(model: DiffusionTransformer, plan: Plan, reference_steps: int) -> float:
     """FLOPs of a plan, as a share of those of so many calls in full."""
     from mediatorize.diffusion.planned import plan_flops
-    from mediatorize.model import cost
+    from mediatorize.diffusion.sampling import Sampler
+    from mediatorize.model.levels import SOFTMAX
 
-    rows = 2 if plan.cfg_scale != 1 else 1
-    return plan_flops(model.arch, plan, model.settings) / (reference_steps * rows * cost.forward_flops(model.arch))
+    guidance: dict[str, Any] = {name: getattr(plan, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval")}
+    whole = Sampler.resolve(model.arch, steps=reference_steps, **guidance).flops(model.arch, SOFTMAX, None)
+    assert whole is not None, "the default solver has fixed steps"
+    return plan_flops(model.arch, plan, model.settings) / whole
 
 
 def added_hash(model: DiffusionTransformer) -> str | None:

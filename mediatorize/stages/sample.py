@@ -16,11 +16,11 @@ from mediatorize.model.schedule import Measure, RuleSchedule, SwitchPer, SwitchR
 from mediatorize.signatures import listed, whole_number
 from mediatorize.stages import options
 from mediatorize.stages.options import OUTPUT, SAMPLING, SWITCHING, WHAT, option
-from mediatorize.stages.plans import REFERENCE_STEPS, added_hash
+from mediatorize.stages.plans import REFERENCE_STEPS, added_hash, plan_warnings
 from mediatorize.stages.running import progress_bar
 
 if TYPE_CHECKING:
-    from mediatorize.diffusion.plan import Plan
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,20 +241,6 @@ def sample(
         switches=() if rule is None else tuple(map(tuple, switches.tolist())),
         stages=() if rule is None else tuple((model, *others) if others else map(title, rule.levels)),
     )
-
-
-def plan_warnings(plan: Plan, dtype: str, added: str | None) -> tuple[str, ...]:
-    """What a user should know of a plan that is sampled by.
-
-    Args:
-        added: hash of the weights that conversion added to the model.
-    """
-    found = []
-    if (made_for := plan.made_for.get("dtype", dtype)) != dtype:
-        found.append(f"the plan was fitted in {made_for}, and this sampled in {dtype}")
-    if plan.made_for.get("added") not in (None, added):
-        found.append("the weights of the levels have changed since the plan was fitted: run `mediatorize calibrate` again")
-    return tuple(found)
 
 
 def refuse_idle_options(

@@ -163,6 +163,8 @@ class MediatorPipeline(SavedWithCode, DiffusionPipeline):
         own_times = times[: len(self.scheduler.timesteps)].tolist()
         low, high = guidance_interval
         rows = [2 if guided and low - SLACK <= float(process.noise_level(torch.tensor(t))) <= high + SLACK else 1 for t in own_times]
+        if plans is not None:
+            rows = list(plan.rows)
         order = getattr(self.scheduler, "order", 1)
         call = self.transformer.driver(own_times, rows, count, order, self.transformer)  # its memory is of this run alone
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
