@@ -194,24 +194,27 @@ def draw_picture(found: list[dict[str, Any]], file: Path) -> None:
     """Error against calls, log-log, a panel for every teacher."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 5.2), squeeze=False, sharey=True)
+    methods = list(dict.fromkeys(row["method"] for teacher in found for row in teacher["rows"]))
+    others = [method for method in methods if method != "plan"]
+    looks = {method: {"color": plt.get_cmap("tab20")(k % 20), "linewidth": 1.2, "alpha": 0.9} for k, method in enumerate(others)}
+    looks["plan"] = {"color": "black", "linewidth": 2.8, "zorder": 3}
     for axis, teacher in zip(axes[0], found, strict=True):
-        methods = dict.fromkeys(row["method"] for row in teacher["rows"])
         for method in methods:
             own = sorted((row["calls"], row["median"]) for row in teacher["rows"] if row["method"] == method)
-            style: dict[str, Any] = (
-                {"linewidth": 2.5, "color": "black", "zorder": 3} if method == "plan" else {"linewidth": 1, "alpha": 0.8}
-            )
-            axis.plot(*zip(*own, strict=True), marker="o", markersize=4, label=method, **style)
+            if own:
+                style = "--" if method.startswith("cache") else "-"
+                axis.plot(*zip(*own, strict=True), style, marker="o", markersize=4, label=method, **looks[method])
         axis.set(xscale="log", yscale="log", title=teacher["teacher"], xlabel="model calls")
         ticks = sorted({row["calls"] for row in teacher["rows"]})
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6.5)
     axes[0][0].set_ylabel("median distance to the converged teacher")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=7.5, frameon=False)
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
 def main(
