@@ -27,7 +27,7 @@ from torch import Tensor
 from mediatorize.diffusion.planned import ModelDenoiser, sample_by_plan
 from mediatorize.diffusion.process import BETAS, TRAIN_STEPS, process_of
 from mediatorize.diffusion.sampling import GuidedModel, Sampler, sample_batch
-from mediatorize.diffusion.solvers import SOLVERS
+from mediatorize.diffusion.solvers import SOLVERS, fixed_solvers
 from mediatorize.evaluation.digits import distance_to_digits
 from mediatorize.evaluation.metrics import frechet_distance
 from mediatorize.formats.judges import open_fashion
@@ -35,11 +35,10 @@ from mediatorize.formats.loading import load_model
 from mediatorize.model.levels import SOFTMAX
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.planning.judge import Errors, relative_errors, with_interval
-from mediatorize.planning.reference import solve
-from mediatorize.planning.search import Wanted, guided_at, plain_setting
+from mediatorize.planning.search import converged
 from mediatorize.randomness import gaussian, spread_labels
 from mediatorize.report.tables import text_table
-from mediatorize.stages.plans import REFERENCE_STEPS, default_solver, find_plans, fixed_solvers, wanted_of
+from mediatorize.stages.plans import REFERENCE_STEPS, default_solver, find_plans, wanted_of
 from mediatorize.stages.running import hardware, keep_freed_memory, versions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -139,7 +138,7 @@ def measure(name: str, teacher: Teacher, calls: list[int], samples: int, frechet
     seconds = time.perf_counter() - begun
     denoise_labels = spread_labels(arch.classes, samples, SEED)
     noise = gaussian(SEED, "initial noise", range(samples), wanted.shape)
-    reference = converged(model, wanted, denoise_labels, noise, found.reference_calls)
+    reference = converged(ModelDenoiser(model, denoise_labels, 128), wanted, noise, found.reference_calls)
     sampler = Sampler.resolve(arch, cfg_scale=teacher.cfg_scale, steps=REFERENCE_STEPS)
 
     def by(solver: str, steps: int) -> Tensor:
@@ -169,19 +168,11 @@ def measure(name: str, teacher: Teacher, calls: list[int], samples: int, frechet
     if frechet:
         labels = spread_labels(arch.classes, frechet, SEED + 1)
         fresh = gaussian(SEED + 1, "initial noise", range(frechet), wanted.shape)
-        base = teacher.frechet(converged(model, wanted, labels, fresh, 60))
+        base = teacher.frechet(converged(ModelDenoiser(model, labels, 128), wanted, fresh, 60))
         drawn = {count: in_parts(model, labels, fresh, found.plans[count]) for count in frechet_calls}
         result["frechet"] = {"samples": frechet, "teacher": base} | {count: teacher.frechet(x) / base for count, x in drawn.items()}
         print(name, result["frechet"], file=sys.stderr)
     return result
-
-
-def converged(model: DiffusionTransformer, wanted: Wanted, labels: Tensor, noise: Tensor, calls: int) -> Tensor:
-    """The teacher's own solutions (n, c, h, w)."""
-    setting = plain_setting(wanted)
-    rows = torch.arange(len(labels))
-    final = solve(ModelDenoiser(model, labels, 128), setting, wanted.path, guided_at(wanted), noise, rows, calls).final
-    return setting.bands.back(final)
 
 
 def in_parts(model: DiffusionTransformer, labels: Tensor, noise: Tensor, plan: Any) -> Tensor:

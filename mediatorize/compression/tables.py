@@ -5,7 +5,7 @@ Work is split by trajectories. Each part is kept as soon as it is measured, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from mediatorize.compression.sensitivity import (
 )
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.sampling import Sampler
-from mediatorize.model.levels import is_pretrained
+from mediatorize.model.levels import Level, is_pretrained
 from mediatorize.model.transformer import DiffusionTransformer
 from mediatorize.progress import Progress, silent
 from mediatorize.randomness import spread_labels
@@ -126,11 +126,16 @@ def measured_tables(
         found = in_parts(Products, "part", of_part, trajectories, at_once, calls, store, world, progress, what)
         return Kept(vars(found), facts or {})
 
-    products = Products(**store.once("sensitivity", make).tensors)
+    levels = beside_pretrained(store.once("sensitivity", make).tensors["levels"], options)
     store.drop("part-*")
-    levels = products.levels.new_zeros(*products.levels.shape[:2], len(options), *products.levels.shape[3:])
-    levels[:, :, [options.index(level) for level in added]] = products.levels
     norms = probes.samples.flatten(1).norm(dim=1)
     return Tables(
         errors=error_table(levels, norms, noise_levels, options), changes=latent_changes(probes.states[:: sampler.how.calls_per_step])
     )
+
+
+def beside_pretrained(products: Tensor, options: Sequence[Level]) -> Tensor:
+    """Products of added levels (calls, layers, levels, n, k), and between them zeros for pretrained ones, in the order of the options."""
+    found = products.new_zeros(*products.shape[:2], len(options), *products.shape[3:])
+    found[:, :, [place for place, level in enumerate(options) if not is_pretrained(level)]] = products
+    return found

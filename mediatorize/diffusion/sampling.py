@@ -415,6 +415,12 @@ def sample_part(
     return on_the_cpu(sample_batch(model, labels, sampler, schedule, first_index=first_index, observe=observe, drive=drive))
 
 
+def sample_part_by_plan(model: DiffusionTransformer, labels: Tensor, plan: Plan, seed: int, first_index: int) -> Tensor:
+    """`sample_part` by a plan."""
+    labels, noise = first_state(model, labels, seed, first_index)
+    return on_the_cpu(sample_by_plan(model, labels, plan, noise))
+
+
 def on_the_cpu(latents: Tensor) -> Tensor:
     """Samples in float32; refuses what is not finite."""
     if not latents.isfinite().all():
@@ -428,10 +434,9 @@ def sample_many_by_plan(
     """`sample_many` by a plan."""
     parts = []
     for first in range(0, len(labels), batch):
-        own, noise = first_state(model, labels[first : first + batch], seed, first)
-        parts.append(on_the_cpu(sample_by_plan(model, own, plan, noise)))
+        parts.append(sample_part_by_plan(model, labels[first : first + batch], plan, seed, first))
         if on_samples is not None:
-            on_samples(len(own))
+            on_samples(len(parts[-1]))
     return torch.cat(parts)
 
 

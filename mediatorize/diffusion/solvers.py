@@ -168,10 +168,6 @@ class Solver:
     calls_per_step: int = 1
     """Model calls in a step. The first one gets the latents that the step begins with."""
 
-    def fits_calls(self, calls: int) -> bool:
-        """Whether it deterministically makes so many calls, one a step."""
-        return not (self.adaptive or self.stochastic) and self.calls_per_step == 1 and self.fewest <= calls
-
 
 SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(ddpm, "ddpm", 250, most=TRAIN_STEPS, stochastic=True),
@@ -184,6 +180,11 @@ SOLVERS: dict[str, Solver] = {
     "sde": Solver(sde, "flow", 250, fewest=2, stochastic=True),
 }
 """Solvers by name. To add one: a function (predict, x, steps, draw) -> x, and its process."""
+
+
+def fixed_solvers(process: str) -> dict[str, Solver]:
+    """Deterministic solvers of a process with fixed steps."""
+    return {name: each for name, each in SOLVERS.items() if each.process == process and not each.adaptive and not each.stochastic}
 
 
 def find_solver(process: Process, name: str | None) -> tuple[str, Solver]:

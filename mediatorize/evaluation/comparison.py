@@ -34,7 +34,7 @@ from mediatorize.diffusion.sampling import (
     sample_batch,
     sample_part,
 )
-from mediatorize.diffusion.solvers import SOLVERS
+from mediatorize.diffusion.solvers import fixed_solvers
 from mediatorize.diffusion.switching import Switcher
 from mediatorize.errors import UserError
 from mediatorize.evaluation.features import Extractor, Pictures, Reference, as_bytes, as_images, judge
@@ -134,7 +134,7 @@ def rows_of(
     for count, plan in sorted((plans or {}).items(), reverse=True):
         refuse_other_plan(model.arch, plan)
         rows.append(Row(f"plan of {count} calls", plan=plan))
-        multistep = [name for name, how in SOLVERS.items() if how.process == plan.process and how.fits_calls(count)]
+        multistep = [name for name, how in fixed_solvers(plan.process).items() if how.calls_per_step == 1]
         rows += [Row(f"{name}, {count} calls", sampler=replace(sampler, solver=name, steps=count)) for name in multistep]
     named = schedules or {}
     rows += [Row(OWN_SCHEDULE, model.schedule)] if model.schedule is not None and model.schedule not in named.values() else []
@@ -288,8 +288,7 @@ def _flops(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sam
     if row.plan is not None:
         return plan_flops(model.arch, row.plan, model.settings)
     if row.converged is not None:
-        rows = _wanted(model, sampler).rows_of_reference(row.converged)
-        return float(rows * forward_flops(model.arch))
+        return float(sum(_wanted(model, sampler).rows_of_reference(row.converged)) * forward_flops(model.arch))
     sampler = row.sampler or sampler
     if isinstance(row.levels, RuleSchedule):
         rule, switches = row.levels.rule, torch.from_numpy(np.concatenate(list(samples.read(row, "switches"))))
@@ -311,15 +310,8 @@ def _count_calls(model: DiffusionTransformer, row: Row, sampler: Sampler) -> int
     if row.plan is not None:
         return len(row.plan.calls)
     if row.converged is not None:
-        return sum(_converged_calls(model, sampler, row.converged))
+        return len(_wanted(model, sampler).rows_of_reference(row.converged))
     return len((row.sampler or sampler).times())
-
-
-def _converged_calls(model: DiffusionTransformer, sampler: Sampler, calls: int) -> tuple[int, int]:
-    """How many calls of the teacher's own solution are guided, and how many are not: one more than asked for where its last is no data."""
-    wanted = _wanted(model, sampler)
-    every, rows = replace(wanted, cfg_scale=1.0).rows_of_reference(calls), wanted.rows_of_reference(calls)
-    return rows - every, 2 * every - rows
 
 
 def calls_of_sample_0(model: DiffusionTransformer, samples: Samples, row: Row, sampler: Sampler) -> list[Levels]:
@@ -523,8 +515,7 @@ def _with_time(
             return Counter(zip(own, row.plan.rows, strict=True))
         if row.converged is not None:
             full: Levels = (SOFTMAX,) * depth
-            guided, alone = _converged_calls(model, sampler, row.converged)
-            return +Counter({(full, 2): guided, (full, 1): alone})  # without what there is none of
+            return Counter((full, rows) for rows in _wanted(model, sampler).rows_of_reference(row.converged))
         how = row.sampler or sampler
         levels = how.calls(arch, row.levels, model.settings)
         if isinstance(row.levels, RuleSchedule) or any(holds(level) for own in levels for level in own):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mediatorize.devices import ALONE, World
 from mediatorize.diffusion.plan import Plan
-from mediatorize.diffusion.planned import plan_flops, sample_by_plan
-from mediatorize.diffusion.sampling import Sampler, first_state, flops_by_rule, on_the_cpu, sample_part, switcher_of
+from mediatorize.diffusion.planned import plan_flops
+from mediatorize.diffusion.sampling import Sampler, flops_by_rule, sample_part, sample_part_by_plan, switcher_of
 from mediatorize.errors import UserError
 from mediatorize.evaluation.comparison import Progress, Samples, features_of, no_progress
 from mediatorize.evaluation.features import Extractor, Reference, judge
@@ -49,8 +49,7 @@ class Contestant:
         """A batch of samples, and what one costs."""
         model = self.models[0]
         if self.plan is not None:
-            labels, noise = first_state(model, labels, sampler.seed, first)
-            return on_the_cpu(sample_by_plan(model, labels, self.plan, noise)), plan_flops(model.arch, self.plan, model.settings)
+            return sample_part_by_plan(model, labels, self.plan, sampler.seed, first), plan_flops(model.arch, self.plan, model.settings)
         if self.rule is None:
             flops = sampler.flops(model.arch, model.schedule, model.settings)
             assert flops is not None, "the sampler was resolved for a fixed number of steps"

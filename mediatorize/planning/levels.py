@@ -30,6 +30,11 @@ class LevelTable:
     rest: float
     """Of all else in the plan's calls."""
 
+    @property
+    def in_full(self) -> float:
+        """What the plan costs with every layer at the last option, softmax."""
+        return float(self.rest + self.costs[:, :, -1].sum())
+
 
 Measure = Callable[[Plan], LevelTable]
 

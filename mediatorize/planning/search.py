@@ -95,10 +95,10 @@ class Wanted:
         bare = Plan(calls=calls, streams=streams or self.streams, **{name: getattr(self, name) for name in names})
         return replace(bare, calls=tuple(replace(call, uncond=bare.inside(call)) for call in calls))
 
-    def rows_of_reference(self, calls: int) -> int:
-        """Rows of the model that one sample's reference of so many calls takes."""
-        places = cosine_grid(self.path, calls)
-        return sum(2 if guided_at(self)(u) else 1 for u in (places if self.path.end < 1 else places[:-1]))
+    def rows_of_reference(self, calls: int) -> list[int]:
+        """Rows of every model call of one sample's reference; where its last place is no data, that is called, too."""
+        places, guided = cosine_grid(self.path, calls), guided_at(self)
+        return [2 if guided(u) else 1 for u in (places if self.path.end < 1 else places[:-1])]
 
     def times(self, calls: int, power: float, bend: float) -> list[float]:
         """Places of a number of calls, from the path's start."""
@@ -251,11 +251,10 @@ def find_levels(
 ) -> tuple[Plan, dict[str, float]]:
     """The best for the price of a plan whose calls run in full: that plan, or one of more calls, at cheaper levels in some layers."""
     best, error = full, list(stages.values())[-1]
-    own = measure(full)
-    room = own.rest + own.costs[:, :, -1].sum()  # softmax is the last option
     for count in counts_for(len(full.calls)):
         bare, _ = find(denoise, replace(wanted, steps=0), count, batch, others)
-        mixed = with_levels(bare, measure(bare), room)
+        table = measure(bare)
+        mixed = with_levels(bare, table, table.in_full * sum(full.rows) / sum(bare.rows))
         if mixed is None:
             continue
         fitted = fit(denoise, mixed, batch, wanted.history)

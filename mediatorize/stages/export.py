@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -145,7 +146,7 @@ def export(
     own_plans = model / PLAN_NAME
     carried = chosen.carries_plans and not adapter and level is None and schedule is None and not prune
     there = read_plans(own_plans) if carried and own_plans.is_file() else {}
-    weights, added = hash_of_weights(whole), added_hash(whole)
+    weights, added = (hash_of_weights(whole), added_hash(whole)) if there else (None, None)
     left: dict[int, str] = {}
     for calls, plan in there.items():
         if plan.made_for.get("weights", weights) != weights or plan.made_for.get("added") not in (None, added):
@@ -158,46 +159,54 @@ def export(
     with about(model):
         subject = pruned(Subject(config, whole)) if prune else Subject(config, whole, plans)
 
+    with staged(out) as partial, progress_bar(3, f"exporting to {to}", "part") as bar:
+        chosen.target.write(partial, subject, choices)
+        bar.update()
+        verified = verify(partial, chosen, subject, choices, whole)
+        bar.update()
+        result = Exported(
+            out=out,
+            name=subject.arch.name,
+            target=f"{to} ({'adapter, ' if adapter else ''}{dtype})" if "dtype" in chosen.heeds else to,
+            verified=verified,
+            dtype=dtype,
+            has_schedule=whole.schedule is not None,
+            runs_softmax=chosen.level_later and whole.schedule is None and level is None,
+            plans=tuple(plans),
+            left=left,
+            pruned=Pruned.of_models(subject.model, whole) if prune else None,
+            bytes=sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
+        )
+        card = export_card(
+            subject.config,
+            whole.schedule,
+            target=result.target,
+            usage=chosen.target.usage(subject, choices).replace("DEST", out.name),
+            checks=checks(result),
+            history=bundle.read_log(model),
+            evaluation=judged,
+        )
+        bundle.write_text(partial / "README.md", header + card)
+        bundle.write_json(partial / RECORD_FILE, {"version": VERSION, "bundle": model.name, **facts(result), "out": out.name})
+        bar.update()
+    return result
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write an export into; it takes the place of `out` once all is written, and is gone if that fails."""
+    from mediatorize.formats import bundle
+
     partial = bundle.partial_folder(out)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     bundle.write_json(partial / RECORD_FILE, {})
     try:
-        with progress_bar(3, f"exporting to {to}", "part") as bar:
-            chosen.target.write(partial, subject, choices)
-            bar.update()
-            verified = verify(partial, chosen, subject, choices, whole)
-            bar.update()
-            result = Exported(
-                out=out,
-                name=subject.arch.name,
-                target=f"{to} ({'adapter, ' if adapter else ''}{dtype})" if "dtype" in chosen.heeds else to,
-                verified=verified,
-                dtype=dtype,
-                has_schedule=whole.schedule is not None,
-                runs_softmax=chosen.level_later and whole.schedule is None and level is None,
-                plans=tuple(plans),
-                left=left,
-                pruned=Pruned.of_models(subject.model, whole) if prune else None,
-                bytes=sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()),
-            )
-            card = export_card(
-                subject.config,
-                whole.schedule,
-                target=result.target,
-                usage=chosen.target.usage(subject, choices).replace("DEST", out.name),
-                checks=checks(result),
-                history=bundle.read_log(model),
-                evaluation=judged,
-            )
-            bundle.write_text(partial / "README.md", header + card)
-            bundle.write_json(partial / RECORD_FILE, {"version": VERSION, "bundle": model.name, **facts(result), "out": out.name})
-            bundle.commit(partial, out)
-            bar.update()
+        yield partial
+        bundle.commit(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return result
 
 
 def export_scheduler(file: Path, out: Path, force: bool) -> ExportedScheduler:
@@ -209,12 +218,7 @@ def export_scheduler(file: Path, out: Path, force: bool) -> ExportedScheduler:
     file = file / PLAN_NAME if file.is_dir() else file
     plans = read_plans(file)
     refuse_foreign_folder(out, force)
-    partial = bundle.partial_folder(out)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    bundle.write_json(partial / RECORD_FILE, {})
-    try:
+    with staged(out) as partial:
         with about(file):
             scheduler.write(partial, plans)
         difference = scheduler.difference(partial, plans)
@@ -223,9 +227,6 @@ def export_scheduler(file: Path, out: Path, force: bool) -> ExportedScheduler:
         usage = scheduler.usage(out.name, plans)
         bundle.write_text(partial / "README.md", f"# Plans for diffusers, of {', '.join(map(str, plans))} model calls\n\n{usage}\n")
         bundle.write_json(partial / RECORD_FILE, {"version": VERSION, "plans": list(plans), "difference": difference})
-        bundle.commit(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return ExportedScheduler(out=out, calls=tuple(plans), difference=difference, usage=usage)
 
 

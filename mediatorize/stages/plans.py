@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mediatorize.diffusion.solvers import SOLVERS
+from mediatorize.diffusion.solvers import fixed_solvers
 from mediatorize.errors import UserError, about, refuse_below
 from mediatorize.planning.results import Planned
 from mediatorize.version import VERSION
@@ -310,7 +310,7 @@ def level_table(
 
     from mediatorize.compression.costs import KINDS_OF_SAVING, bare_levels
     from mediatorize.compression.sensitivity import Probes, Products, adjoint_products, error_table, probe
-    from mediatorize.compression.tables import DIRECTIONS
+    from mediatorize.compression.tables import DIRECTIONS, beside_pretrained
     from mediatorize.diffusion.sampling import PlanSampler
     from mediatorize.model.levels import SOFTMAX
     from mediatorize.planning.levels import LevelTable
@@ -321,8 +321,7 @@ def level_table(
     parts = torch.arange(min(TRAJECTORIES, len(labels))).split(max(1, batch // max(plan.rows)))
     probes = Probes.joined([probe(model, labels[rows], sampler, DIRECTIONS, int(rows[0])) for rows in parts])
     products = Products.joined([adjoint_products(model, sampler, probes, rows, added) for rows in parts]).levels
-    table = products.new_zeros(*products.shape[:2], len(options), *products.shape[3:])
-    table[:, :, [options.index(level) for level in added]] = products
+    table = beside_pretrained(products, options)
     order = list(map(float, range(len(plan.calls))))  # every call is a cell of its own
     squares = error_table(table, probes.samples.flatten(1).norm(dim=1), order, options).squares()
     rows = np.array(plan.rows)
@@ -332,11 +331,6 @@ def level_table(
         options=tuple(there), squares=squares, costs=rows[:, None, None] * np.array(layers), rest=int(rows.sum()) * costs.rest
     )
     return world.as_first(table_of_plan)
-
-
-def fixed_solvers(process: str) -> dict[str, Any]:
-    """Deterministic solvers of a process with fixed steps."""
-    return {name: each for name, each in SOLVERS.items() if each.process == process and not each.adaptive and not each.stochastic}
 
 
 def default_solver(process: str) -> str:
